@@ -1,0 +1,5610 @@
+#!/usr/bin/env python3
+"""Organism: a language organism that lives on one machine, learns for ever, and remembers you.
+
+    python organism.py                                   chat in the default home: it answers at once and learns while you talk
+    python organism.py train --corpus book.txt --json    a headless training loop, for files of any size
+    python organism.py eval book.txt --prequential       bits per byte, each piece predicted before it is learned
+
+One literate module. Its chapters, in reading order:
+
+     1. Config         one frozen dataclass per concern, one table of defaults
+     2. Autograd       tensors on a tape, one table of operations, the arena, AdamW
+     3. Tokenizer      byte-level BPE that only ever expands
+     4. Field          the corpus field: a predictor that speaks before any weight is trained
+     5. Body           a transformer that stands on the field
+     6. Deltas         adapters and gamma, the difference from birth
+     7. Voice          sampling, recall, streaming
+     8. Learning       buffer, experience, schedule, bursts, prequential evaluation
+     9. Self           surprise, dissonance, and the verdicts of immunity
+    10. Memory         memory.db: conversations, lived text, growth, events
+    11. Life           homes, generations, and the Organism itself
+    12. Command line   parsing and printing, nothing else
+
+This module says *what*, in NumPy that can be read; organs/kernels says the same *fast*. Without organs/ beside it,
+it still lives, slowly. What it does not do: download anything, unpickle anything, or write to the files it reads.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import heapq
+import importlib
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import shutil
+import signal
+import sqlite3
+import struct
+import sys
+import threading
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("organism")
+
+
+class OrganismError(Exception):
+    """Something went wrong that the user should know about, in one sentence; exit code 1."""
+
+
+class UsageError(OrganismError):
+    """The request itself was wrong: a flag, a key, a value; exit code 2."""
+
+
+# --- Organs, which are large capabilities in packages of their own, imported when first used. ---
+
+ORGANS = {  # name: (package, the extra that brings what it needs)
+    "kernels": ("organs.kernels", None),
+}
+
+
+def organ(name: str):
+    """Import an organ; a missing one becomes an OrganismError that names the command which mends it."""
+    package, extra = ORGANS[name]
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        hint = f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
+        raise OrganismError(f"The organ '{name}' needs {error.name or package}, which is not installed: {hint}") from error
+
+
+def kernels_ready() -> bool:
+    """Whether compiled kernels can be used now without waiting for a compiler (see organs/kernels)."""
+    try:
+        return organ("kernels").ready()
+    except OrganismError:
+        return False
+
+
+################################################################################################
+# Chapter 1. Config
+################################################################################################
+# Every number that can be turned, once, with its meaning, unit and source: one frozen dataclass per concern. It hides
+# where a value came from: the defaults below, then organism.toml of the home, then ORGANISM_SECTION_KEY variables, then
+# flags, in rising order. The type of a key is the type of its default. Sources are named by their notes: "stack" is
+# notes/stack.md, "field" notes/field.md, "molequla §1.6" that section of spec/molequla.md; "chosen" is our own choice.
+
+
+@dataclass(frozen=True)
+class BodyConfig:
+    """The transformer that stands on the field (chapter 5)."""
+
+    stage: str = "embryo"  # what a newborn is: embryo, infant, child, adolescent, teen or adult (molequla §1.7)
+    field: bool = True  # stand on the field; off: the plain graph, blended with n-gram counts (stack)
+    context: int = 96  # tokens that attention sees (molequla §1.1)
+    head_types: tuple[
+        str, ...
+    ] = ()  # content, hybrid or rrpram, one a head; empty: half content, half hybrid (molequla §1.1)
+    hybrid_alpha_init: float = 0.0  # logit of the pattern's share in a hybrid head; 0 is half (peers/torch_body.py)
+    word_dropout: float = 0.1  # share of token embeddings left out in training on the field (stack)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """When and how far the vocabulary expands (chapter 3)."""
+
+    start_bytes: int = 20_000  # bytes lived before the first merges are learned (molequla §1.3)
+    first_merges: int = 128  # merges learned then (issue LIVES; field)
+    full_merges: int = 384  # merges at full_bytes (molequla §1.3)
+    full_bytes: int = 1_000_000  # bytes lived at which the vocabulary is full_merges large (issue LIVES)
+    max_merges: int = 1024  # merges at most, however much is lived (chosen)
+    retrain: str = (
+        "double"  # reconsider the vocabulary each time the lived bytes have doubled; or "never" after the first
+    )
+
+
+@dataclass(frozen=True)
+class FieldConfig:
+    """The corpus field: tables, contexts, and what of its distribution the body is shown (chapter 4)."""
+
+    table_mb: int = 4  # MB of context tables at birth; doubled by replay as text comes (DESIGN §4)
+    max_table_mb: int = 128  # MB of context tables at most (field: the gain beyond is under 1 %)
+    contexts: str = "full"  # "full": all contexts; "lite": fewer, faster (field)
+    match_min: int = 5  # tokens that must agree before the match model speaks (field)
+    count_limit: int = 30  # observations after which a prediction adapts at a constant rate (field)
+    mixer_floor: float = 0.004  # learning rate that the mixer's never falls below (field)
+    view_width: int = 64  # ranges of the pruned distribution kept a token (stack: 62 to 74 nodes above 1e-3)
+    view_floor: float = 1e-3  # probability below which a range is not split further (stack)
+    user_boost: float = 0.3  # added to the boost of each word that the user says (molequla §1.5)
+    boost_decay: float = 0.7  # boosts times this after each message and each reply (molequla §1.5)
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """AdamW, schedule, replay, and when a burst begins (chapter 8)."""
+
+    rate: float = 0.004  # learning rate of AdamW at its peak (stack)
+    rate_min: float = 0.1  # share of the rate left at the end of the cosine (molequla §1.2)
+    warmup_steps: int = 30  # steps of linear warm-up after birth (chosen)
+    horizon_steps: int = 50_000  # steps of the cosine, over the whole life (molequla §1.2)
+    weight_decay: float = (
+        1.0  # decoupled: each step takes rate · weight_decay of a matrix; .003 to .006 is right (stack)
+    )
+    beta1: float = 0.9  # decay of the gradient's mean (molequla §1.1)
+    beta2: float = 0.99  # decay of the gradient's square (molequla §1.1)
+    epsilon: float = 1e-8  # added to the root of the second moment (molequla §1.1)
+    max_grad_norm: float = 1.0  # global norm that gradients are clipped to; 0: never
+    average: float = 0.99  # decay a step of the averaged weights that predict (stack)
+    batch: int = 32  # windows a step (DESIGN §5)
+    accum: int = 1  # batches whose gradients make one step
+    replay: float = 8.0  # tokens trained per token read, fresh and replayed together (stack: 16; halved for speed)
+    burst_steps: int = 32  # steps of one burst (molequla §1.8)
+    buffer_bytes: int = 1024  # bytes that wait before a burst begins (molequla §1.8)
+    buffer_novelty: float = 0.15  # or novelty of what waits, as a share above what is usual (molequla §1.8)
+    cooldown: float = 15.0  # seconds between two bursts at least (molequla §1.8 has 60)
+    store_mb: int = 64  # MB of lived text kept in memory.db; the oldest is let go beyond
+    experience_tokens: int = 200_000  # tokens kept with the field's predictions of their time, for replay
+    precision: str = "fp32"  # "fp32"; "bf16" with the torch engine
+    engine: str = "auto"  # "auto" (numba where compiled), "numpy", "numba" or "torch"
+    prequential_stage: str = "child"  # stage of the newborn that `eval --prequential --blank` raises (stack)
+
+
+@dataclass(frozen=True)
+class VoiceConfig:
+    """How a reply is sampled, and what it may remember (chapter 7)."""
+
+    temperature: float = 0.7  # of sampling; 0: always the likeliest (molequla §1.6 has .85)
+    top_k: int = 40  # likeliest tokens kept; 0: all (molequla §1.6)
+    top_p: float = 0.92  # probability mass kept (molequla §1.6)
+    min_p: float = 0.06  # tokens below this share of the likeliest are dropped (molequla §1.6)
+    typical_p: float = 0.95  # mass kept of the most typical tokens; 1: all (molequla §1.6)
+    min_tokens: int = 4  # tokens before the reply may end (molequla §1.6 has 16)
+    max_tokens: int = 120  # tokens of a reply at most (molequla §1.6 has 180)
+    repetition_guard: int = (
+        4  # a reply ends when its last so many tokens repeat the ones before; 0: never (molequla §1.6)
+    )
+    presence_penalty: float = 0.1  # nats off a token that was said in this reply (molequla §1.6)
+    frequency_penalty: float = 0.1  # nats off it for each time it was said (molequla §1.6)
+    entropy_low: float = 0.5  # nats below which it is too sure, and loosens (molequla §1.6)
+    entropy_high: float = 1.5  # nats above which it is too unsure, and focuses (molequla §1.6)
+    entropy_boost: float = 1.2  # factor on the temperature when too sure (molequla §1.6)
+    entropy_focus: float = 0.8  # factor on the temperature when too unsure (molequla §1.6)
+    blend: str = (
+        "tree"  # last mix of body and field: "tree" (learned online) or "sigmoid" of the entropy (molequla §1.5)
+    )
+    fade_k: float = 3.0  # steepness of the sigmoid blend (molequla §1.5)
+    fade_threshold: float = 1.5  # nats at which the sigmoid blend is half and half (molequla §1.5)
+    recall: int = 5  # remembered lines that may join a reply
+    context_messages: int = 12  # last messages that are fed back into the prompt (molequla §1.6)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """memory.db (chapter 10)."""
+
+    busy_seconds: float = 5.0  # how long to wait for another process that writes (molequla §1.13)
+    candidates: int = 64  # rows that a search looks at closely
+
+
+@dataclass(frozen=True)
+class LifeConfig:
+    """Generations on disk (chapter 11)."""
+
+    checkpoint_seconds: float = 600.0  # seconds between two checkpoints of the field at least (DESIGN §4)
+    keep_generations: int = 3  # newest generations kept, besides the marked and the milestones (DESIGN §4)
+
+
+CONFIG_CHOICES = {  # what a text may be, where it is one of a few
+    "body.stage": ("embryo", "infant", "child", "adolescent", "teen", "adult"),
+    "body.head_types": ("content", "hybrid", "rrpram"),
+    "tokenizer.retrain": ("double", "never"),
+    "field.contexts": ("full", "lite"),
+    "learning.precision": ("fp32", "bf16"),
+    "learning.engine": ("auto", "numpy", "numba", "torch"),
+    "learning.prequential_stage": ("embryo", "infant", "child", "adolescent", "teen", "adult"),
+    "voice.blend": ("tree", "sigmoid"),
+}
+CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break something; every other number is at least 0
+    "body.context": (8, 4096),
+    "body.hybrid_alpha_init": (-20, 20),
+    "body.word_dropout": (0, 0.9),
+    "tokenizer.max_merges": (0, 60_000),
+    "field.table_mb": (1, 4096),
+    "field.max_table_mb": (1, 4096),
+    "field.match_min": (1, 64),
+    "field.count_limit": (1, 1023),
+    "field.view_width": (8, 1024),
+    "field.view_floor": (1e-6, 0.5),
+    "learning.rate_min": (0, 1),
+    "learning.horizon_steps": (1, 10**9),
+    "learning.beta1": (0, 0.9999),
+    "learning.beta2": (0, 0.99999),
+    "learning.epsilon": (1e-12, 1),
+    "learning.average": (0, 0.99999),
+    "learning.batch": (1, 65_536),
+    "learning.accum": (1, 65_536),
+    "learning.store_mb": (1, 1_000_000),
+    "voice.top_p": (0.01, 1),
+    "voice.min_p": (0, 1),
+    "voice.typical_p": (0.01, 1),
+    "voice.max_tokens": (1, 100_000),
+    "memory.candidates": (1, 10_000),
+    "life.keep_generations": (1, 10_000),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one organism. `Config()` is the table above; `Config.load(home)` what this home makes of it."""
+
+    body: BodyConfig = BodyConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    field: FieldConfig = FieldConfig()
+    learning: LearningConfig = LearningConfig()
+    voice: VoiceConfig = VoiceConfig()
+    memory: MemoryConfig = MemoryConfig()
+    life: LifeConfig = LifeConfig()
+
+    FILE = "organism.toml"  # not annotated, hence not a field
+
+    @staticmethod
+    def load(home: Path | None = None, overrides: dict[str, object] | None = None, environ: Any = None) -> Config:
+        """The settings of a home: file, then environment, then overrides {"section.key": value}; None means unset.
+
+        Raises UsageError that names the place, for an unknown key, a wrong type or a value out of range.
+        """
+        config = Config()
+        for where, values in (
+            _config_file(home),
+            _config_environment(os.environ if environ is None else environ),
+            ("the command line", {k: v for k, v in (overrides or {}).items() if v is not None}),
+        ):
+            config = config.replace(values, where)
+        return config
+
+    def replace(self, values: dict[str, object], where: str = "the settings") -> Config:
+        """A copy with {"section.key": value} changed; `where` is named when one of them is wrong."""
+        changed: dict[str, dict[str, object]] = {}
+        for name, value in values.items():
+            section, key = _config_known(name, where)
+            changed.setdefault(section, {})[key] = _config_value(name, value, self.get(name), where)
+        return dataclasses.replace(
+            self, **{s: dataclasses.replace(getattr(self, s), **keys) for s, keys in changed.items()}
+        )
+
+    def get(self, name: str) -> Any:
+        """The value of "section.key"."""
+        section, key = name.split(".")
+        return getattr(getattr(self, section), key)
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """("section.key", value) of every setting, in the order of the table."""
+        for section in dataclasses.fields(self):
+            for key in dataclasses.fields(getattr(self, section.name)):
+                yield f"{section.name}.{key.name}", self.get(f"{section.name}.{key.name}")
+
+    def write(self, home: Path) -> None:
+        """Write what differs from the defaults into organism.toml of the home, atomically; comments there are kept.
+
+        A new file also lists every setting with its meaning, commented out.
+        """
+        import tomlkit
+
+        path = Path(home) / self.FILE
+        document = tomlkit.parse(path.read_text("utf-8") if path.exists() else _config_template())
+        default = Config()
+        for name, value in self.items():
+            section, key = name.split(".")
+            present = section in document and key in document[section]  # type: ignore[operator]
+            if present and document[section][key] == value:  # type: ignore[index]
+                continue
+            if present or value != default.get(name):
+                if section not in document:
+                    document[section] = tomlkit.table()
+                document[section][key] = list(value) if isinstance(value, tuple) else value  # type: ignore[index]
+        write_atomically(path, tomlkit.dumps(document).encode())
+
+
+def settings_table() -> list[tuple[str, Any, str]]:
+    """("section.key", default, meaning) of every setting; the meanings are the comments of this chapter."""
+    meanings = {}
+    with contextlib.suppress(OSError):
+        source = Path(__file__).read_text("utf-8").split("\nclass Config:", 1)[0]
+        for part in source.split("\nclass ")[1:]:
+            if found := re.match(r"(\w+)Config:", part):
+                pairs = re.findall(r"^    (\w+): .*? = .*?  # (.*)$", part, re.MULTILINE)
+                meanings |= {f"{found[1].lower()}.{key}": text for key, text in pairs}
+    return [(name, value, meanings.get(name, "")) for name, value in Config().items()]
+
+
+# --- Reading settings from a file and from the environment. ---
+
+
+def _config_file(home: Path | None) -> tuple[str, dict[str, object]]:
+    """(name of the file, its settings as {"section.key": value})."""
+    path = Path(home) / Config.FILE if home else None
+    if path is None or not path.exists():
+        return "", {}
+    import tomllib
+
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}.") from error
+    except OSError as error:
+        raise OrganismError(f"{path} cannot be read: {error.strerror}.") from error
+    values: dict[str, object] = {}
+    for section, keys in document.items():
+        if not isinstance(keys, dict):
+            _config_known(section, str(path))  # a bare key outside of every section: raises
+            continue
+        if not keys:
+            _config_known(f"{section}.", str(path), empty=True)
+        values |= {f"{section}.{key}": value for key, value in keys.items()}
+    return str(path), values
+
+
+def _config_environment(environ: Any) -> tuple[str, dict[str, object]]:
+    """ORGANISM_VOICE_TEMPERATURE=0.5 is voice.temperature; others, as ORGANISM_HOME, are no settings."""
+    sections = {s.name for s in dataclasses.fields(Config)}
+    values = {}
+    for variable, text in environ.items():
+        section, _, key = variable.removeprefix("ORGANISM_").partition("_")
+        if variable.startswith("ORGANISM_") and section.lower() in sections and key and variable == variable.upper():
+            values[f"{section.lower()}.{key.lower()}"] = text
+    return "the environment", values
+
+
+def _config_known(name: str, where: str, empty: bool = False) -> tuple[str, str]:
+    """(section, key) of a name that exists; a UsageError with the likeliest correction otherwise."""
+    names = [n for n, _ in Config().items()]
+    section, _, key = name.partition(".")
+    if name in names or (empty and any(n.startswith(name) for n in names)):
+        return section, key
+    import difflib
+
+    close = difflib.get_close_matches(name, names, 1, 0.6) or [n for n in names if key and n.endswith(f".{key}")]
+    close = close or [n for n in names if n.endswith(f".{name}")]
+    hint = (
+        f"did you mean {close[0]!r}?"
+        if close
+        else f"sections are {', '.join(s.name for s in dataclasses.fields(Config))}."
+    )
+    raise UsageError(f"Unknown setting {name!r} in {where}: {hint}")
+
+
+def _config_value(name: str, value: object, like: object, where: str) -> object:
+    """The value with the type of `like`, checked; text is parsed where it stands for something else."""
+    wrong = UsageError(f"{name} in {where} must be {_config_type(like)}, not {value!r}.")
+    if isinstance(like, bool):
+        value = _CONFIG_WORDS.get(value.lower(), value) if isinstance(value, str) else value
+        if not isinstance(value, bool):
+            raise wrong
+    elif isinstance(like, (int, float)):
+        value = _config_number(value, like, wrong)
+        least, most = CONFIG_LIMITS.get(name, (0, math.inf))
+        if not least <= value <= most:
+            limit = f"between {least:g} and {most:g}" if most < math.inf else f"at least {least:g}"
+            raise UsageError(f"{name} in {where} must be {limit}, not {value:g}.")
+    elif isinstance(like, tuple):
+        value = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+            raise wrong
+        value = tuple(value)
+    elif not isinstance(value, str):
+        raise wrong
+    for text in value if isinstance(value, tuple) else (value,):
+        if name in CONFIG_CHOICES and text not in CONFIG_CHOICES[name]:
+            raise UsageError(f"{name} in {where} must be one of {', '.join(CONFIG_CHOICES[name])}, not {text!r}.")
+    return value
+
+
+_CONFIG_WORDS = {
+    "on": True,
+    "true": True,
+    "yes": True,
+    "1": True,
+    "off": False,
+    "false": False,
+    "no": False,
+    "0": False,
+}
+
+
+def _config_number(value: object, like: int | float, wrong: UsageError) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise wrong
+    try:
+        number = type(like)(value)  # int("20_000") and float("1e-3") are read as Python reads them
+    except (ValueError, OverflowError):
+        raise wrong from None
+    if not math.isfinite(number) or (isinstance(value, float) and number != value):
+        raise wrong
+    return number
+
+
+def _config_type(like: object) -> str:
+    names = {bool: "on or off", int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
+    return names[type(like)]
+
+
+def _config_template() -> str:
+    """organism.toml of a newborn: every setting with its meaning, commented out."""
+    lines, last = (
+        [
+            "# Settings of this organism; remove a `# ` to change one. ORGANISM_SECTION_KEY and flags outrank them."
+        ],
+        "",
+    )
+    for name, value, meaning in settings_table():
+        section, key = name.split(".")
+        if section != last:
+            lines += ["", f"[{section}]"]
+            last = section
+        shown = json.dumps(list(value) if isinstance(value, tuple) else value)
+        lines.append(f"# {key} = {shown}  # {meaning}")
+    return "\n".join(lines) + "\n"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file as a whole: a reader, or a crash, sees the old or the new content, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable (fsync)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+################################################################################################
+# Chapter 3. Tokenizer
+################################################################################################
+# Byte-level byte-pair encoding that only ever expands: 256 bytes, three specials, then one token a merge, in the order in
+# which they were learned. It owns how text is cut into segments (merges never cross their borders), how merges are learned
+# and applied, and when the vocabulary grows; it hides the cache of segments and the choice between this readable form and
+# its compiled twin (organs/kernels/tokenizer.py), which gives the same ids.
+
+
+# --- Segments, into which text is cut before anything is merged. ---
+#
+# A segment is a run of one class of characters with the white space before it: " word", " 1984", "\n        self", " ==".
+# Classes follow the general categories of Unicode: L and M are letters, N digits, Z and control white space are space, the
+# rest is other. Bytes that are not UTF-8 count as letters, so anything can be cut, and joined again. The database is the
+# one of Unicode 3.2, which every Python carries unchanged: text must have the same tokens in ten years (what is newer, such
+# as emoji, is "other", which is where it belongs). Runs are capped, so that a megabyte of one letter costs no more than
+# a megabyte of prose. A segment depends only on what follows its start: that is what makes texts cuttable (`boundary`).
+
+SPACES_BEFORE, RUN_CHARACTERS = 16, 32  # most white space, and most characters of a run, in a segment
+LETTER, DIGIT, OTHER, SPACE = range(4)  # classes of characters
+CLASSES_END = 0x30000  # code points from here on are all "other"
+CONTROL_SPACES = "\t\n\v\f\r"
+
+
+@functools.cache
+def character_classes() -> np.ndarray:
+    """Class of every code point below CLASSES_END, uint8; code points above are OTHER."""
+    by_category = {"L": LETTER, "M": LETTER, "N": DIGIT, "Z": SPACE}
+    category = unicodedata.ucd_3_2_0.category
+    classes = np.array([by_category.get(category(chr(i))[0], OTHER) for i in range(CLASSES_END)], np.uint8)
+    classes[[ord(c) for c in CONTROL_SPACES]] = SPACE
+    classes[0xDC80:0xDD00] = LETTER  # how Python decodes bytes that are not UTF-8 ("surrogateescape")
+    return classes
+
+
+def _token_ranges(classes: np.ndarray, wanted: int) -> str:
+    """The characters of a class as the inside of a regular expression's brackets."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], classes == wanted, [0]])))
+    return "".join(f"\\U{lo:08x}-\\U{hi - 1:08x}" for lo, hi in edges.reshape(-1, 2).tolist())
+
+
+def segment_pattern(letters: str, digits: str, spaces: str) -> str:
+    """The regular expression of one segment, given the insides of three brackets."""
+    runs = "|".join(f"[{inside}]{{1,{RUN_CHARACTERS}}}" for inside in (letters, digits, f"^{letters}{digits}{spaces}"))
+    return f"[{spaces}]{{0,{SPACES_BEFORE}}}(?:{runs})|[{spaces}]{{1,{SPACES_BEFORE}}}"
+
+
+@functools.cache
+def _token_pattern(ascii_only: bool) -> re.Pattern:
+    if ascii_only:  # the same on ASCII, without the 20 ms that the whole table takes
+        return re.compile(segment_pattern("A-Za-z", "0-9", r" \t\n\v\f\r"))
+    classes = character_classes()
+    return re.compile(segment_pattern(*(_token_ranges(classes, c) for c in (LETTER, DIGIT, SPACE))))
+
+
+def segments(data: bytes) -> list[str]:
+    """Cut bytes into segments, as texts that `surrogateescape` encodes back; joined, they are the data."""
+    return _token_pattern(data.isascii()).findall(data.decode("utf-8", "surrogateescape"))
+
+
+def _token_cut(text: str, near: int) -> int:
+    """Last character ≤ near at which a segment certainly starts, whatever came before the text; 0 if there is none."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    classes = np.where(codes < CLASSES_END, character_classes()[np.minimum(codes, CLASSES_END - 1)], OTHER)
+    # A class begins, and it is white space or was not held back by white space before it.
+    starts = (classes[1:] != classes[:-1]) & (classes[:-1] != SPACE)
+    certain = np.flatnonzero(starts[: max(near, 0)]) + 1
+    return int(certain[-1]) if len(certain) else 0
+
+
+# --- The tokenizer. ---
+
+TOKEN_CACHE = 100_000  # segments whose tokens are remembered
+TOKEN_WINDOW = 1 << 20  # bytes that are encoded at a time
+TOKEN_COMPILED = 4096  # bytes from which the compiled twin is worth its call
+TOKEN_MIN_COUNT = 4  # a pair that is rarer is not worth a token
+TOKEN_DISTINCT = 1_000_000  # distinct segments kept while counting; beyond, those seen once are forgotten
+
+
+class _SegmentCache(dict):
+    """Segment -> its tokens, filled on demand."""
+
+    def __init__(self, ranks: dict[tuple[int, int], int]):
+        super().__init__()
+        self.ranks = ranks
+
+    def __missing__(self, segment: str) -> tuple[int, ...]:
+        tokens = tuple(merge_tokens(segment.encode("utf-8", "surrogateescape"), self.ranks))
+        if len(self) < TOKEN_CACHE:
+            self[segment] = tokens
+        return tokens
+
+
+def merge_tokens(tokens: Iterable[int], ranks: dict[tuple[int, int], int]) -> list[int]:
+    """Apply merges (pair -> its rank) to one segment's tokens: the lowest rank first, everywhere, until none applies."""
+    tokens, none = list(tokens), len(ranks)
+    while len(tokens) > 1:
+        pair = min(itertools.pairwise(tokens), key=lambda pair: ranks.get(pair, none))
+        if pair not in ranks:
+            break
+        tokens = _token_merge(tokens, pair, Tokenizer.BASE + ranks[pair])
+    return tokens
+
+
+def _token_merge(tokens: list[int], pair: tuple[int, int], token: int) -> list[int]:
+    """Replace every occurrence of the pair, from left to right."""
+    merged: list[int] = []
+    i = 0
+    while i < len(tokens):
+        both = i + 1 < len(tokens) and (tokens[i], tokens[i + 1]) == pair
+        merged.append(token if both else tokens[i])
+        i += 2 if both else 1
+    return merged
+
+
+class Tokenizer:
+    """Byte-pair encoding: tokens 0–255 are bytes, then BOS, EOS, PAD, then one token for each merge.
+
+    A token keeps its id and its bytes for ever; learning more merges only adds tokens behind them.
+    """
+
+    BOS, EOS, PAD = 256, 257, 258  # begin and end of a text, filler: no bytes
+    BASE = 259  # first merged token
+    VERSION = 1  # of state()
+
+    def __init__(self, merges: Iterable[Sequence[int]] = ()):
+        self.merges: list[tuple[int, int]] = []
+        self.vocabulary: list[bytes] = [bytes([i]) for i in range(256)] + [b""] * 3
+        self._append(merges)
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def _append(self, merges: Iterable[Sequence[int]]) -> None:
+        for a, b in merges:
+            if not (0 <= min(a, b) and max(a, b) < len(self) and self.vocabulary[a] and self.vocabulary[b]):
+                raise OrganismError(f"A tokenizer cannot merge tokens {a} and {b}: it has {len(self)}, three of them special.")
+            self.merges.append((int(a), int(b)))
+            self.vocabulary.append(self.vocabulary[a] + self.vocabulary[b])
+        self._cache = _SegmentCache({pair: rank for rank, pair in enumerate(self.merges)})
+        self._twin = None  # the compiled form, made when a long text first needs it
+
+    # Encoding and decoding.
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Tokens of a text, int32, without specials; decoding gives back the very bytes."""
+        data = _token_bytes(text)
+        if len(data) >= TOKEN_COMPILED and (twin := self._compiled()) is not None:
+            return twin.encode(data)
+        pieces = [self._encode(piece) for piece in _token_windows(data, TOKEN_WINDOW)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _encode(self, data: bytes) -> np.ndarray:
+        """The reference: every segment by the cache."""
+        return np.fromiter(itertools.chain.from_iterable(map(self._cache.__getitem__, segments(data))), np.int32)
+
+    def _compiled(self):
+        if self._twin is None and kernels_ready():
+            self._twin = _token_kernels().Encoder(self.merges, character_classes())
+        return self._twin
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes of tokens; specials have none."""
+        return b"".join(self.vocabulary[i] for i in ids)
+
+    @staticmethod
+    def boundary(data: bytes, near: int) -> int:
+        """Where `data` may be cut: the last position in 1…near at which a segment starts, whatever follows the data.
+
+        So encode(data[:p]) + encode(data[p:]) == encode(data), and likewise when more is appended to data. `data` must
+        itself begin at such a position (or be a whole text). Where there is none up to `near`, the first one after it;
+        where there is none at all, len(data).
+        """
+        near = min(near, len(data) - 4)  # the character at the cut must be seen whole
+        back = 512
+        while near > 0:  # look at a window that ends behind `near`; a wider one where it shows no certain start
+            begin = max(near - back, 0)
+            position = _token_boundary(data[begin : near + 4], near - begin, begin == 0)
+            if position:
+                return begin + position
+            if begin == 0:
+                break
+            back *= 8
+        for match in _token_pattern(False).finditer(data[:1024].decode("utf-8", "surrogateescape")):
+            position = len(match.group().encode("utf-8", "surrogateescape"))
+            return position if position <= len(data) - 4 else len(data)
+        return len(data)
+
+    # Learning.
+
+    def learn(self, texts: Iterable[bytes], merges: int) -> int:
+        """Expand to `merges` merges in all, learned from texts (asked for once, one at a time); returns how many were added.
+
+        The next merge is always the most frequent pair; ties go to the smaller bytes. Stops early where no pair is seen
+        four times. Two tokens never have the same bytes.
+        """
+        if merges <= len(self.merges):
+            return 0
+        before = len(self.merges)
+        if kernels_ready():
+            learned = _token_kernels().learn(texts, self.merges, self.vocabulary, merges, TOKEN_MIN_COUNT, character_classes())
+        else:
+            learned = _MergeLearner(self, _token_counts(texts)).learn(merges)
+        self._append(learned)
+        return len(self.merges) - before
+
+    # State.
+
+    def state(self) -> dict[str, Any]:
+        """What from_state needs, as JSON can hold it."""
+        return {"version": self.VERSION, "merges": [list(pair) for pair in self.merges]}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Tokenizer:
+        """The tokenizer that gave this state."""
+        if state.get("version") != cls.VERSION:
+            raise OrganismError(
+                f"The tokenizer was saved in format {state.get('version')}, this program reads {cls.VERSION}: update it."
+            )
+        return cls(state["merges"])
+
+
+def _token_kernels():
+    organ("kernels")
+    return importlib.import_module("organs.kernels.tokenizer")
+
+
+def _token_bytes(text: str | bytes) -> bytes:
+    if not isinstance(text, str):
+        return bytes(text)
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a surrogate pair, which no bytes stand for
+        return text.encode("utf-8", "surrogatepass")
+
+
+def _token_windows(data: bytes, size: int) -> Iterator[bytes]:
+    """Pieces of at most about `size` bytes, cut where segments start."""
+    start = 0
+    while len(data) - start > size:
+        cut = start + Tokenizer.boundary(data[start : start + size], size)
+        yield data[start:cut]
+        start = cut
+    yield data[start:]
+
+
+def _token_boundary(window: bytes, near: int, whole: bool) -> int:
+    """As Tokenizer.boundary, within a window; 0 where the window does not show. `whole`: it begins where segments start."""
+    text = window.decode("utf-8", "surrogateescape")
+    sizes = text if text.isascii() else np.cumsum([0, *(len(c.encode("utf-8", "surrogateescape")) for c in text)])
+    offset = (lambda i: i) if text is sizes else (lambda i: int(sizes[i]))
+    last = near if text is sizes else int(np.searchsorted(sizes, near, "right")) - 1
+    start = _token_cut(text, last)
+    if not whole and offset(start) < 4:  # the window may begin inside of a character
+        return 0
+    for match in _token_pattern(text.isascii()).finditer(text, start):  # go on from there, over runs that the caps cut
+        if match.end() > last:
+            break
+        start = match.end()
+    return offset(start)
+
+
+def _token_counts(texts: Iterable[bytes]) -> collections.Counter[str]:
+    """How often each segment occurs."""
+    counts: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        for piece in _token_windows(text, TOKEN_WINDOW):
+            counts.update(segments(piece))
+            if len(counts) > TOKEN_DISTINCT:
+                counts = collections.Counter({segment: n for segment, n in counts.items() if n > 1})
+    return counts
+
+
+class _MergeLearner:
+    """Byte-pair learning over distinct segments: a merge costs only the segments in which its pair occurs."""
+
+    def __init__(self, tokenizer: Tokenizer, segment_counts: collections.Counter[str]):
+        self.vocabulary, self.base = list(tokenizer.vocabulary), len(tokenizer.merges)
+        self.words = [list(tokenizer._cache[segment]) for segment in segment_counts]
+        self.counts = list(segment_counts.values())
+        self.pairs: collections.Counter[tuple[int, int]] = collections.Counter()  # how often a pair occurs
+        self.where: dict[tuple[int, int], set[int]] = collections.defaultdict(set)  # words in which it does, or did
+        for i, word in enumerate(self.words):
+            for pair in itertools.pairwise(word):
+                self.pairs[pair] += self.counts[i]
+                self.where[pair].add(i)
+
+    def learn(self, merges: int) -> list[tuple[int, int]]:
+        """The next merges, up to `merges` in all."""
+        learned: list[tuple[int, int]] = []
+        known = set(self.vocabulary)
+        self.queue = [self._entry(pair) for pair in self.pairs]
+        heapq.heapify(self.queue)
+        while self.queue and self.base + len(learned) < merges:
+            entry = heapq.heappop(self.queue)
+            pair, count = entry[3], -entry[0]
+            if count != self.pairs[pair]:  # it was changed since; where it grew, a newer entry came before
+                if 0 < self.pairs[pair] < count:
+                    heapq.heappush(self.queue, self._entry(pair))
+                continue
+            if count < TOKEN_MIN_COUNT:
+                break
+            token = self.vocabulary[pair[0]] + self.vocabulary[pair[1]]
+            if token in known:
+                continue
+            known.add(token)
+            self.vocabulary.append(token)
+            learned.append(pair)
+            self._merge(pair, len(self.vocabulary) - 1)
+        return learned
+
+    def _entry(self, pair: tuple[int, int]) -> tuple[int, bytes, bytes, tuple[int, int]]:
+        return -self.pairs[pair], self.vocabulary[pair[0]], self.vocabulary[pair[1]], pair
+
+    def _merge(self, pair: tuple[int, int], token: int) -> None:
+        grown = set()
+        for i in self.where.pop(pair):
+            word, count = self.words[i], self.counts[i]
+            merged = _token_merge(word, pair, token)
+            for old in itertools.pairwise(word):
+                self.pairs[old] -= count
+            for new in itertools.pairwise(merged):
+                self.pairs[new] += count
+                self.where[new].add(i)
+                grown.add(new)
+            self.words[i] = merged
+        for new in grown:
+            heapq.heappush(self.queue, self._entry(new))
+
+
+# --- The policy: how large a vocabulary a life of so many bytes wants. ---
+#
+# Each step re-encodes and replays everything lived, so steps are few. At a megabyte, 387 tokens predict best and 643 are
+# 0.6 % behind (notes/field.md) but shorten the sequences of the body, so growth is slow, then by the doubling.
+
+
+def growth_points(config: TokenizerConfig) -> dict[int, int]:
+    """Bytes lived -> merges wanted from there on, both ascending."""
+    first, full = min(config.first_merges, config.max_merges), min(config.full_merges, config.max_merges)
+    steps = {config.start_bytes: first}
+    if config.retrain == "double" and config.full_bytes > config.start_bytes:
+        steps[math.isqrt(config.start_bytes * config.full_bytes)] = (first + full) // 2
+        steps[config.full_bytes] = full
+        size = config.full_bytes
+        while steps[size] < config.max_merges:
+            size, merges = 2 * size, steps[size] + max(1, full // 3)
+            steps[size] = min(merges, config.max_merges)
+    most, rising = 0, {}
+    for size, merges in sorted(steps.items()):  # a point at which nothing grows is none
+        if merges > most:
+            most = rising[size] = merges
+    return rising
+
+
+def wanted_merges(total_bytes: int, config: TokenizerConfig) -> int:
+    """How many merges a vocabulary should have when `total_bytes` were lived."""
+    return max((merges for size, merges in growth_points(config).items() if size <= total_bytes), default=0)
+
+
+################################################################################################
+# Chapter 4. Field
+################################################################################################
+# The corpus field: a predictor that learns one token at a time and speaks before any weight is trained. It owns the tree
+# of tokens, the context mixer that predicts turns in it (what the mixer learned is a handful of arrays, a function of the
+# tokens read, in order), and the pruned distributions that the body is shown. It hides hashing, counting and mixing. The
+# compiled twin of the mixer is organs/kernels/field.py; `_FieldReference` below says the same in NumPy. While kernels
+# compile, and for a body without a field, `CooccurField` answers the same questions by counting n-grams.
+
+# --- The tree, which turns the choice of a token into left-right decisions. ---
+
+MAX_VOCABULARY = 65_535  # views keep leaf positions as uint16, and use V itself for "nothing here"
+_FIELD_LEVELS = 3  # levels of the tree that share one bucket of the table: 7 nodes
+_FIELD_DEPTH = 24  # beyond this depth ranges are halved by size, so that no path is longer than 40
+
+
+class FieldTree:
+    """Tokens as the leaves of a binary tree, in the order of their bytes, split where the weights balance.
+
+    weights [V]: how often each token was met (None: all alike); .2 is added to each. The shape is a function of vocabulary
+    and weights only. leaf int32 [V] is the token at each leaf, rank int32 [V] its inverse; share float64 [V] the weight of
+    each leaf, of a sum of 1; cumulative float64 [V+1]. nodes int32 [V-1, 7]: low, mid, high (leaf positions), left, right
+    (node, or -1 - leaf), first node of the group of three levels it belongs to, place in the group (1 to 7).
+    """
+
+    def __init__(self, vocabulary: list[bytes], weights: np.ndarray | None = None):
+        size = len(vocabulary)
+        if not 2 <= size <= MAX_VOCABULARY:
+            raise OrganismError(f"A field needs between 2 and {MAX_VOCABULARY} tokens, not {size}: lower tokenizer.max_merges.")
+        self.weights = np.zeros(size) if weights is None else np.asarray(weights, np.float64)
+        if self.weights.shape != (size,) or not np.all(np.isfinite(self.weights)) or self.weights.min() < 0:
+            raise ValueError(f"weights of {size} tokens must be {size} finite numbers >= 0, not {self.weights.shape}")
+        self.vocabulary = list(vocabulary)
+        self.leaf = np.array(sorted(range(size), key=lambda token: (vocabulary[token], token)), np.int32)
+        self.rank = np.empty(size, np.int32)
+        self.rank[self.leaf] = np.arange(size, dtype=np.int32)
+        self.share = (self.weights[self.leaf] + 0.2) / (self.weights.sum() + 0.2 * size)
+        self.cumulative = np.concatenate([[0.0], np.cumsum(self.share)])
+        self.nodes = self._split()
+        self.text = np.frombuffer(b"".join(self.vocabulary) + b"\0", np.uint8)
+        self.starts = np.concatenate([[0], np.cumsum([len(token) for token in self.vocabulary])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.leaf)
+
+    def _split(self) -> np.ndarray:
+        """Number the nodes from the left, parents before children."""
+        nodes = np.zeros((len(self) - 1, 7), np.int32)
+        count, waiting = 0, [(0, len(self), 0, 0, 1, -1, 0)]  # low, high, depth, group, local, parent, side
+        while waiting:
+            low, high, depth, group, local, parent, side = waiting.pop()
+            if parent >= 0:
+                nodes[parent, 3 + side] = count if high - low > 1 else -1 - low
+            if high - low == 1:
+                continue
+            if depth % _FIELD_LEVELS == 0:
+                group, local = count, 1
+            mid = self._balance(low, high) if depth < _FIELD_DEPTH else (low + high) // 2
+            nodes[count] = low, mid, high, 0, 0, group, local
+            waiting.append((mid, high, depth + 1, group, 2 * local + 1, count, 1))
+            waiting.append((low, mid, depth + 1, group, 2 * local, count, 0))
+            count += 1
+        return nodes
+
+    def _balance(self, low: int, high: int) -> int:
+        """Where to split leaves low..high so that both sides weigh as much as can be."""
+        half = (self.cumulative[low] + self.cumulative[high]) / 2
+        mid = min(max(int(np.searchsorted(self.cumulative, half)), low + 1), high - 1)
+        nearer = mid - 1 > low and half - self.cumulative[mid - 1] < self.cumulative[mid] - half
+        return mid - 1 if nearer else mid
+
+    def mass(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Static weight of the leaves low..high, both [...]."""
+        return self.cumulative[high] - self.cumulative[low]
+
+
+# --- The view, which is what the body sees of a distribution: the likely tokens alone, the rest in ranges. ---
+
+
+@dataclass
+class FieldView:
+    """The pruned distributions of N positions, each a cut through the tree in leaf order.
+
+    A range of leaves [start, next start) weighs exp(logmass), spread over its leaves by their static share. What is stored
+    has been rounded to float16; `dense_log` makes the rounded ranges sum to 1.
+    """
+
+    starts: np.ndarray  # uint16 [N, K]: first leaf position of each range, ascending; V = unused
+    logmass: np.ndarray  # float16 [N, K]: ln of each range's probability; 0 where unused
+    scalars: np.ndarray  # float16 [N, 6]: entropy, top p, match length, has match, last cost, recent cost
+    tree: FieldTree
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index) -> FieldView:
+        """Rows by slice, array or mask; a single row by number stays a view of one row."""
+        if isinstance(index, (int, np.integer)):
+            index = slice(index, index + 1 or None)
+        return FieldView(self.starts[index], self.logmass[index], self.scalars[index], self.tree)
+
+    def take(self, indices) -> FieldView:
+        """Rows by number, in any order, repeated at will."""
+        return self[np.asarray(indices, np.int64).reshape(-1)]
+
+    @staticmethod
+    def concat(views: Sequence[FieldView]) -> FieldView:
+        """One view after the other; all of the same tree."""
+        parts = [np.concatenate([getattr(view, name) for view in views]) for name in ("starts", "logmass", "scalars")]
+        return FieldView(*parts, views[0].tree)
+
+    def ends(self) -> np.ndarray:
+        """int64 [N, K]: the leaf position behind each range; equal to its start where unused."""
+        last = np.full((len(self), 1), len(self.tree), np.int64)
+        return np.concatenate([self.starts[:, 1:], last], axis=1, dtype=np.int64)
+
+    def log_norm(self) -> np.ndarray:
+        """float32 [N]: ln of the sum of all ranges, which rounding has moved away from 0."""
+        used = self.starts < len(self.tree)
+        return np.log(np.sum(np.exp(self.logmass, dtype=np.float32) * used, axis=1))
+
+    def singletons(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int32 [N, K] and probabilities float32 [N, K] of the ranges of one leaf; token 0, p = 0 elsewhere."""
+        alone = self.ends() - self.starts == 1
+        tokens = np.where(alone, self.tree.leaf[np.minimum(self.starts, len(self.tree) - 1)], 0)
+        p = np.exp(self.logmass.astype(np.float32) - self.log_norm()[:, None])
+        return tokens.astype(np.int32), np.where(alone, p, np.float32(0))
+
+    def dense_log(self) -> np.ndarray:
+        """float32 [N, V]: ln p of every token, in token order; each row sums to 1."""
+        size, ends = len(self.tree), self.ends()
+        starts = self.starts.astype(np.int64)
+        width = np.where(ends > starts, self.tree.mass(starts, ends), 1.0)
+        level = self.logmass - self.log_norm()[:, None] - np.log(width).astype(np.float32)  # [N, K]: ln p per share
+        by_leaf = np.repeat(level.ravel(), (ends - starts).ravel()).reshape(len(self), size)
+        by_leaf += np.log(self.tree.share).astype(np.float32)
+        return by_leaf[:, self.tree.rank]
+
+
+def _field_view(starts: np.ndarray, mass: np.ndarray, scalars: np.ndarray, tree: FieldTree) -> FieldView:
+    """Round the ranges of a cut (mass: float [N, K], 0 where unused) to what a view keeps."""
+    with np.errstate(divide="ignore"):
+        logmass = np.where(mass > 0, np.log(mass), 0.0)
+    return FieldView(starts.astype(np.uint16), np.maximum(logmass, -60000.0).astype(np.float16), scalars.astype(np.float16), tree)
+
+
+# --- Tables of the mixer: constants that both twins compute with, and the arrays that learn. ---
+
+_FIELD_CONTEXTS = {"full": 19, "lite": 6}  # number of contexts, see _FieldReference.set_contexts
+_FIELD_MATCH_MINIMUM = 20  # tokens that must agree before the first, more cautious match model speaks
+_FIELD_DEPTHS = 20  # depths that the mixer tells apart
+_FIELD_HISTORY = 1 << 22  # tokens remembered for matches at most; 8 MB
+
+
+class _FieldTables(NamedTuple):
+    """Constants of the mixer. A probability is kept in integers, so that both twins count alike."""
+
+    curves: np.ndarray  # float32 [2, 4096]: ln(p / (1-p)) by the upper 12 bits of p; its inverse on [-12, 12] by 1/128
+    rates: np.ndarray  # int64 [2, 1024]: learning rates of slots and of adaptive maps by visits, 16 bits of fraction
+    mixer_rates: np.ndarray  # float32 [1024]: a weight set's, by its visits
+    transitions: np.ndarray  # uint8 [2, 256]: two counts of 4 bits after a bit
+    sets: np.ndarray  # int64 [5]: where the rows of each selector begin: match, node, seen and depth, previous token
+
+
+class _FieldState(NamedTuple):
+    """What learns or moves; organs/kernels/field.py says what is in each."""
+
+    table: np.ndarray  # uint32 [16 (lines + 1)]
+    successors: np.ndarray  # uint32 [C, power of two]
+    maps: np.ndarray  # uint32 [C + G, 256], G = C + 2 guesses
+    weights: np.ndarray  # float32 [rows, I]
+    visits: np.ndarray  # int32 [rows]
+    final: np.ndarray  # float32 [20 (C + 1), 4]
+    apm: np.ndarray  # float32 [V-1 + power of two, 33]
+    match_table: np.ndarray  # uint32 [2, power of two]
+    history: np.ndarray  # uint16 [power of two]
+    registers: np.ndarray  # int64 [16]
+    rolling: np.ndarray  # uint64 [8]
+    costs: np.ndarray  # float64 [2]
+
+
+def _field_transitions() -> np.ndarray:
+    """uint8 [2, 256]: a bit adds to its own count, and shrinks the other's if that is large: the present matters more."""
+    table = np.zeros((2, 256), np.uint8)
+    for zeros, ones, bit in itertools.product(range(16), range(16), range(2)):
+        same, other = (ones, zeros) if bit else (zeros, ones)
+        same, other = min(15, same + 1), (other + 3) // 2 if other > 4 else other - 1 if other > 2 else other
+        table[bit, zeros << 4 | ones] = (other << 4 | same) if bit else (same << 4 | other)
+    return table
+
+
+def _field_tables(tree: FieldTree, config: FieldConfig) -> _FieldTables:
+    p = (np.arange(4096) + 0.5) / 4096
+    contexts = _FIELD_CONTEXTS[config.contexts]
+    rows = [0, 1 + 2 * 32, len(tree), _FIELD_DEPTHS * (contexts + 1), len(tree)]
+    curves = np.zeros((2, 4096), np.float32)
+    curves[0] = np.log(p / (1 - p))
+    curves[1, :3073] = 1 / (1 + np.exp(-(np.arange(3073) - 1536) / 128))
+    visits = np.arange(1024)
+    rates = [65536 / (np.minimum(visits, config.count_limit) + 1.6), 65536 / (visits + 1.5)]
+    mixer_rates = np.maximum(config.mixer_floor, 0.02 / np.sqrt(visits + 1)).astype(np.float32)
+    return _FieldTables(curves, np.array(rates, np.int64), mixer_rates, _field_transitions(), np.cumsum(rows).astype(np.int64))
+
+
+def _field_aligned(size: int, dtype: type) -> np.ndarray:
+    """Zeros that begin at a cache line; pages that were never written take no memory."""
+    raw = np.zeros(size + 64 // np.dtype(dtype).itemsize, dtype)
+    first = -raw.ctypes.data % 64 // raw.itemsize
+    return raw[first : first + size]
+
+
+def _field_state(tree: FieldTree, tables: _FieldTables, config: FieldConfig) -> _FieldState:
+    """The arrays of a field that has read nothing."""
+    contexts, selectors = _FIELD_CONTEXTS[config.contexts], len(tables.sets) - 1
+    inputs = 3 * contexts + (contexts + 2) + 1  # three from a context's slot, one a guess, bias
+    padded, rows = -(-inputs // 16) * 16, int(tables.sets[-1])
+    weights = _field_aligned(rows * padded, np.float32).reshape(rows, padded)
+    weights[:, :inputs] = 1 / contexts
+    zeros, ones = np.divmod(np.arange(256), 16)
+    maps = np.full((2 * contexts + 2, 256), int(0.9 * (1 << 22)) << 10 | 5, np.uint32)  # guesses: right 9 times in 10
+    maps[:contexts] = ((ones + 0.4) / (zeros + ones + 0.8) * (1 << 22)).astype(np.uint32) << 10 | 3
+    curve = (1 / (1 + np.exp(-np.linspace(-8, 8, 33)))).astype(np.float32)
+    size = max(1, config.table_mb)
+    registers = np.zeros(16, np.int64)
+    registers[5], registers[9] = _FIELD_MATCH_MINIMUM, config.match_min
+    return _FieldState(
+        table=_field_aligned((size * 2**14 + 1) * 16, np.uint32),
+        successors=np.zeros((contexts, 1 << min(18, 12 + size.bit_length() - 1)), np.uint32),
+        maps=maps,
+        weights=weights,
+        visits=np.zeros(rows, np.int32),
+        final=np.full((_FIELD_DEPTHS * (contexts + 1), selectors), 1 / selectors, np.float32),
+        apm=np.tile(curve, (len(tree.nodes) + (1 << min(16, 12 + size.bit_length() - 1)), 1)),
+        match_table=np.zeros((2, 1 << min(20, 14 + size.bit_length() - 1)), np.uint32),
+        history=np.zeros(1 << 12, np.uint16),
+        registers=registers,
+        rolling=np.zeros(8, np.uint64),
+        costs=np.array([0.0, 2.0]),
+    )
+
+
+def wanted_table_mb(tokens_seen: int, config: FieldConfig) -> int:
+    """How large the table should be for what was read: `table_mb` at birth, doubled as text grows, up to the maximum."""
+    size = config.table_mb
+    while size * _FIELD_TOKENS_PER_MB < tokens_seen and size < config.max_table_mb:
+        size *= 2
+    return max(1, min(size, max(config.max_table_mb, config.table_mb)))
+
+
+_FIELD_TOKENS_PER_MB = 8_000  # a table half as large would cost about 3 % (docs/decisions.md)
+
+
+# --- The reference, which says in NumPy what organs/kernels/field.py does fast. ---
+
+_FIELD_MASK = (1 << 64) - 1
+_FIELD_HASH1, _FIELD_HASH2 = 0xD6E8FEB86659FD93, 0x9E3779B97F4A7C15
+
+
+def _field_mix(h: int, x: int) -> int:
+    """One more number into a hash."""
+    h = (h + x + 1) * _FIELD_HASH1 & _FIELD_MASK
+    return h ^ h >> 29
+
+
+def _field_toward(cell: int, bit: int, rates: np.ndarray) -> int:
+    """An adaptive map's cell (22 bits of probability, 10 of visits) after it has seen a bit."""
+    visits, p = cell & 1023, cell >> 10
+    p += ((bit << 22) - p) * int(rates[1, visits]) >> 16
+    return min(max(p, 64), (1 << 22) - 64) << 10 | min(visits + 1, 400)
+
+
+class _FieldReference:
+    """Context mixing, one decision at a time (after lpaq and zpaq, with tokens for bytes).
+
+    For each of C contexts and each node there may be a *slot* of 32 bits in the table: 16 bits of probability that the token
+    lies to the right, two counts of 4 bits, 8 bits of visits. The probability is one input of the mixer; the pair of counts,
+    looked up in the context's adaptive map, another. Slots of three levels of the tree share a *bucket* of 8 words, the
+    first of which is a check; two buckets share a cache line, and the one that has seen less gives way.
+    """
+
+    def __init__(self, nodes, rank, leaf, text, starts, *arrays):
+        self.nodes, self.rank, self.leaf, self.text, self.starts = nodes, rank, leaf, text, starts
+        self.tables, self.state = _FieldTables(*arrays[:5]), _FieldState(*arrays[5:])
+        self.table, self.registers = self.state.table, self.state.registers
+        self.contexts = len(self.state.successors)
+        self.set_contexts()
+
+    # The two entry points, of the same arguments as the kernel's.
+
+    @staticmethod
+    def read(*arguments) -> None:
+        """Predict and learn tokens [N]: see the kernel."""
+        *arrays, tokens, learn, bits, floor, cut_starts, cut_masses, scalars = arguments
+        self = _FieldReference(*arrays)
+        for i in range(max(len(tokens), len(cut_starts))):
+            if i < len(cut_starts):
+                self.cut(floor, cut_starts[i], cut_masses[i], scalars[i])
+            if i < len(tokens):
+                bits[i] = self.step(int(tokens[i]), learn)
+
+    @staticmethod
+    def dense(*arguments) -> None:
+        """Probability of every token: see the kernel."""
+        *arrays, out = arguments
+        self = _FieldReference(*arrays)
+        self.expect()
+        masses, depths, buckets = {0: 1.0}, {0: 0}, {}
+        for node in range(len(self.nodes)):
+            for child, p in self.children(node, depths[node], buckets):
+                if child < 0:
+                    out[self.leaf[-1 - child]] = masses[node] * p
+                else:
+                    masses[child], depths[child] = masses[node] * p, depths[node] + 1
+
+    def children(self, node: int, depth: int, buckets: dict) -> list[tuple[int, float]]:
+        """Both children of a node and the probability of turning to each."""
+        group = int(self.nodes[node, 5])
+        if group not in buckets:
+            buckets[group] = [self.find(self.key(c, group)) for c in range(self.contexts)]
+        right = self.evaluate(node, depth, buckets[group])["p"]
+        return [(int(self.nodes[node, 3]), 1 - right), (int(self.nodes[node, 4]), right)]
+
+    def step(self, token: int, learn: bool) -> float:
+        """Predict a token along its path, move on, learn along the same path; returns its cost in bits."""
+        self.expect()
+        path, buckets, node, depth, p = [], {}, 0, 0, 1.0
+        while node >= 0:
+            right = int(self.rank[token] >= self.nodes[node, 1])
+            (_, left_p), (_, right_p) = self.children(node, depth, buckets)
+            p *= right_p if right else left_p
+            path.append((node, right, self.workings))
+            node, depth = int(self.nodes[node, 3 + right]), depth + 1
+        keys = {group: [self.key(c, group) for c in range(self.contexts)] for group in buckets}
+        self.state.costs[0] = -math.log(p)
+        self.state.costs[1] += 0.05 * (self.state.costs[0] - self.state.costs[1])
+        if learn:
+            self.learn_successors(token)
+        self.advance(token, learn)
+        if learn:
+            self.registers[1] += 1
+            for node, bit, workings in path:
+                if self.nodes[node, 5] == node:
+                    buckets[node] = [self.claim(key) for key in keys[node]]
+                self.learn_node(node, bit, workings, np.array(buckets[int(self.nodes[node, 5])]))
+        return -math.log2(p)
+
+    # Contexts: what each of the C hashes sees of the past.
+
+    def past(self, back: int) -> int:
+        position, history = int(self.registers[0]), self.state.history
+        return int(history[(position - back) % len(history)]) if position >= back else 0
+
+    def set_contexts(self) -> None:
+        """Token orders 1 to 4; the word so far, alone and with the word before. Full: also order 0 and 6, the word before
+        last, indentation, suffixes of 1 to 5 bytes, what the longest match expects, and pairs of these."""
+        word, word1, word2, indent, _, recent = (int(x) for x in self.state.rolling[:6])
+        order, expected = [1], self.expected()
+        for back in range(1, 7):
+            order.append(_field_mix(order[-1], self.past(back)))
+        h = [*order[1:5], word, word + word1 * 3]
+        if self.contexts > 6:
+            h += [1, order[6], word + word2 * 5, _field_mix(indent, recent & 0xFF)]
+            h += [recent & (1 << 8 * k) - 1 for k in range(1, 6)]
+            h += [expected, _field_mix(word1, self.past(1)), _field_mix(word, indent), _field_mix(expected, self.past(1))]
+        self.hashes = [_field_mix(x & _FIELD_MASK, 1000 + c) * _FIELD_HASH2 & _FIELD_MASK for c, x in enumerate(h)]
+
+    def expected(self) -> int:
+        """Hash of the token that the longest match expects and of the match's length."""
+        for k in range(2):
+            at, length = int(self.registers[2 + 4 * k]), int(self.registers[3 + 4 * k])
+            if at > 0 and length > 0:
+                token = int(self.state.history[at % len(self.state.history)])
+                return _field_mix(_field_mix(token, min(length, 15)), 0)
+        return 0
+
+    def advance(self, token: int, learn: bool) -> None:
+        """Move history, words, indentation, matches and contexts past a token."""
+        position, history = int(self.registers[0]), self.state.history
+        history[position % len(history)] = token
+        self.registers[0] = position + 1
+        word, word1, word2, indent, indenting, recent = (int(x) for x in self.state.rolling[:6])
+        data = bytes(self.text[self.starts[token] : self.starts[token + 1]])
+        if not data:  # a special: a document begins or ends
+            word = word1 = word2 = indent = recent = 0
+            indenting = 1
+        for byte in data:
+            recent = (recent << 8 | byte) & _FIELD_MASK
+            byte += 32 if 65 <= byte <= 90 else 0
+            if 97 <= byte <= 122 or byte >= 128:
+                word = _field_mix(word, byte)
+            elif word:
+                word, word1, word2 = 0, word, word1
+            if byte == 10:
+                indent, indenting = 0, 1
+            elif indenting:
+                indent, indenting = _field_mix(indent, byte), int(byte == 32)
+        self.state.rolling[:6] = np.array([word, word1, word2, indent, indenting, recent], np.uint64)
+        for k in range(2):
+            self.advance_match(k, token, learn)
+        self.set_contexts()
+
+    def advance_match(self, k: int, token: int, learn: bool) -> None:
+        """Follow the match, or look for a new one where the last tokens were seen before."""
+        history, cells, first = self.state.history, self.state.match_table[k], 2 + 4 * k
+        at, length, misses, minimum = (int(x) for x in self.registers[first : first + 4])
+        position, size = int(self.registers[0]), len(history)
+        if at > 0:
+            length, misses = (length + 1, misses) if history[at % size] == token else (0, misses + 1)
+            at += 1
+            if misses > 8 or position - at >= size - 65:
+                at = length = misses = 0
+        if position >= minimum:
+            h = 0
+            for back in range(1, minimum + 1):
+                h = _field_mix(h, self.past(back))
+            cell = (h >> 40) % len(cells)
+            candidate = int(cells[cell])
+            if (at == 0 or length < minimum) and 0 < candidate and position - candidate < size - 65:
+                same = 0
+                while same < min(32, candidate) and history[(candidate - 1 - same) % size] == history[(position - 1 - same) % size]:
+                    same += 1
+                if same >= minimum:
+                    at, length, misses = candidate, same, 0
+            if learn:
+                cells[cell] = position
+        self.registers[first : first + 3] = at, length, misses
+
+    def cell(self, context: int) -> int:
+        return (self.hashes[context] >> 36) % self.state.successors.shape[1]
+
+    def expect(self) -> None:
+        """Where the matches and the contexts' last tokens lead (leaf position, or -1), and how far each is trusted."""
+        self.guess, self.trust = [], []
+        for k in range(2):
+            at, length, misses = (int(x) for x in self.registers[2 + 4 * k : 5 + 4 * k])
+            self.guess.append(int(self.rank[self.state.history[at % len(self.state.history)]]) if at > 0 else -1)
+            bucket = length if length < 16 else min(15 + (length - 16 >> 2), 23)
+            self.trust.append(24 + min(length >> 1, 7) if misses > 0 else bucket)
+        for c in range(self.contexts):
+            entry = int(self.state.successors[c, self.cell(c)])
+            check, times, token = entry >> 24, entry >> 16 & 255, entry & 65535
+            self.guess.append(int(self.rank[token]) if times and check == self.hashes[c] & 255 else -1)
+            self.trust.append(times)
+
+    def learn_successors(self, token: int) -> None:
+        """In every context, this token came last; how many times in a row?"""
+        for c in range(self.contexts):
+            check, entry = self.hashes[c] & 255, int(self.state.successors[c, self.cell(c)])
+            times = entry >> 16 & 255
+            again = times and entry >> 24 == check and entry & 65535 == token
+            self.state.successors[c, self.cell(c)] = check << 24 | (min(times + 1, 31) if again else 1) << 16 | token
+
+    # The table.
+
+    def key(self, context: int, group: int) -> int:
+        h = (self.hashes[context] + group * _FIELD_HASH1) * _FIELD_HASH2 & _FIELD_MASK
+        return h ^ h >> 31
+
+    def find(self, key: int) -> int:
+        """First word of a key's bucket, or of the line at the end that stays empty."""
+        line, check = self.line(key), key & 0xFFFF | 0x10000
+        matches = [bucket for bucket in (line, line + 8) if self.table[bucket] == check]
+        return matches[0] if matches else len(self.table) - 16
+
+    def line(self, key: int) -> int:
+        return ((key >> 32) * (len(self.table) // 16 - 1) >> 32) << 4
+
+    def claim(self, key: int) -> int:
+        """The bucket of a key; if there is none, the one of the line that has seen less is emptied for it."""
+        found, line = self.find(key), self.line(key)
+        if found < len(self.table) - 16:
+            return found
+        seen = [(slot >> 12 & 15) + (slot >> 8 & 15) for slot in (int(self.table[line + 1]), int(self.table[line + 9]))]
+        bucket = line + 8 if seen[1] < seen[0] else line
+        self.table[bucket : bucket + 8] = 0
+        self.table[bucket] = key & 0xFFFF | 0x10000
+        return bucket
+
+    # One decision.
+
+    def evaluate(self, node: int, depth: int, buckets: list[int]) -> dict[str, Any]:
+        """Probability "p" that the token lies in the right half of a node, and all that led to it."""
+        state, tables, C = self.state, self.tables, self.contexts
+        slots = self.table[np.array(buckets) + self.nodes[node, 6]].astype(np.int64)
+        cells = state.maps[np.arange(C), slots >> 8 & 255]
+        x = np.zeros(state.weights.shape[1], np.float32)
+        x[:C] = np.where(slots > 0, tables.curves[0, slots >> 20], 0)
+        x[C : 2 * C] = np.where(slots > 0, tables.curves[0, cells >> 20], 0)
+        x[2 * C : 3 * C] = np.where(slots > 0, (slots >> 16) * 4 / 65536 - 2, 0)
+        match_set = self.guess_inputs(node, x[3 * C :])
+        second = int(np.count_nonzero(slots)) * _FIELD_DEPTHS + min(depth, _FIELD_DEPTHS - 1)
+        rows = tables.sets[:4] + (match_set, node, second, self.past(1))
+        dots = np.clip(state.weights[rows] @ x, -12, 12)
+        total = float(state.final[second] @ dots)
+        mixed = 1 / (1 + math.exp(-total))
+        left, share = self.apm_cell(total)
+        hashed = ((self.past(1) * 4099 + node) * _FIELD_HASH2 & _FIELD_MASK) >> 40
+        maps = state.apm[node], state.apm[len(self.nodes) + hashed % (len(state.apm) - len(self.nodes))]
+        corrected = [float(curve[left] * (1 - share) + curve[left + 1] * share) for curve in maps]
+        p = min(max(0.35 * mixed + 0.2 * corrected[0] + 0.45 * corrected[1], 5e-5), 1 - 5e-5)
+        self.workings = dict(p=p, x=x, rows=rows, dots=dots, second=second, mixed=mixed, left=left, share=share, maps=maps)
+        return self.workings
+
+    def guess_inputs(self, node: int, x: np.ndarray) -> int:
+        """One input for each guess that leads below this node, and the bias; returns the match selector's row."""
+        low, mid, high, *_ = self.nodes[node]
+        match_set = 0
+        for g, (guess, trust) in enumerate(zip(self.guess, self.trust)):
+            if low <= guess < high:
+                stretched = self.tables.curves[0, int(self.state.maps[self.contexts + g, trust]) >> 20]
+                x[g] = stretched if guess >= mid else -stretched
+                match_set = match_set or (1 + 32 * g + trust if g < 2 else 0)
+        x[len(self.guess)] = 0.3
+        return match_set
+
+    @staticmethod
+    def apm_cell(stretched: float) -> tuple[int, float]:
+        """Left neighbour among the 33 points of an adaptive map, and how far the stretched probability is beyond it."""
+        place = (min(max(stretched, -7.999), 7.999) + 8) * 2
+        return int(place), place - int(place)
+
+    def learn_node(self, node: int, bit: int, w: dict[str, Any], buckets: np.ndarray) -> None:
+        """Move everything that spoke at a node towards the bit that came."""
+        state, tables = self.state, self.tables
+        state.final[w["second"]] += 0.002 * (bit - w["mixed"]) * w["dots"]
+        for row, dot in zip(w["rows"], w["dots"]):
+            error = bit - tables.curves[1, int((dot + 12) * 128 + 0.5)]
+            state.weights[row] += error * tables.mixer_rates[state.visits[row]] * w["x"]
+            state.visits[row] = min(state.visits[row] + 1, 1023)
+        near = 0.02 * np.array([1 - w["share"], w["share"]])
+        for curve in w["maps"]:
+            curve[w["left"] : w["left"] + 2] += near * (bit - curve[w["left"] : w["left"] + 2])
+        for c, at in enumerate(buckets + self.nodes[node, 6]):
+            self.learn_slot(c, at, bit)
+        low, mid, high, *_ = self.nodes[node]
+        for cells, guess, trust in zip(state.maps[self.contexts :], self.guess, self.trust):
+            if low <= guess < high:
+                cells[trust] = _field_toward(int(cells[trust]), int((guess >= mid) == bit), tables.rates)
+
+    def learn_slot(self, c: int, at: int, bit: int) -> None:
+        slot, maps = int(self.table[at]), self.state.maps[c]
+        p, counts, visits = slot >> 16, slot >> 8 & 255, slot & 255
+        if slot:
+            maps[counts] = _field_toward(int(maps[counts]), bit, self.tables.rates)
+        else:
+            p = 32768
+        p += (bit * 65535 - p) * int(self.tables.rates[0, visits]) >> 16
+        self.table[at] = p << 16 | int(self.tables.transitions[bit, counts]) << 8 | min(visits + 1, 255)
+
+    # The pruned distribution.
+
+    def cut(self, floor: float, starts: np.ndarray, masses: np.ndarray, scalars: np.ndarray) -> None:
+        """Split the heaviest range until all that could be split weigh less than `floor`, or the width is used up."""
+        self.expect()
+        ranges, buckets = [(0, 1.0, 0, 0)], {}  # leaf position, mass, node (or -1 - leaf), depth
+        while len(ranges) < len(starts):
+            heaviest = max((r for r in ranges if r[2] >= 0 and r[1] >= floor), key=lambda r: (r[1], r[0]), default=None)
+            if heaviest is None:
+                break
+            at, mass, node, depth = heaviest
+            (left, left_p), (right, right_p) = self.children(node, depth, buckets)
+            place = ranges.index(heaviest)
+            halves = [(at, mass * left_p, left, depth + 1), (int(self.nodes[node, 1]), mass * right_p, right, depth + 1)]
+            ranges[place : place + 1] = halves
+        starts[: len(ranges)] = [r[0] for r in ranges]
+        masses[: len(ranges)] = [r[1] for r in ranges]
+        length = max([int(self.registers[3 + 4 * k]) for k in range(2) if self.guess[k] >= 0], default=None)
+        top = max((r[1] for r in ranges if r[2] < 0), default=0.0)
+        scalars[:] = _field_scalars([r[1] for r in ranges], top, length, *self.state.costs)
+
+
+def _field_scalars(masses: list[float], top: float, match_length: int | None, last_cost: float, recent_cost: float) -> list[float]:
+    """The six scalars beside a view, scaled to about ±1: what is known of how sure the field is. Costs in nats."""
+    entropy = -sum(mass * math.log(mass) for mass in masses if mass > 0)
+    return [entropy / 2 - 1, 2 * top - 1, math.log1p(match_length or 0) - 1, float(match_length is not None),
+            min(last_cost, 10.0) / 3 - 0.5, recent_cost / 2 - 0.5]  # fmt: skip
+
+
+# --- The field itself, which keeps the arrays and asks one of the twins. ---
+
+
+class Field:
+    """A context mixer over the token tree: `vocabulary` list of bytes (b"" for specials), config: the [field] section.
+
+    engine: "numba" (compiled), "numpy" (the reference, about 2,000 times slower), "auto" (compiled if it can be). Costs are
+    in bits, probabilities are plain numbers. One thread may use a field at a time; a copy is independent.
+    """
+
+    def __init__(self, vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray | None = None, engine: str = "auto"):
+        self.config, self.tree = config, FieldTree(vocabulary, weights)
+        self.tables = _field_tables(self.tree, config)
+        self.arrays = _field_state(self.tree, self.tables, config)
+        self.boosts = np.zeros(len(vocabulary))  # p(t) is multiplied by 1 + boosts[t] when speaking
+        self._twin = _field_twin(engine)
+
+    @property
+    def seen(self) -> int:
+        """Tokens learned."""
+        return int(self.arrays.registers[1])
+
+    def _tree_arrays(self) -> tuple[np.ndarray, ...]:
+        return self.tree.nodes, self.tree.rank, self.tree.leaf, self.tree.text, self.tree.starts
+
+    # Reading and learning.
+
+    def read(self, tokens, views: bool = False, learn: bool = True, costs: bool = True) -> tuple[np.ndarray, FieldView | None]:
+        """Predict, then learn, each of the tokens [N]: cost of each in bits float64 [N], and the views before each.
+
+        learn=False moves contexts and matches past the tokens and learns nothing. (costs: for CooccurField's sake.)
+        """
+        tokens = self._checked(tokens)
+        bits, rows = np.zeros(len(tokens)), len(tokens) if views else 0
+        parts = [self._read_part(tokens[i : i + 65536], views, learn, bits[i : i + 65536]) for i in range(0, len(tokens), 65536)]
+        if not views:
+            return bits, None
+        return bits, FieldView.concat(parts) if parts else self._empty_view(rows)
+
+    def _checked(self, tokens) -> np.ndarray:
+        """Token ids as int64 [N]; ids outside the vocabulary would let the kernel read foreign memory."""
+        tokens = np.asarray(tokens, np.int64).reshape(-1)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(self.tree):
+            raise ValueError(f"token ids must be in 0..{len(self.tree) - 1}, not {tokens.min()}..{tokens.max()}")
+        return tokens
+
+    def _read_part(self, tokens: np.ndarray, views: bool, learn: bool, bits: np.ndarray) -> FieldView | None:
+        self._make_room(len(tokens))
+        starts, mass, scalars = self._blank_cuts(len(tokens) if views else 0)
+        self._twin.read(*self._tree_arrays(), *self.tables, *self.arrays, tokens, learn, bits, self.config.view_floor, starts, mass, scalars)
+        return _field_view(starts, mass, scalars, self.tree) if views else None
+
+    def _blank_cuts(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        width = min(self.config.view_width, len(self.tree))
+        return np.full((rows, width), len(self.tree), np.int32), np.zeros((rows, width)), np.zeros((rows, 6))
+
+    def _empty_view(self, rows: int) -> FieldView:
+        return _field_view(*self._blank_cuts(rows), self.tree)
+
+    def _make_room(self, count: int) -> None:
+        """Let the history grow until it is as long as it may be; from then on it is a ring."""
+        history, needed = self.arrays.history, int(self.arrays.registers[0]) + count
+        size = len(history)
+        while size < needed and size < _FIELD_HISTORY:
+            size *= 2
+        if size > len(history):
+            larger = np.zeros(size, np.uint16)
+            larger[: len(history)] = history
+            self.arrays = self.arrays._replace(history=larger)
+
+    def learn(self, token: int) -> float:
+        """Learn one token; returns what it cost, in bits."""
+        return float(self.read([token])[0][0])
+
+    def observe(self, token: int) -> None:
+        """Move contexts and matches past a token without learning it."""
+        self.read([token], learn=False)
+
+    # Speaking.
+
+    def prob(self, token: int) -> float:
+        """Probability of one token next."""
+        return float(self._plain_dense()[self._checked([token])[0]])
+
+    def _plain_dense(self) -> np.ndarray:
+        out = np.zeros(len(self.tree))
+        self._twin.dense(*self._tree_arrays(), *self.tables, *self.arrays, out)
+        return out
+
+    def dense(self) -> np.ndarray:
+        """float64 [V]: probability of every token next, unpruned, with boosts."""
+        p = self._plain_dense() * (1 + self.boosts)
+        return p / p.sum()
+
+    def view(self) -> FieldView:
+        """The pruned distribution of the next token, one row, with boosts."""
+        starts, mass, scalars = self._blank_cuts(1)
+        nothing = np.zeros(0, np.int64)
+        self._twin.read(*self._tree_arrays(), *self.tables, *self.arrays, nothing, False, np.zeros(0), self.config.view_floor, starts, mass, scalars)
+        if self.boosts.any():
+            mass = self._boosted(starts, mass)
+        return _field_view(starts, mass, scalars, self.tree)
+
+    def _boosted(self, starts: np.ndarray, mass: np.ndarray) -> np.ndarray:
+        """Masses [1, K] of a cut after the boosts; within a range, boosts weigh by static share."""
+        ends = np.append(starts[0, 1:], len(self.tree))
+        extra = np.concatenate([[0.0], np.cumsum(self.tree.share * self.boosts[self.tree.leaf])])
+        width = np.maximum(self.tree.mass(starts[0], ends), 1e-300)
+        mass = mass * (1 + (extra[ends] - extra[starts[0]]) / width)
+        return mass / mass.sum()
+
+    def sample(self, rng: np.random.Generator, temperature: float = 1.0) -> int:
+        """Draw the next token; temperature 0 takes the likeliest."""
+        p = self.dense()
+        if temperature <= 0:
+            return int(p.argmax())
+        p = (p / p.max()) ** (1 / temperature)
+        return int(np.searchsorted(np.cumsum(p), rng.random() * p.sum(), side="right"))
+
+    def boost(self, tokens, amount: float | None = None) -> None:
+        """The user said these: each becomes likelier by `amount` (config.user_boost), once an occurrence."""
+        np.add.at(self.boosts, self._checked(tokens), self.config.user_boost if amount is None else amount)
+
+    def decay_boosts(self) -> None:
+        """Boosts fade with every message and reply; what is below .01 is forgotten."""
+        self.boosts *= self.config.boost_decay
+        self.boosts[self.boosts < 0.01] = 0
+
+    # Copies.
+
+    def copy(self) -> Field:
+        """An independent field that has learned the same; the tree is shared."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        table = _field_aligned(len(self.arrays.table), np.uint32)
+        table[:] = self.arrays.table
+        twin.arrays = _FieldState(table, *(array.copy() for array in self.arrays[1:]))
+        twin.boosts = self.boosts.copy()
+        return twin
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All that `from_state` needs for a field that is the same bit for bit."""
+        settings = json.dumps(dict(contexts=self.config.contexts, table_mb=self.config.table_mb, count_limit=self.config.count_limit,
+                                   mixer_floor=self.config.mixer_floor, match_min=self.config.match_min))  # fmt: skip
+        return dict(self.arrays._asdict(), boosts=self.boosts, tree_weights=self.tree.weights,
+                    settings=np.frombuffer(settings.encode(), np.uint8))  # fmt: skip
+
+    @classmethod
+    def from_state(cls, vocabulary: list[bytes], config: FieldConfig, arrays: dict[str, np.ndarray], engine: str = "auto") -> Field:
+        """The field that `state` described; what shapes its arrays comes from there, not from config."""
+        settings = json.loads(bytes(np.asarray(arrays["settings"], np.uint8)))
+        made = cls(vocabulary, dataclasses.replace(config, **settings), arrays["tree_weights"], engine)
+        for name, mine in made.arrays._asdict().items():
+            given = arrays[name]
+            if name == "history" and given.ndim == 1 and given.dtype == mine.dtype and len(given).bit_count() == 1:
+                made.arrays = made.arrays._replace(history=given.copy())
+                continue
+            if given.shape != mine.shape or given.dtype != mine.dtype:
+                raise OrganismError(f"The field's checkpoint does not fit its vocabulary: {name} is {given.shape}, not {mine.shape}.")
+            mine[...] = given
+        made.boosts[:] = arrays["boosts"]
+        return made
+
+
+def _field_twin(engine: str):
+    """What answers `read` and `dense`: the compiled module, or the reference."""
+    if engine == "numpy":
+        return _FieldReference
+    try:
+        organ("kernels")
+        return importlib.import_module("organs.kernels.field")
+    except (OrganismError, ImportError):
+        if engine == "numba":
+            raise
+        return _FieldReference
+
+
+class ReferenceField(Field):
+    """The field on the readable twin: slow, and the oracle of the kernel's tests."""
+
+    def __init__(self, vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray | None = None, engine: str = "numpy"):
+        super().__init__(vocabulary, config, weights, "numpy")
+
+
+def make_field(vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray | None, compiled: bool) -> Field | CooccurField:
+    """The context mixer where kernels are compiled, n-gram counts where they are not."""
+    return Field(vocabulary, config, weights, "numba") if compiled else CooccurField(vocabulary, config, weights)
+
+
+# --- Counting, which answers at once: n-grams and what occurs together, without tables or kernels. ---
+
+
+class CooccurField:
+    """N-gram counts of orders 4 to 1, each leaning on the next shorter one, and co-occurrence within ±5 tokens.
+
+    p_n(t) = (count(context, t) + strength · p_{n-1}(t)) / (count(context) + strength), p_0 uniform (a Dirichlet prior);
+    then p = (1 - share) · p_4 + share · (how often t was near the last five tokens). The interface is Field's. (molequla §1.5)
+    """
+
+    ORDERS, NEAR = 4, 5
+    STRENGTH = 2.0  # observations that the shorter context is worth (chosen on nonames.txt)
+    SHARE = 0.03  # of co-occurrence; molequla's .3 is worse by far as a predictor (the same)
+
+    def __init__(self, vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray | None = None):
+        self.config, self.tree = config, FieldTree(vocabulary, weights)
+        self.boosts = np.zeros(len(vocabulary))
+        self.counts = [collections.Counter() for _ in range(self.ORDERS)]  # (t1 .. tn) -> times
+        self.contexts = [collections.Counter() for _ in range(self.ORDERS)]  # (t1 .. tn-1) -> times followed
+        self.near = collections.Counter()  # (a, b), a <= b -> times within five tokens of each other
+        self.near_totals = np.zeros(len(vocabulary))
+        self.recent: list[int] = []  # the last tokens, learned or observed
+        self.seen = 0
+        self.last_costs = [0.0, 2.0]  # nats: of the last token, and the running mean
+
+    def read(self, tokens, views: bool = False, learn: bool = True, costs: bool = True) -> tuple[np.ndarray, FieldView | None]:
+        """As Field.read. costs=False counts all at once, several times faster, and returns zeros."""
+        tokens = Field._checked(self, tokens).tolist()
+        bits, rows = np.zeros(len(tokens)), []
+        if not (costs or views):
+            self._count(tokens, learn)
+            return bits, None
+        for i, token in enumerate(tokens):
+            if views:
+                rows.append(self.view())
+            p = self._prob(token)
+            bits[i] = -math.log2(p)
+            self.last_costs = [-math.log(p), self.last_costs[1] + 0.05 * (-math.log(p) - self.last_costs[1])]
+            self._count([token], learn)
+        return bits, (FieldView.concat(rows) if rows else self._empty_view()) if views else None
+
+    def _count(self, tokens: list[int], learn: bool) -> None:
+        """Move past tokens, counting every n-gram that ends in one of them."""
+        past = self.recent
+        line = past + tokens
+        if learn:
+            for n in range(1, self.ORDERS + 1):
+                first = max(0, len(past) - n + 1)
+                grams = list(zip(*(line[first + k :] for k in range(n))))
+                self.counts[n - 1].update(grams)
+                self.contexts[n - 1].update(gram[:-1] for gram in grams)
+            for gap in range(1, self.NEAR + 1):
+                first = max(0, len(past) - gap)
+                pairs = [(a, b) if a <= b else (b, a) for a, b in zip(line[first:], line[first + gap :])]
+                self.near.update(pairs)
+                np.add.at(self.near_totals, np.array(pairs, np.int64).ravel(), 1)
+            self.seen += len(tokens)
+        self.recent = line[-self.NEAR :]
+
+    def learn(self, token: int) -> float:
+        """Learn one token; returns what it cost, in bits."""
+        return float(self.read([token])[0][0])
+
+    def observe(self, token: int) -> None:
+        """Move past a token without learning it."""
+        self.read([token], learn=False)
+
+    def _prob(self, token: int) -> float:
+        p = 1 / len(self.tree)
+        for n in range(1, self.ORDERS + 1):
+            context = tuple(self.recent[len(self.recent) - n + 1 :]) if n <= len(self.recent) + 1 else None
+            total = self.contexts[n - 1].get(context, 0)
+            if total:
+                p = (self.counts[n - 1].get((*context, token), 0) + self.STRENGTH * p) / (total + self.STRENGTH)
+        total = sum(self.near_totals[other] for other in self.recent)
+        if total:
+            close = sum(self._near(other, token) for other in self.recent)
+            p = (1 - self.SHARE) * p + self.SHARE * close / total
+        return float(p)
+
+    def _near(self, a: int, b: int) -> int:
+        """Times that b was near a; a token beside itself was counted from both sides."""
+        return self.near.get((a, b) if a <= b else (b, a), 0) * (2 if a == b else 1)
+
+    def prob(self, token: int) -> float:
+        """Probability of one token next."""
+        return self._prob(int(Field._checked(self, [token])[0]))
+
+    def _plain_dense(self) -> np.ndarray:
+        return np.array([self._prob(token) for token in range(len(self.tree))])
+
+    def view(self) -> FieldView:
+        """The pruned distribution of the next token, one row, with boosts."""
+        p = self.dense()
+        cumulative = np.concatenate([[0.0], np.cumsum(p[self.tree.leaf])])
+        ranges = [(0, len(self.tree), 1.0, 0)]  # low, high, mass, node
+        width = min(self.config.view_width, len(self.tree))
+        while len(ranges) < width:
+            place = max(range(len(ranges)), key=lambda k: ranges[k][2] if ranges[k][3] >= 0 else -1.0)
+            low, high, mass, node = ranges[place]
+            if node < 0 or mass < self.config.view_floor:
+                break
+            _, mid, _, left, right, *_ = self.tree.nodes[node].tolist()
+            left_mass = float(cumulative[mid] - cumulative[low])
+            ranges[place : place + 1] = [(low, mid, left_mass, left), (mid, high, mass - left_mass, right)]
+        starts, mass = np.full((1, width), len(self.tree), np.int32), np.zeros((1, width))
+        starts[0, : len(ranges)], mass[0, : len(ranges)] = [r[0] for r in ranges], [max(r[2], 1e-12) for r in ranges]
+        top = max((r[2] for r in ranges if r[3] < 0), default=0.0)
+        scalars = np.array([_field_scalars(mass[0, : len(ranges)].tolist(), top, None, *self.last_costs)])
+        return _field_view(starts, mass, scalars, self.tree)
+
+    dense, sample, boost, decay_boosts = Field.dense, Field.sample, Field.boost, Field.decay_boosts
+    _checked, _blank_cuts = Field._checked, Field._blank_cuts
+
+    def _empty_view(self) -> FieldView:
+        return Field._empty_view(self, 0)
+
+    def copy(self) -> CooccurField:
+        """An independent field that has counted the same."""
+        twin = object.__new__(CooccurField)
+        twin.__dict__.update(self.__dict__)
+        twin.counts, twin.contexts = [c.copy() for c in self.counts], [c.copy() for c in self.contexts]
+        twin.near, twin.near_totals, twin.boosts = self.near.copy(), self.near_totals.copy(), self.boosts.copy()
+        twin.recent, twin.last_costs = list(self.recent), list(self.last_costs)
+        return twin
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All that `from_state` needs."""
+        out = {"near_totals": self.near_totals, "boosts": self.boosts, "tree_weights": self.tree.weights,
+               "recent": np.array(self.recent, np.int64), "seen": np.array(self.seen), "last_costs": np.array(self.last_costs)}  # fmt: skip
+        tables = [("near", 2, self.near)] + [(f"counts{n}", n, self.counts[n - 1]) for n in range(1, self.ORDERS + 1)]
+        tables += [(f"contexts{n}", n - 1, self.contexts[n - 1]) for n in range(1, self.ORDERS + 1)]
+        for name, width, counter in tables:
+            out[name] = np.array([(*key, times) for key, times in counter.items()], np.int64).reshape(-1, width + 1)
+        return out
+
+    @classmethod
+    def from_state(cls, vocabulary: list[bytes], config: FieldConfig, arrays: dict[str, np.ndarray]) -> CooccurField:
+        """The field that `state` described."""
+        made = cls(vocabulary, config, arrays["tree_weights"])
+        for name in ("near_totals", "boosts"):
+            getattr(made, name)[:] = arrays[name]
+        made.recent, made.seen, made.last_costs = arrays["recent"].tolist(), int(arrays["seen"]), arrays["last_costs"].tolist()
+        targets = [("near", made.near)] + [(f"counts{n + 1}", made.counts[n]) for n in range(cls.ORDERS)]
+        for name, counter in targets + [(f"contexts{n + 1}", made.contexts[n]) for n in range(cls.ORDERS)]:
+            counter.update({tuple(row[:-1]): row[-1] for row in arrays[name].tolist()})
+        return made
+
+
+################################################################################################
+# Chapter 6. Deltas and gamma
+################################################################################################
+# Gamma is the difference from birth: how far, and how sparsely, the embedding has moved since the first breath. The
+# low-rank adapters that share this chapter's name grow with the capability GROWS.
+
+
+@dataclass(frozen=True)
+class Gamma:
+    """Magnitude: Frobenius norm of (embedding - embedding at birth). Sparsity: share of its elements that are at most
+    `threshold` in size. Rows that joined the vocabulary later are compared with the row they were given then."""
+
+    magnitude: float
+    sparsity: float
+
+    @staticmethod
+    def of(now: np.ndarray, birth: np.ndarray, threshold: float = 0.01) -> Gamma:
+        """Both arrays [V, C]."""
+        change = now.astype(np.float64) - birth
+        return Gamma(float(np.sqrt((change**2).sum())), float((np.abs(change) <= threshold).mean()))
+
+
+################################################################################################
+# Chapter 7. Voice
+################################################################################################
+# How it speaks: an overlay of the field hears the conversation and what memory recalls, the body on the field
+# predicts, the sampling chain picks a token, and whole characters stream out. It hides every kind of half: half a
+# UTF-8 character, half a stop sequence, half-trained weights (it only ever reads the published snapshot).
+
+
+@dataclass
+class Snapshot:
+    """What is published: nothing here is ever written to again. `number` is the generation's."""
+
+    tokenizer: Tokenizer
+    field: Field | CooccurField
+    body: Body
+    gate: Gate
+    number: int = 0
+    compiled: bool = False
+    _decoder: Decoder | None = None
+
+    def decoder(self) -> Decoder:
+        """A decoder of this body's averaged weights, made once; only the voice uses it."""
+        if self._decoder is None:
+            self._decoder = Decoder(self.body, executor="numba" if self.compiled else "numpy")
+        self._decoder.reset()
+        return self._decoder
+
+
+# --- The sampling chain, which takes a distribution and returns a token. ---
+
+
+class SamplingChain:
+    """Penalties, temperature with its entropy adaptation, top-k, min-p, typical-p, top-p; then one draw.
+
+    The nucleus is cut in order of probability on renormalised mass, after typical-p, so that the likeliest of the
+    typical tokens always survives (molequla cut it in order of typicality: spec §2, fault 26).
+    """
+
+    def __init__(self, config: VoiceConfig, rng: np.random.Generator, temperature: float | None = None):
+        self.config, self.rng = config, rng
+        self.temperature = config.temperature if temperature is None else temperature
+        self.entropies: list[float] = []  # nats, of what was sampled from, one a token
+
+    def choose(self, p: np.ndarray, produced: list[int], banned: Sequence[int] = ()) -> int:
+        """One token from p [V], which sums to 1; `produced` are the reply's tokens so far."""
+        log_p = np.log(np.maximum(p, 1e-12))
+        if produced:
+            tokens, counts = np.unique(np.array(produced[-64:]), return_counts=True)
+            log_p[tokens] -= self.config.frequency_penalty * counts + self.config.presence_penalty
+        log_p[list(banned)] = -np.inf
+        if self.temperature <= 0:
+            self.entropies.append(_entropy(_softmax(log_p)))
+            return int(log_p.argmax())
+        q = self._tempered(log_p)
+        q = self._filtered(q)
+        return int(self.rng.choice(len(q), p=q))
+
+    def _tempered(self, log_p: np.ndarray) -> np.ndarray:
+        """Too sure: loosen; too unsure: focus (entropy in nats, spec §1.6)."""
+        config, q = self.config, _softmax(log_p / self.temperature)
+        entropy = _entropy(q)
+        self.entropies.append(entropy)
+        factor = config.entropy_boost if entropy < config.entropy_low else config.entropy_focus if entropy > config.entropy_high else 1.0
+        return q if factor == 1.0 else _softmax(log_p / (self.temperature * factor))
+
+    def _filtered(self, q: np.ndarray) -> np.ndarray:
+        config = self.config
+        order = np.argsort(-q, kind="stable")
+        if config.top_k > 0:
+            order = order[: config.top_k]
+        order = order[q[order] >= config.min_p * q[order[0]]]
+        if config.typical_p < 1 and len(order) > 1:
+            mass = q[order] / q[order].sum()
+            surprise = -np.log(np.maximum(mass, 1e-12))
+            typical = np.argsort(np.abs(surprise - _entropy(mass)), kind="stable")
+            kept = typical[: int(np.searchsorted(np.cumsum(mass[typical]), config.typical_p)) + 1]
+            order = order[np.sort(kept)]
+        if config.top_p < 1:
+            mass = q[order] / q[order].sum()
+            order = order[: int(np.searchsorted(np.cumsum(mass), config.top_p)) + 1]
+        out = np.zeros_like(q)
+        out[order] = q[order] / q[order].sum()
+        return out
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits - logits.max())
+    return e / e.sum()
+
+
+def _entropy(p: np.ndarray) -> float:
+    """Nats."""
+    q = p[p > 0]
+    return float(-(q * np.log(q)).sum())
+
+
+def repeats(tokens: Sequence[int], guard: int) -> bool:
+    """Whether the tokens end in something said twice in a row, of `guard` to 4 · `guard` tokens; 0 switches it off."""
+    return guard > 0 and any(
+        len(tokens) >= 2 * n and tokens[-n:] == tokens[-2 * n : -n] for n in range(guard, 4 * guard + 1)
+    )
+
+
+# --- Streaming, which turns bytes into whole characters and holds back what may be the start of a stop sequence. ---
+
+
+class TextStream:
+    """Bytes in, text out; `stopped` once a stop sequence was met. Invalid UTF-8 becomes the replacement character."""
+
+    def __init__(self, stops: Sequence[str] = ("\n",)):
+        import codecs
+
+        self.decoder, self.held, self.stopped = codecs.getincrementaldecoder("utf-8")("replace"), "", False
+        self.stops = [s for s in stops if s]
+
+    def push(self, data: bytes, last: bool = False) -> str:
+        """What can be shown now."""
+        self.held += self.decoder.decode(data, last)
+        cuts = [at for at in (self.held.find(s) for s in self.stops) if at >= 0]
+        if cuts:
+            self.stopped, shown, self.held = True, self.held[: min(cuts)], ""
+            return shown
+        hold = 0 if last else max((_overlap_length(self.held, s) for s in self.stops), default=0)
+        shown, self.held = self.held[: len(self.held) - hold], self.held[len(self.held) - hold :]
+        return shown
+
+
+def _overlap_length(text: str, stop: str) -> int:
+    """How many last characters of the text are the first of the stop sequence."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# --- Recall, which gives back what it was told. ---
+
+_DEIXIS = {  # whoever speaks is "I": a remembered sentence changes its point of view when it is given back
+    "i": "you", "me": "you", "my": "your", "mine": "yours", "myself": "yourself", "i'm": "you're", "i've": "you've",
+    "i'll": "you'll", "i'd": "you'd", "am": "are", "you": "I", "your": "my", "yours": "mine", "yourself": "myself",
+    "you're": "I'm", "you've": "I've", "you'll": "I'll", "you'd": "I'd", "we": "you", "our": "your", "ours": "yours", "us": "you",
+}  # fmt: skip
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*", re.UNICODE)
+
+
+def seen_from_here(sentence: str) -> str:
+    """An English sentence of the user's as the organism says it back: "My sister is ill." → "Your sister is ill." """
+    words = [m.group() for m in _WORD.finditer(sentence)]
+    if not any(w.lower().replace("’", "'") in _DEIXIS for w in words):
+        return sentence
+    first_person = any(w.lower().replace("’", "'") in ("i", "i've", "i'd") for w in words)
+
+    def turn(match: re.Match) -> str:
+        word = match.group()
+        key = word.lower().replace("’", "'")
+        if key == "was" and first_person and re.search(r"\b[Ii]\s+$", sentence[: match.start()]):
+            return "were"
+        new = _DEIXIS.get(key)
+        if new is None:
+            return word
+        return new[0].upper() + new[1:] if word[0].isupper() and (word.lower() != "i" or match.start() == 0) else new
+
+    return _WORD.sub(turn, sentence)
+
+
+@dataclass(frozen=True)
+class Recollection:
+    """A remembered line that may answer: what to say, how well it matches (0..1), where it is from."""
+
+    answer: str
+    match: float
+    origin: str
+
+
+def recollect(memory: Memory, text: str, limit: int, before: int | None = None) -> list[Recollection]:
+    """Remembered sentences that may answer a text, best first. What the user said outranks what was read; a question
+    that was read stands for the answer that followed it."""
+    found = []
+    for hit in memory.search(text, limit=4 * limit, before=before):
+        line = hit.text.strip()
+        if hit.kind == "message":
+            if hit.role == "user" and not is_question(line):
+                found.append(Recollection(seen_from_here(line), hit.score + 0.25, "told"))
+        elif hit.answer:  # a question much like this one: how alike both ways
+            likeness = len(stems_of(text) & stems_of(line)) / max(1, len(stems_of(text) | stems_of(line)))
+            found.append(Recollection(hit.answer, likeness * min(1.0, hit.score), "read"))
+        elif not line.startswith("H:"):
+            found.append(Recollection(line.removeprefix("A:").strip(), 0.7 * hit.score, "read"))
+    found.sort(key=lambda r: -r.match)
+    return found[:limit]
+
+
+# --- A reply, which is a stream while it is being made and a value afterwards. ---
+
+
+class Reply:
+    """Iterate for pieces of text as they come; `text` and the figures are there once it is complete.
+
+    source: "field", "body" or "blend". surprise_bits: bits per byte of what was said to it, before it was learned.
+    entropy_bits: mean entropy of the distributions it drew from. recalled: the remembered line it leaned on, if any.
+    """
+
+    def __init__(self, pieces: Iterator[str]):
+        self._pieces, self._text = pieces, ""
+        self.source, self.surprise_bits, self.entropy_bits = "field", 0.0, 0.0
+        self.tokens, self.seconds, self.first_seconds, self.recalled = 0, 0.0, 0.0, None
+        self.temperature = 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            self._text += piece
+            yield piece
+
+    @property
+    def text(self) -> str:
+        """The whole reply; waits for it where it is still being made."""
+        for _ in self:
+            pass
+        return self._text.strip()
+
+    def as_dict(self) -> dict[str, Any]:
+        text = self.text
+        return dict(text=text, source=self.source, surprise_bits=round(self.surprise_bits, 4), entropy_bits=round(self.entropy_bits, 4),
+                    tokens=self.tokens, seconds=round(self.seconds, 4))  # fmt: skip
+
+
+# --- The voice itself. ---
+
+
+class Voice:
+    """One conversation's way of speaking from a snapshot. `speak` prepares a Reply; iterating it generates."""
+
+    def __init__(self, snapshot: Snapshot, config: Config, rng: np.random.Generator):
+        self.snapshot, self.config, self.rng = snapshot, config, rng
+        self.field = snapshot.field.copy()  # the overlay: hears this conversation, is thrown away with it
+
+    @property
+    def _speaks_from_field(self) -> bool:
+        return self.snapshot.body.steps == 0
+
+    def hear(self, text: str) -> None:
+        """Let the overlay learn text that is not yet lived: what was said and still waits to be judged."""
+        tokens = self.snapshot.tokenizer.encode(text)
+        if len(tokens):
+            self.field.read(tokens)
+
+    def surprise(self, question: str) -> float:
+        """Bits per byte that the question costs, before anything is taught about it."""
+        tokens = self.snapshot.tokenizer.encode(f"H: {question}\n")
+        costs, _ = self.field.read(tokens, learn=False)
+        return float(costs.sum()) / max(1, len(question.encode()) + 4)
+
+    def suggest(self, question: str, recalled: Sequence[Recollection], times: int = 3) -> None:
+        """Teach the overlay that the best recollections answer this question; the best is heard last and most."""
+        for n, memory in enumerate(reversed(recalled)):
+            for _ in range(times if n == len(recalled) - 1 else 1):
+                self.hear(f"H: {question}\nA: {memory.answer}\n")
+
+    def speak(self, prompt: str, temperature: float | None = None, stops: Sequence[str] = ("\n",)) -> Reply:
+        """Reply to a prompt that ends where the answer begins."""
+        reply = Reply(iter(()))
+        reply._pieces = self._generate(reply, prompt, temperature, stops)
+        return reply
+
+    def _generate(self, reply: Reply, prompt: str, temperature: float | None, stops: Sequence[str]) -> Iterator[str]:
+        began, voice, tokenizer = time.perf_counter(), self.config.voice, self.snapshot.tokenizer
+        chain = SamplingChain(voice, self.rng, temperature)
+        reply.temperature = chain.temperature
+        distribution = self._prefill(reply, tokenizer.encode(prompt))
+        stream, produced = TextStream(stops), []
+        never = [Tokenizer.BOS, Tokenizer.PAD]
+        breaks = [Tokenizer.EOS, *(i for i, b in enumerate(tokenizer.vocabulary) if b and any(s.encode() in b for s in stops))]
+        while len(produced) < voice.max_tokens and not stream.stopped:
+            token = chain.choose(distribution(), produced, never + breaks if len(produced) < voice.min_tokens else never)
+            if token == Tokenizer.EOS:
+                break
+            produced.append(token)
+            piece = stream.push(tokenizer.vocabulary[token])
+            reply.first_seconds = reply.first_seconds or time.perf_counter() - began
+            if piece:
+                yield piece
+            if repeats(produced, voice.repetition_guard):
+                break
+            self._advance(token)
+        if not stream.stopped and (rest := stream.push(b"", last=True)):
+            yield rest
+        reply.tokens, reply.seconds = len(produced), time.perf_counter() - began
+        reply.entropy_bits = float(np.mean(chain.entropies)) / math.log(2) if chain.entropies else 0.0
+
+    def _prefill(self, reply: Reply, tokens: np.ndarray) -> Callable[[], np.ndarray]:
+        """Feed the prompt to overlay and body; returns the function that gives the next token's distribution [V]."""
+        body = self.snapshot.body
+        if self._speaks_from_field:
+            reply.source = "field"
+            self.field.read(tokens)
+            return self.field.dense
+        if not body.on_field:
+            return self._prefill_plain(reply, tokens)
+        reply.source = "blend"
+        keep = body.context
+        early, late = tokens[:-keep] if len(tokens) > keep else tokens[:0], tokens[-keep:]
+        self.field.read(early)
+        _, views = self.field.read(late, views=True)
+        self._decoder = self.snapshot.decoder()
+        for i in range(len(late) - 1):  # the row that predicts the NEXT token goes in beside a token
+            self._decoder.feed(int(late[i]), views[i + 1 : i + 2])
+        self._advance(int(late[-1]), observe=False)
+        return self._blend
+
+    def _advance(self, token: int, observe: bool = True) -> None:
+        if observe:
+            self.field.observe(token)
+        if self._speaks_from_field:
+            return
+        if self.snapshot.body.on_field:
+            self._view = self.field.view()
+            self._logits = self._decoder.feed(token, self._view)
+        else:
+            self._logits = self._decoder.feed(token, None)
+
+    def _blend(self) -> np.ndarray:
+        """The body on the field, and the gate's share of the field alone."""
+        p = _softmax(self._logits.astype(np.float64))
+        g = float(self.snapshot.gate.weight[self.snapshot.gate.bucket(self._view.scalars[0, 0])])
+        base = np.exp(self._view.dense_log()[0].astype(np.float64))
+        p = g * p + (1 - g) * base
+        return p / p.sum()
+
+    def _prefill_plain(self, reply: Reply, tokens: np.ndarray) -> Callable[[], np.ndarray]:
+        """The plain form: the body alone, faded into n-gram counts where it is unsure (spec §1.5)."""
+        reply.source = "blend" if self.field.seen else "body"
+        self.field.read(tokens)
+        self._decoder = self.snapshot.decoder()
+        for token in tokens[-self.snapshot.body.context :]:
+            self._logits = self._decoder.feed(int(token), None)
+        return self._sigmoid_blend
+
+    def _sigmoid_blend(self) -> np.ndarray:
+        p = _softmax(self._logits.astype(np.float64))
+        voice = self.config.voice
+        w = 1 / (1 + math.exp(-voice.fade_k * (voice.fade_threshold - _entropy(p))))
+        if w >= 0.99 or not self.field.seen:
+            return p
+        p = w * p + (1 - w) * self.field.dense()
+        return p / p.sum()
+
+
+################################################################################################
+# Chapter 8. Learning
+################################################################################################
+# How text becomes part of it: files are streamed in pieces, a buffer says when there is enough to learn from, the
+# experience keeps what was read together with what the field thought of it at the time, and the learner holds
+# everything that learning changes, so that a burst works on copies and is published whole or not at all.
+
+
+# --- Reading, which turns files of any size into pieces of bytes, never a whole file at once. ---
+
+PIECE_BYTES = 65_536  # what is judged, remembered and learned at a time
+_TAG = re.compile(rb"</?[A-Za-z][^<>]{0,2000}>")
+_TEXT_FIELDS = ("text", "content", "conversations", "messages")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a source: `part` 0 begins a document, larger ones continue it; `offset` is where the next piece begins."""
+
+    source: str
+    data: bytes
+    part: int
+    offset: int
+
+
+class Reader:
+    """Streams .txt, .md, .jsonl, .json, folders and `-` (standard input) as pieces of at most 64 KB.
+
+    Malformed lines of a .jsonl are reported through `log`, counted in `malformed`, and skipped. Any other file is read
+    as bytes. Raises OrganismError for a file that is missing, unreadable or empty.
+    """
+
+    def __init__(self, paths: Iterable[str | Path], strip_tags: bool = False):
+        self.strip_tags, self.malformed = strip_tags, 0
+        self.files = [f for path in paths for f in self._expand(str(path))]
+        if not self.files:
+            raise OrganismError("There is nothing to read: the folder holds no readable files.")
+
+    def _expand(self, path: str) -> list[str]:
+        if path == "-":
+            return ["-"]
+        if os.path.isdir(path):
+            found = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
+            return [p for p in found if os.path.getsize(p)]
+        if not os.path.exists(path):
+            raise OrganismError(f"There is no file {path!r} to read: check the path.")
+        try:
+            with open(path, "rb") as stream:
+                if not stream.read(1):
+                    raise OrganismError(f"The file {path!r} is empty: there is nothing to learn from it.")
+        except OSError as error:
+            raise OrganismError(f"The file {path!r} cannot be read: {error.strerror}.") from error
+        return [path]
+
+    def pieces(self, skip: dict[str, int] | None = None) -> Iterator[Piece]:
+        """Every piece of every file, in order; `skip` gives the offset to begin at, by source."""
+        for path in self.files:
+            start = (skip or {}).get(path, 0)
+            if path.endswith(".jsonl"):
+                yield from self._documents(path, self._json_lines(path, start))
+            elif path.endswith(".json"):
+                yield from self._documents(path, self._json_file(path) if not start else ())
+            else:
+                yield from self._plain(path, start)
+
+    def _plain(self, path: str, start: int) -> Iterator[Piece]:
+        with self._open(path) as stream:
+            if start and path != "-":
+                stream.seek(start)
+            part, held, offset = int(start > 0), b"", start
+            while True:
+                more = stream.read(PIECE_BYTES)
+                held += more
+                cut = Tokenizer.boundary(held, PIECE_BYTES) if more and len(held) > PIECE_BYTES else len(held)
+                if not held or (more and len(held) <= PIECE_BYTES):
+                    if not more:
+                        return
+                    continue
+                offset += cut
+                yield Piece(path, self._clean(held[:cut]), part, offset)
+                held, part = held[cut:], part + 1
+
+    def _open(self, path: str):
+        try:
+            return contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")
+        except OSError as error:
+            raise OrganismError(f"The file {path!r} cannot be read: {error.strerror}.") from error
+
+    def _documents(self, path: str, documents: Iterable[tuple[bytes, int]]) -> Iterator[Piece]:
+        for text, offset in documents:
+            part = 0
+            while text:
+                cut = Tokenizer.boundary(text, PIECE_BYTES) if len(text) > PIECE_BYTES else len(text)
+                head, text = text[:cut], text[cut:]
+                yield Piece(path, self._clean(head), part, offset)
+                part += 1
+
+    def _json_lines(self, path: str, start: int) -> Iterator[tuple[bytes, int]]:
+        with self._open(path) as stream:
+            stream.seek(start)
+            offset = start
+            for number, line in enumerate(stream, 1):
+                offset += len(line)
+                if not line.strip():
+                    continue
+                try:
+                    text = _document_text(json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    self.malformed += 1
+                    log.warning("%s line %d is not a document: %s; it is skipped.", path, number, error)
+                    continue
+                yield text, offset
+
+    def _json_file(self, path: str) -> Iterator[tuple[bytes, int]]:
+        with self._open(path) as stream:
+            try:
+                data = json.load(stream)
+            except (ValueError, RecursionError) as error:
+                raise OrganismError(f"{path!r} is not valid JSON: {error}.") from error
+        size = os.path.getsize(path)
+        for number, item in enumerate(data if isinstance(data, list) else [data], 1):
+            try:
+                yield _document_text(item), size
+            except ValueError as error:
+                self.malformed += 1
+                log.warning("%s item %d is not a document: %s; it is skipped.", path, number, error)
+
+    def _clean(self, data: bytes) -> bytes:
+        return _TAG.sub(b"", data) if self.strip_tags else data
+
+
+def _document_text(item: Any) -> bytes:
+    """The text of one JSON document: a string, an object with text/content, or a conversation of turns."""
+    if isinstance(item, str):
+        return item.encode("utf-8", "surrogatepass")
+    if not isinstance(item, dict):
+        raise ValueError(f"a {type(item).__name__} instead of an object or a string")
+    for key in _TEXT_FIELDS:
+        value = item.get(key)
+        if isinstance(value, str):
+            return value.encode("utf-8", "surrogatepass")
+        if isinstance(value, list):
+            return b"".join(_turn_text(turn) for turn in value)
+    raise ValueError(f"none of the fields {', '.join(_TEXT_FIELDS)} holds text")
+
+
+def _turn_text(turn: Any) -> bytes:
+    if isinstance(turn, str):
+        return f"{turn}\n".encode("utf-8", "surrogatepass")
+    if not isinstance(turn, dict):
+        raise ValueError(f"a turn is a {type(turn).__name__}")
+    who = turn.get("role") or turn.get("from") or "user"
+    said = turn.get("content") or turn.get("value") or turn.get("text") or ""
+    return f"{'A' if who in ('assistant', 'gpt', 'organism') else 'H'}: {said}\n".encode("utf-8", "surrogatepass")
+
+
+# --- The quantum buffer, which says when there is enough that is new to learn from. ---
+
+
+class QuantumBuffer:
+    """Ready when (bytes or novelty) suffice and the last burst is `cooldown` seconds ago (spec molequla §1.8).
+
+    Novelty is measured against what was lived: how much dearer the new text is, in the field's bits per byte, than
+    text usually was, as a share (0: as expected, 0.5: twice as dear).
+    """
+
+    def __init__(self, config: LearningConfig):
+        self.config, self.bytes, self.bits, self.last_burst = config, 0, 0.0, -math.inf
+        self.usual = 2.5  # bits per byte of what it usually hears
+
+    def feed(self, data: bytes, bits: float) -> None:
+        """Count text that waits, and what it cost the field (bits; 0 where unknown)."""
+        self.bytes += len(data)
+        self.bits += bits
+
+    @property
+    def novelty(self) -> float:
+        dear = self.bits / self.bytes if self.bytes else 0.0
+        return max(0.0, 1.0 - self.usual / dear) if dear > 0 else 0.0
+
+    def ready(self, now: float) -> bool:
+        enough = self.bytes >= self.config.buffer_bytes or (self.bytes > 0 and self.novelty >= self.config.buffer_novelty)
+        return enough and now - self.last_burst >= self.config.cooldown
+
+    def reset(self, now: float) -> None:
+        if self.bytes:
+            self.usual += 0.1 * (self.bits / self.bytes - self.usual) if self.bits else 0.0
+        self.bytes, self.bits, self.last_burst = 0, 0.0, now
+
+
+def learning_rate(step: int, config: LearningConfig) -> float:
+    """Linear warm-up, then a cosine over the organism's whole life down to `rate_min` of the rate."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    progress = min(1.0, step / max(1, config.horizon_steps))
+    return config.rate * warm * (config.rate_min + (1 - config.rate_min) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+# --- The experience, which keeps what was read beside what the field thought of it then. ---
+
+
+class Experience:
+    """Tokens it has read, in order, each with the field's pruned prediction *of its time* (notes/stack.md).
+
+    Replay shows the body those stored predictions, never the present field's, which knows the past by heart. Bounded:
+    beyond `capacity` tokens a random half of the older blocks is let go. Single writer; a burst that is rolled back
+    calls `rollback(mark)`.
+    """
+
+    BLOCK = 1024  # tokens that stay or go together
+
+    def __init__(self, capacity: int, width: int, tree: FieldTree | None, seed: int = 0):
+        self.capacity, self.width, self.tree = max(capacity, 4 * self.BLOCK), width, tree
+        self.length, self.rng = 0, np.random.Generator(np.random.PCG64(seed))
+        self._allocate(4 * self.BLOCK)
+
+    def _allocate(self, size: int) -> None:
+        old = getattr(self, "tokens", None)
+        wide = size if self.tree is not None else 0
+        arrays = (np.zeros(size, np.int32), np.zeros((wide, self.width), np.uint16),
+                  np.zeros((wide, self.width), np.float16), np.zeros((wide, 6), np.float16))  # fmt: skip
+        if old is not None:
+            for new, past in zip(arrays, (self.tokens, self.starts, self.logmass, self.scalars), strict=True):
+                new[: min(len(past), self.length)] = past[: self.length]
+        self.tokens, self.starts, self.logmass, self.scalars = arrays
+
+    def append(self, tokens: np.ndarray, view: FieldView | None) -> None:
+        """Add n tokens [n] and the view of n rows that predicted them (None for a body without a field)."""
+        end = self.length + len(tokens)
+        if end > len(self.tokens):
+            self._allocate(max(end, min(2 * len(self.tokens), self.capacity + 64 * self.BLOCK)))
+        self.tokens[self.length : end] = tokens
+        if view is not None:
+            for mine, new in zip((self.starts, self.logmass, self.scalars), (view.starts, view.logmass, view.scalars), strict=True):
+                mine[self.length : end] = new
+        self.length = end
+
+    def trim(self) -> None:
+        """Let go of a random half of the older three quarters once the capacity is passed."""
+        if self.length <= self.capacity:
+            return
+        blocks = self.length // self.BLOCK
+        old = blocks * 3 // 4
+        kept = np.sort(self.rng.permutation(old)[: old // 2])
+        rows = np.concatenate([(kept[:, None] * self.BLOCK + np.arange(self.BLOCK)).ravel(), np.arange(old * self.BLOCK, self.length)])
+        for array in (self.tokens, self.starts, self.logmass, self.scalars):
+            if len(array):
+                array[: len(rows)] = array[rows]
+        self.length = len(rows)
+
+    def view(self, at: np.ndarray) -> FieldView | None:
+        if self.tree is None:
+            return None
+        return FieldView(self.starts[at], self.logmass[at], self.scalars[at], self.tree)
+
+    def windows(self, batch: int, length: int, fresh: int, rng: np.random.Generator):
+        """(x [B, T], y [B, T], view of B*T rows): half of the batch from the last `fresh` tokens where there are any,
+        the newest among them, the rest uniformly from the whole past."""
+        length = min(length, self.length - 1)
+        ends = rng.integers(length, self.length, batch)  # index of the last target
+        recent = min(batch // 2, -(-fresh // length)) if fresh else 0
+        if recent:
+            first = max(length, self.length - fresh)
+            ends[1:recent] = rng.integers(min(first, self.length - 1), self.length, max(0, recent - 1))
+            ends[0] = self.length - 1
+        at = ends[:, None] - length + 1 + np.arange(length)
+        x, y = self.tokens[at - 1].astype(np.int64), self.tokens[at].astype(np.int64)
+        return x, y, self.view(at.ravel())
+
+    def mark(self) -> int:
+        return self.length
+
+    def rollback(self, mark: int) -> None:
+        self.length = mark
+
+    def state(self) -> dict[str, np.ndarray]:
+        n = self.length
+        arrays = dict(tokens=self.tokens[:n])
+        if self.tree is not None:
+            arrays |= dict(starts=self.starts[:n], logmass=self.logmass[:n], scalars=self.scalars[:n])
+        return arrays
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """Put back what `state` gave; the tree must be the one that the views were cut from."""
+        view = None if self.tree is None else FieldView(arrays["starts"], arrays["logmass"], arrays["scalars"], self.tree)
+        self.length = 0
+        self.append(arrays["tokens"], view)
+
+
+# --- The gate, which mixes body and field for the last time, and learns its weight from who was right. ---
+
+
+class Gate:
+    """p = g·p_body + (1 - g)·p_field with one g for each bucket of the field's entropy, learned by online EM.
+
+    An insurance: a body that stands on the field starts as the field, so g matters only where one of the two errs.
+    """
+
+    BUCKETS = 12
+
+    def __init__(self) -> None:
+        self.weight = np.full(self.BUCKETS, 0.5)
+        self.count = np.full(self.BUCKETS, 10.0)
+
+    def bucket(self, entropy_scalar: np.ndarray) -> np.ndarray:
+        """Bucket of a view's first scalar (entropy in nats / 2 - 1)."""
+        nats = (np.asarray(entropy_scalar, np.float64) + 1) * 2
+        return np.clip((nats * 2.2).astype(np.int64), 0, self.BUCKETS - 1)
+
+    def mix(self, log_body: np.ndarray, log_field: np.ndarray, entropy_scalar: np.ndarray, learn: bool = True) -> np.ndarray:
+        """ln p of what came, for n positions in order; learns from each after it was predicted. All arrays [n]."""
+        body, base, out = np.exp(log_body.astype(np.float64)), np.exp(log_field.astype(np.float64)), np.empty(len(log_body))
+        for i, k in enumerate(self.bucket(entropy_scalar).tolist()):
+            g = self.weight[k]
+            p = g * body[i] + (1 - g) * base[i]
+            out[i] = p
+            if learn:
+                self.count[k] += 1
+                self.weight[k] += (g * body[i] / p - g) / min(self.count[k], 500.0)
+        return np.log(np.maximum(out, 1e-300))
+
+    def copy(self) -> Gate:
+        other = Gate()
+        other.weight, other.count = self.weight.copy(), self.count.copy()
+        return other
+
+    def state(self) -> dict:
+        return dict(weight=self.weight.tolist(), count=self.count.tolist())
+
+    def load(self, state: dict) -> Gate:
+        self.weight, self.count = np.array(state["weight"]), np.array(state["count"])
+        return self
+
+
+# --- The learner, which holds everything that learning changes. ---
+
+
+class Learner:
+    """Tokenizer, field, body, experience and gate: read text, train on it, and give back what it cost.
+
+    `voice` and the published organism never see this object at work: Life copies out of it what it publishes.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, field: Field | CooccurField, body: Body, *, engine: str = "auto",
+                 threads: int | None = None, seed: int = 0):  # fmt: skip
+        self.config, self.tokenizer, self.field, self.body = config, tokenizer, field, body
+        self.engine, self.threads, self.seed = engine, threads, seed
+        self.rng, self.gate, self.credit = np.random.Generator(np.random.PCG64(seed)), Gate(), 0.0
+        self.experience = self._new_experience()
+        self.trainer: Any = None
+        self.past = np.full(1, Tokenizer.BOS, np.int32)  # the last tokens read, for predictions that go on from them
+        self.past_view: FieldView | None = None
+
+    @property
+    def on_field(self) -> bool:
+        return self.body.on_field
+
+    def _new_experience(self) -> Experience:
+        tree = self.field.tree if self.on_field else None
+        return Experience(self.config.learning.experience_tokens, self.config.field.view_width, tree, self.seed)
+
+    # Reading.
+
+    def encode(self, data: bytes, part: int) -> np.ndarray:
+        """Tokens of a piece; a document begins with BOS."""
+        tokens = self.tokenizer.encode(data)
+        return np.concatenate([[np.int32(Tokenizer.BOS)], tokens]) if part == 0 else tokens
+
+    def read(self, tokens: np.ndarray) -> tuple[np.ndarray, FieldView | None]:
+        """Let field and experience read tokens [n]; returns the field's cost of each in bits [n] and the views."""
+        if not self.on_field:
+            if isinstance(self.field, CooccurField) and self.field.seen < PLAIN_FIELD_TOKENS:
+                self.field.read(tokens)
+            self.experience.append(tokens, None)
+            return np.zeros(len(tokens)), None
+        costs, view = self.field.read(tokens, views=True)
+        self.experience.append(tokens, view)
+        return costs, view
+
+    # Training.
+
+    def train(self, steps: int, fresh: int, length: int | None = None, batch: int | None = None) -> float:
+        """`steps` steps on windows of the experience, of which the last `fresh` tokens are new; mean loss in nats."""
+        if self.experience.length < 2:
+            return math.nan
+        learning = self.config.learning
+        losses = []
+        for _ in range(steps):
+            x, y, view = self.experience.windows(batch or learning.batch, length or self.body.context, fresh, self.rng)
+            losses.append(self.step(x, y, view))
+        return float(np.mean(losses)) if losses else math.nan
+
+    def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> float:
+        if self.trainer is None:
+            self.trainer = Trainer(self.body, self.config.learning, engine=self.engine, threads=self.threads, seed=self.seed)
+        return float(self.trainer.step(x, y, view, learning_rate(self.body.steps, self.config.learning)))
+
+    def release(self) -> None:
+        """Give back the trainer's threads and buffers; the next step makes new ones."""
+        if self.trainer is not None:
+            self.trainer.close()
+            self.trainer = None
+
+    # Predicting.
+
+    def predict(self, tokens: np.ndarray, view: FieldView | None, field_bits: np.ndarray, learn_gate: bool) -> np.ndarray:
+        """ln p of each of the tokens [n], from the body (averaged weights) in windows that reach back, and the gate."""
+        context, half = self.body.context, self.body.context // 2
+        joined = np.concatenate([self.past, tokens]).astype(np.int64)
+        views = view if self.past_view is None or view is None else FieldView.concat([self.past_view, view])
+        lead = len(joined) - len(tokens)  # tokens before the first to be predicted
+        out = np.empty(len(tokens), np.float64)
+        ends = range(lead + half, len(joined) + half, half)
+        windows = [(max(1, min(e, len(joined)) - context), min(e, len(joined))) for e in ends]
+        for group in _by_length(windows):
+            size = group[0][1] - group[0][0]
+            at = np.array([[a + i for i in range(size)] for a, _ in group])
+            seen = None if views is None else views.take((at - 1 - (lead - 1 - self._past_views())).ravel())
+            values = self.body.log_probs(joined[at - 1], joined[at], seen)
+            for (a, b), row in zip(group, values, strict=True):
+                first = max(a, b - half, lead)
+                out[first - lead : b - lead] = row[first - a :]
+        if view is None:
+            return out
+        return self.gate.mix(out, -field_bits * math.log(2), view.scalars[:, 0], learn_gate)
+
+    def _past_views(self) -> int:
+        return 0 if self.past_view is None else len(self.past_view.starts)
+
+    def follow(self, tokens: np.ndarray, view: FieldView | None) -> None:
+        """Remember the last tokens and views, so that the next prediction can reach back to them."""
+        keep = self.body.context
+        self.past = np.concatenate([self.past, tokens])[-keep:]
+        if view is not None:
+            joined = view if self.past_view is None else FieldView.concat([self.past_view, view])
+            self.past_view = joined[-(keep - 1) :]
+
+    # Growing the vocabulary, after which the field and the experience are made anew by replay.
+
+    def grow_vocabulary(self, merges: int, past: Callable[[], Iterable[tuple[bytes, int]]]) -> bool:
+        """Expand to `merges` merges learned from the past (an iterable of (data, part), asked for twice)."""
+        grown = Tokenizer(self.tokenizer.merges)
+        if grown.learn((data for data, _ in past()), merges) == 0:
+            return False
+        old_vocabulary = len(self.tokenizer)
+        self.release()
+        self.tokenizer = grown
+        self.body.grow_vocabulary(grown, old_vocabulary)
+        self.rebuild(past())
+        return True
+
+    def rebuild(self, past: Iterable[tuple[bytes, int]], table_mb: int | None = None) -> None:
+        """Make field and experience anew from the past, an iterable of (data, part) in the order of learning."""
+        rows = [self.encode(data, part) for data, part in past]
+        counts = np.bincount(np.concatenate(rows), minlength=len(self.tokenizer)) if rows else None
+        self.field = fresh_field(self.tokenizer, self.config, counts, compiled=self.compiled,
+                                 table_mb=max(table_mb or 0, getattr(self.field.config, "table_mb", 0)), seen=sum(map(len, rows)), plain=not self.on_field)  # fmt: skip
+        self.experience = self._new_experience()
+        self.past, self.past_view = np.full(1, Tokenizer.BOS, np.int32), None
+        for tokens in rows:
+            _, view = self.read(tokens)
+            self.experience.trim()
+            self.follow(tokens, view)
+
+    @property
+    def compiled(self) -> bool:
+        return self.engine != "numpy" and kernels_ready()
+
+
+PLAIN_FIELD_TOKENS = 500_000  # a body without a field blends with n-gram counts of at most so many tokens
+
+
+def _by_length(windows: list[tuple[int, int]], most: int = 32) -> Iterator[list[tuple[int, int]]]:
+    """Windows of equal length together, at most `most` at a time."""
+    for _, group in itertools.groupby(sorted(windows, key=lambda w: (w[1] - w[0], w)), key=lambda w: w[1] - w[0]):
+        rows = list(group)
+        for i in range(0, len(rows), most):
+            yield rows[i : i + most]
+
+
+def fresh_field(tokenizer: Tokenizer, config: Config, counts: np.ndarray | None, *, compiled: bool, seen: int = 0,
+                table_mb: int | None = None, plain: bool = False) -> Field | CooccurField:  # fmt: skip
+    """A field that has learned nothing: the context mixer where it is compiled, n-gram counts where it is not or where
+    the body does without (`plain`)."""
+    if plain or not compiled:
+        return CooccurField(tokenizer.vocabulary, config.field)
+    size = max(table_mb or 0, wanted_table_mb(seen, config.field))
+    return make_field(tokenizer.vocabulary, dataclasses.replace(config.field, table_mb=size), counts, compiled=True)
+
+
+# --- Prequential evaluation, which predicts each piece before it learns it: a decodable code length. ---
+
+
+@dataclass
+class Score:
+    """What it cost to read: bits in all, of the field alone, bytes and tokens."""
+
+    bits: float = 0.0
+    field_bits: float = 0.0
+    bytes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def result(self, prequential: bool) -> dict[str, Any]:
+        bpb = self.bits / max(1, self.bytes)
+        return dict(bytes=self.bytes, tokens=self.tokens, bits_per_byte=bpb, perplexity=2 ** (self.bits / max(1, self.tokens)),
+                    seconds=round(self.seconds, 3), prequential=prequential, field_bits_per_byte=self.field_bits / max(1, self.bytes))  # fmt: skip
+
+
+class Prequential:
+    """One pass over data: every `STEP` tokens are predicted by averaged weights, then learned with one step of training.
+
+    The tokenizer grows by the policy of its chapter, from bytes already read; growth re-encodes and replays the past.
+    The settings are those of notes/stack.md, method (c).
+    """
+
+    STEP, BATCH = 48, 8
+
+    def __init__(self, learner: Learner, past: list[tuple[bytes, int]], train: bool = True):
+        self.learner, self.past, self.train, self.score = learner, past, train, Score()
+        self.read_bytes = sum(len(data) for data, _ in past)
+
+    def run(self, data: bytes, curve: Callable[[int, float], None] | None = None) -> Score:
+        began, position, part = time.perf_counter(), 0, 0
+        if self.learner.on_field and not self.past:  # the length is known, so the table is made for it at once
+            self.learner.rebuild(iter(()), wanted_table_mb(len(data) // 2, self.learner.config.field))
+        while position < len(data):
+            cut = self._next_cut(data, position)
+            self._piece(data[position:cut], part)
+            position, part = cut, part + 1
+            if curve:
+                curve(position, self.score.bits / position)
+            if position < len(data):
+                self._maybe_grow()
+        self._tokens(np.array([Tokenizer.EOS], np.int32))  # the end is counted
+        self.score.bytes, self.score.seconds = len(data), time.perf_counter() - began
+        self.learner.release()
+        return self.score
+
+    def _next_cut(self, data: bytes, position: int) -> int:
+        """Pieces of 16 KB, and a piece that ends where the vocabulary may grow."""
+        policy = self.learner.config.tokenizer
+        ahead = [n - self.read_bytes for n in growth_points(policy) if n > self.read_bytes]
+        size = min([16_384, *ahead])
+        rest = data[position:]
+        return len(data) if len(rest) <= size else position + max(1, Tokenizer.boundary(rest, size))
+
+    def _piece(self, piece: bytes, part: int) -> None:
+        self.past.append((piece, part))
+        self.read_bytes += len(piece)
+        tokens = self.learner.encode(piece, part)
+        self._tokens(tokens)
+
+    def _tokens(self, tokens: np.ndarray) -> None:
+        learner = self.learner
+        for i in range(0, len(tokens), self.STEP):
+            some = tokens[i : i + self.STEP]
+            bits, view = learner.read(some)
+            ready = learner.body.steps > 0 or not learner.on_field
+            log_p = learner.predict(some, view, bits, learn_gate=True) if ready else -bits * math.log(2)
+            learner.follow(some, view)
+            self.score.field_bits += float(bits.sum())
+            self.score.bits -= float(log_p.sum()) / math.log(2)
+            self.score.tokens += len(some)
+            if self.train and len(learner.tokenizer) > 259 and learner.experience.length > learner.body.context:
+                learner.train(1, self.STEP, batch=self.BATCH)
+        learner.experience.trim()
+
+    def _maybe_grow(self) -> None:
+        merges, field = wanted_merges(self.read_bytes, self.learner.config.tokenizer), self.learner.field
+        if merges > len(self.learner.tokenizer.merges):
+            self.learner.grow_vocabulary(merges, lambda: iter(self.past))
+        elif self.learner.on_field and self.learner.field.seen and not isinstance(self.learner.field, CooccurField):
+            wanted = wanted_table_mb(self.learner.field.seen, self.learner.config.field)
+            if wanted > self.learner.field.config.table_mb:
+                self.learner.rebuild(iter(self.past), wanted)
+
+
+def newborn_learner(config: Config, stage: str, *, engine: str, threads: int | None, seed: int, tokenizer: Tokenizer | None = None) -> Learner:
+    """A learner that has read nothing."""
+    tokenizer = tokenizer or Tokenizer()
+    compiled = engine != "numpy" and kernels_ready()
+    body = Body(stage, len(tokenizer), config.body, seed)
+    plain = not body.on_field
+    return Learner(config, tokenizer, fresh_field(tokenizer, config, None, compiled=compiled, plain=plain), body,
+                   engine=engine, threads=threads, seed=seed)  # fmt: skip
+
+
+################################################################################################
+# Chapter 9. Self
+################################################################################################
+# What it notices about itself. For now: how surprised it is by what it hears, and the verdict on what it is offered
+# to learn. The rules that refuse poison arrive with the capability GROWS and fill the hook that is here.
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """decision: "accept", "delay", "refuse" or "roll back"; rule and reason say in words and numbers why."""
+
+    decision: str
+    rule: str = ""
+    reason: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        return self.decision == "accept"
+
+
+class Immunity:
+    """Judges a text before it is learned. Every text is accepted until GROWS brings the rules."""
+
+    def judge(self, text: bytes, source: str) -> Verdict:
+        return Verdict("accept", "open", "no rule refuses text yet")
+
+
+class Surprise:
+    """Running mean of the bits per byte that what it hears costs it; a surprised organism speaks more carefully."""
+
+    def __init__(self, baseline: float = 2.5, share: float = 0.3):
+        self.baseline, self.share = baseline, share
+
+    def measure(self, bits_per_byte: float) -> float:
+        """How far above its usual level, as a ratio; the level follows."""
+        ratio = bits_per_byte / max(self.baseline, 1e-6)
+        self.baseline += self.share * (bits_per_byte - self.baseline)
+        return ratio
+
+
+################################################################################################
+# Chapter 10. Memory
+################################################################################################
+# memory.db: what was said, what was lived, what was refused, and how it grew. It owns durability (a message is on the
+# disk when `add_message` returns), full-text search, and migrations; it hides SQL, threads and broken bytes. Text that
+# is not valid UTF-8, or holds a NUL, is kept as a BLOB, byte for byte.
+
+
+class Message(NamedTuple):
+    """One line of a conversation; role is "user" or "organism"."""
+
+    id: int
+    ts: float  # seconds since the epoch
+    role: str
+    text: str
+    source: str
+
+
+class Pending(NamedTuple):
+    """Text that was told, but not judged yet."""
+
+    id: int
+    ts: float
+    source: str
+    text: bytes
+
+
+class Lived(NamedTuple):
+    """One accepted row, in the order of learning; part 0 begins a document, larger parts continue it."""
+
+    seq: int
+    ts: float
+    source: str
+    text: bytes
+    weight: float
+    part: int
+
+
+class Event(NamedTuple):
+    """Something that happened, with its numbers."""
+
+    id: int
+    ts: float
+    kind: str
+    data: dict
+
+
+class Refused(NamedTuple):
+    """One row of the quarantine: what immunity decided about a text, by which rule, and why."""
+
+    id: int
+    ts: float
+    source: str
+    text: bytes
+    decision: str
+    rule: str
+    reason: str
+
+
+class Found(NamedTuple):
+    """A remembered sentence; score is about the share of the question's content words that it holds (0..1)."""
+
+    score: float
+    text: str
+    role: str  # "user" for what was said, "" for what was read
+    ts: float
+    kind: str  # "message" (statement or question) or "lived"
+    answer: str  # where the text is a line "H: …" that was read: the line that followed it, without its "A:"
+    ref: int  # messages.id or lived.seq
+    source: str
+
+
+# --- The schema, which only ever grows: append a migration, never change one. ---
+
+_MEMORY_BORN = """
+CREATE TABLE messages(id INTEGER PRIMARY KEY AUTOINCREMENT, ts REAL NOT NULL, role TEXT NOT NULL, text TEXT NOT NULL,
+                      source TEXT NOT NULL);
+CREATE TABLE pending(id INTEGER PRIMARY KEY AUTOINCREMENT, ts REAL NOT NULL, source TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE lived(seq INTEGER PRIMARY KEY AUTOINCREMENT, ts REAL NOT NULL, source TEXT NOT NULL, text TEXT NOT NULL,
+                   weight REAL NOT NULL DEFAULT 1, burst_id INTEGER NOT NULL, part INTEGER NOT NULL DEFAULT 0,
+                   bytes INTEGER NOT NULL, indexed INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX lived_source ON lived(source);
+CREATE INDEX lived_waits ON lived(seq) WHERE indexed = 0;
+CREATE TABLE quarantine(id INTEGER PRIMARY KEY AUTOINCREMENT, ts REAL NOT NULL, source TEXT NOT NULL,
+                        text TEXT NOT NULL, decision TEXT NOT NULL, rule TEXT NOT NULL, reason TEXT NOT NULL);
+CREATE TABLE growth(id INTEGER PRIMARY KEY AUTOINCREMENT, ts REAL NOT NULL, step INTEGER, vocab_size INTEGER,
+                    n_params INTEGER, n_deltas INTEGER, corpus_chars INTEGER, loss REAL, gamma_sparsity REAL,
+                    gamma_magnitude REAL, note TEXT);
+CREATE TABLE syntropy_log(id INTEGER PRIMARY KEY AUTOINCREMENT, ts REAL NOT NULL, entropy_before REAL,
+                          entropy_after REAL, syntropy_delta REAL, field_deviation REAL,
+                          purpose_magnitude REAL, purpose_alignment REAL,
+                          action_taken TEXT, note TEXT);
+CREATE TABLE events(id INTEGER PRIMARY KEY AUTOINCREMENT, ts REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL);
+CREATE INDEX events_kind ON events(kind, id);
+
+-- One row a sentence of what the user said (kind 'message') or asked ('question'), and of what was read ('lived');
+-- `terms` holds the pairs of characters of scripts without spaces. The full-text index follows by triggers.
+CREATE TABLE passages(id INTEGER PRIMARY KEY, kind TEXT NOT NULL, ref INTEGER NOT NULL, ts REAL NOT NULL,
+                      text TEXT NOT NULL, terms TEXT NOT NULL, answer TEXT NOT NULL);
+CREATE INDEX passages_ref ON passages(kind, ref);
+CREATE VIRTUAL TABLE words USING fts5(text, terms, kind, content='passages', content_rowid='id', prefix='4',
+                                      tokenize='porter unicode61 remove_diacritics 2');
+CREATE VIRTUAL TABLE vocabulary USING fts5vocab(words, row);
+CREATE TRIGGER passages_in AFTER INSERT ON passages BEGIN
+    INSERT INTO words(rowid, text, terms, kind) VALUES (new.id, new.text, new.terms, new.kind);
+END;
+CREATE TRIGGER passages_out AFTER DELETE ON passages BEGIN
+    INSERT INTO words(words, rowid, text, terms, kind) VALUES ('delete', old.id, old.text, old.terms, old.kind);
+END;
+CREATE TRIGGER messages_out AFTER DELETE ON messages BEGIN
+    DELETE FROM passages WHERE kind IN ('message', 'question') AND ref = old.id;
+END;
+CREATE TRIGGER lived_out AFTER DELETE ON lived BEGIN
+    DELETE FROM passages WHERE kind = 'lived' AND ref = old.seq;
+END;
+"""
+
+MEMORY_MIGRATIONS: list[tuple[str, str]] = [("m001_born", _MEMORY_BORN)]
+MEMORY_TABLES = ("messages", "pending", "lived", "quarantine", "growth", "syntropy_log", "events")
+
+
+class Memory:
+    """The database of one home. Safe to share between threads: one connection writes, another reads, a lock each.
+
+    read_only: nothing is created or migrated. Raises OrganismError in one sentence where the file is damaged, newer,
+    locked or cannot be written, and where the disk is full.
+    """
+
+    def __init__(self, path: str | Path, read_only: bool = False, config: MemoryConfig | None = None):
+        self.path, self.read_only, self.config = Path(path), read_only, config or MemoryConfig()
+        self._write_lock, self._read_lock = threading.RLock(), threading.RLock()
+        self._writer: sqlite3.Connection | None = None
+        self._reader: sqlite3.Connection | None = None
+        self._durable: bool | None = None
+        try:
+            with self._troubles():
+                if not read_only:
+                    with contextlib.suppress(OSError):  # SQLite says better what is wrong
+                        self.path.touch(mode=0o600)
+                    self._writer = self._connect()
+                    self._writer.execute("PRAGMA journal_mode = WAL")
+                    self._migrate(self._writer)
+                self._reader = self._connect_reader()
+                self._check_version(self._reader)
+        except BaseException:
+            self.close()
+            raise
+
+    # Opening.
+
+    def _connect(self, query: str = "") -> sqlite3.Connection:
+        address = self.path.absolute().as_uri() + query
+        return sqlite3.connect(
+            address, uri=True, check_same_thread=False, timeout=self.config.busy_seconds, isolation_level=None
+        )
+
+    def _connect_reader(self) -> sqlite3.Connection:
+        if not self.path.exists():
+            raise OrganismError(f"There is no memory at {self.path}: nothing has lived there yet.")
+        connection = self._connect("?mode=ro")
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:  # a WAL file that may not be written beside: nobody else writes there either
+            connection.close()
+            if not self.read_only or os.access(self.path.parent, os.W_OK):
+                raise
+            connection = self._connect("?mode=ro&immutable=1")
+        return connection
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        self._check_version(connection, empty_is_fine=True)
+        connection.execute("CREATE TABLE IF NOT EXISTS _migrations(name TEXT PRIMARY KEY, ts REAL NOT NULL)")
+        done = {name for (name,) in connection.execute("SELECT name FROM _migrations")}
+        for name, script in MEMORY_MIGRATIONS:
+            if name not in done:
+                connection.executescript(
+                    f"BEGIN IMMEDIATE;\n{script};\nINSERT INTO _migrations VALUES ('{name}', {time.time()});\nCOMMIT;"
+                )
+
+    def _check_version(self, connection: sqlite3.Connection, empty_is_fine: bool = False) -> None:
+        """Refuse a memory that a newer organism has written."""
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if "_migrations" not in tables:
+            if tables or not empty_is_fine:
+                raise OrganismError(
+                    f"{self.path} is a database, but not the memory of an organism: choose another home."
+                )
+            return
+        done = {name for (name,) in connection.execute("SELECT name FROM _migrations")}
+        if newer := sorted(done - {name for name, _ in MEMORY_MIGRATIONS}):
+            raise OrganismError(
+                f"{self.path} was written by a newer organism ({newer[-1]}): update this one to wake it."
+            )
+        if not empty_is_fine and len(done) < len(MEMORY_MIGRATIONS):
+            raise OrganismError(
+                f"{self.path} has the format of an older organism: start `organism chat` there once to migrate it."
+            )
+
+    def close(self) -> None:
+        """Let go of the file; what was committed stays. Safe to call twice."""
+        with self._write_lock, self._read_lock:
+            for connection in (self._reader, self._writer):
+                if connection is not None:
+                    with contextlib.suppress(sqlite3.Error):
+                        connection.close()
+            self._reader = self._writer = None
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Transactions and troubles.
+
+    @contextlib.contextmanager
+    def _troubles(self) -> Iterator[None]:
+        """Turn what SQLite says into one sentence with what to do."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise OrganismError(_memory_trouble(self.path, error)) from error
+
+    @contextlib.contextmanager
+    def _transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """All or nothing; on the disk when it ends if `durable`, else soon."""
+        with self._write_lock, self._troubles():
+            connection = self._open(self._writer)
+            if durable != self._durable:
+                connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._durable = durable
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    def _open(self, connection: sqlite3.Connection | None) -> sqlite3.Connection:
+        if connection is None:
+            raise OrganismError(f"{self.path} is {'open for reading only' if self._reader else 'closed'}.")
+        return connection
+
+    def _all(self, sql: str, *values: Any) -> list[tuple]:
+        with self._read_lock, self._troubles():
+            return self._open(self._reader).execute(sql, values).fetchall()
+
+    # Conversations.
+
+    def add_message(self, role: str, text: str, source: str = "chat", learn: str | bytes | None = None) -> int:
+        """Remember one line of a conversation; it is on the disk when this returns. `learn` is queued with it."""
+        with self._transaction() as connection:
+            now = time.time()
+            values = (now, role, _stored(text), source)
+            ref = _inserted(
+                connection.execute("INSERT INTO messages(ts, role, text, source) VALUES (?, ?, ?, ?)", values)
+            )
+            if role == "user":
+                for kind in ("message", "question"):
+                    found = [(one, "") for one in sentences(text) if is_question(one) == (kind == "question")]
+                    _index_passages(connection, kind, ref, now, found)
+            if learn is not None:
+                connection.execute(
+                    "INSERT INTO pending(ts, source, text) VALUES (?, ?, ?)", (now, source, _stored(learn))
+                )
+        return ref
+
+    def messages(self, limit: int | None = None, before: int | None = None, after: int | None = None) -> list[Message]:
+        """The newest `limit` messages with after < id < before, oldest first."""
+        rows = self._all(
+            "SELECT id, ts, role, text, source FROM messages WHERE id < ? AND id > ? ORDER BY id DESC LIMIT ?",
+            2**62 if before is None else before, 0 if after is None else after, -1 if limit is None else limit,
+        )  # fmt: skip
+        return [Message(i, ts, role, _as_str(text), source) for i, ts, role, text, source in reversed(rows)]
+
+    # What waits to be judged, and what was lived.
+
+    def queue(self, source: str, text: str | bytes) -> int:
+        """Keep text until it is judged; survives a crash."""
+        with self._transaction() as connection:
+            return _inserted(
+                connection.execute(
+                    "INSERT INTO pending(ts, source, text) VALUES (?, ?, ?)", (time.time(), source, _stored(text))
+                )
+            )
+
+    def pending(self, limit: int | None = None) -> list[Pending]:
+        """What waits, oldest first."""
+        rows = self._all("SELECT id, ts, source, text FROM pending ORDER BY id LIMIT ?", -1 if limit is None else limit)
+        return [Pending(i, ts, source, _as_bytes(text)) for i, ts, source, text in rows]
+
+    def add_lived(self, rows: Iterable[tuple[str, str | bytes, int]], burst_id: int) -> int:
+        """Append accepted rows (source, text, part), in the order of learning; returns the last one's seq."""
+        with self._transaction() as connection:
+            self._insert_lived(connection, rows, burst_id)
+        self._index_lived()
+        return self.last_seq()
+
+    def settle(self, ids: Iterable[int], rows: Iterable[tuple[str, str | bytes, int]],
+               refused: Iterable[tuple[str, str | bytes, Verdict]] = (), burst_id: int = 0) -> int:  # fmt: skip
+        """In one transaction: these pending texts are judged, these rows lived, these refused. Returns the last seq."""
+        with self._transaction() as connection:
+            self._insert_lived(connection, rows, burst_id)
+            for source, text, verdict in refused:
+                self._insert_refused(connection, source, text, verdict)
+            connection.executemany("DELETE FROM pending WHERE id = ?", [(i,) for i in ids])
+        self._index_lived()
+        return self.last_seq()
+
+    def _insert_lived(
+        self, connection: sqlite3.Connection, rows: Iterable[tuple[str, str | bytes, int]], burst_id: int
+    ) -> None:
+        now = time.time()
+        data = [
+            (now, source, _stored(text), burst_id, part, len(_as_bytes(text)), source == "chat")
+            for source, text, part in rows
+        ]
+        connection.executemany(  # what was said in chat is found as a message already: it counts as indexed
+            "INSERT INTO lived(ts, source, text, burst_id, part, bytes, indexed) VALUES (?, ?, ?, ?, ?, ?, ?)", data
+        )
+
+    def lived(self, after_seq: int = 0) -> Iterator[Lived]:
+        """Accepted rows with seq > after_seq, in the order of learning; rows are fetched few at a time."""
+        while True:
+            rows = self._all(
+                "SELECT seq, ts, source, text, weight, part FROM lived WHERE seq > ? ORDER BY seq LIMIT 32", after_seq
+            )
+            for seq, ts, source, text, weight, part in rows:
+                yield Lived(seq, ts, source, _as_bytes(text), weight, part)
+            if len(rows) < 32:
+                return
+            after_seq = rows[-1][0]
+
+    def last_seq(self) -> int:
+        """seq of the newest lived row that there ever was; 0 before the first."""
+        return (self._all("SELECT seq FROM sqlite_sequence WHERE name = 'lived'") or [(0,)])[0][0]
+
+    def lived_bytes(self) -> int:
+        """Bytes of lived text that are kept."""
+        return self._all("SELECT coalesce(sum(bytes), 0) FROM lived")[0][0]
+
+    def evict(self, max_bytes: int, up_to_seq: int) -> int:
+        """Let go of the oldest lived rows with seq <= up_to_seq until at most max_bytes are kept; how many went."""
+        excess, last, gone = self.lived_bytes() - max_bytes, 0, 0
+        if excess <= 0:
+            return 0
+        for seq, size in self._all("SELECT seq, bytes FROM lived WHERE seq <= ? ORDER BY seq", up_to_seq):
+            if excess <= 0:
+                break
+            excess, last, gone = excess - size, seq, gone + 1
+        oldest = self._all("SELECT coalesce(min(seq), 0) FROM lived")[0][0]
+        for seq in range(oldest, last + 1):  # one at a time, so that a message never waits long
+            with self._transaction(durable=False) as connection:
+                connection.execute("DELETE FROM lived WHERE seq = ?", (seq,))
+        return gone
+
+    def _index_lived(self) -> None:
+        """Make what was read findable, a piece at a time, so that a message never waits long."""
+        while waiting := self._all("SELECT seq, ts, text FROM lived WHERE indexed = 0 ORDER BY seq LIMIT 1"):
+            seq, ts, text = waiting[0]
+            found = list(_read_passages(_as_bytes(text)))
+            with self._transaction(durable=False) as connection:
+                _index_passages(connection, "lived", seq, ts, found)
+                connection.execute("UPDATE lived SET indexed = 1 WHERE seq = ?", (seq,))
+
+    # Quarantine.
+
+    def quarantine_add(self, source: str, text: str | bytes, verdict: Verdict) -> int:
+        """Keep a refused text aside, with the verdict."""
+        with self._transaction() as connection:
+            return self._insert_refused(connection, source, text, verdict)
+
+    def _insert_refused(self, connection: sqlite3.Connection, source: str, text: str | bytes, verdict: Verdict) -> int:
+        values = (time.time(), source, _stored(text), verdict.decision, verdict.rule, verdict.reason)
+        return _inserted(
+            connection.execute(
+                "INSERT INTO quarantine(ts, source, text, decision, rule, reason) VALUES (?, ?, ?, ?, ?, ?)", values
+            )
+        )
+
+    def quarantine(self, limit: int | None = None) -> list[Refused]:
+        """What was refused, newest first."""
+        rows = self._all(
+            "SELECT id, ts, source, text, decision, rule, reason FROM quarantine ORDER BY id DESC LIMIT ?",
+            -1 if limit is None else limit,
+        )
+        return [Refused(i, ts, source, _as_bytes(text), *rest) for i, ts, source, text, *rest in rows]
+
+    def quarantine_get(self, ref: int) -> Refused | None:
+        """One refused text."""
+        rows = self._all("SELECT id, ts, source, text, decision, rule, reason FROM quarantine WHERE id = ?", ref)
+        return next((Refused(i, ts, source, _as_bytes(text), *rest) for i, ts, source, text, *rest in rows), None)
+
+    # Statistics: on the disk soon.
+
+    def growth(self, **columns: Any) -> None:
+        """A row of the growth table; columns as in `_MEMORY_BORN`."""
+        self._statistic("growth", columns)
+
+    def syntropy(self, **columns: Any) -> None:
+        """A row of the syntropy log."""
+        self._statistic("syntropy_log", columns)
+
+    def event(self, kind: str, data: dict | None = None) -> None:
+        """Note that something happened, with its numbers (anything that JSON can hold)."""
+        self._statistic(
+            "events", dict(kind=kind, data=json.dumps(data or {}, ensure_ascii=False, default=_plain_number))
+        )
+
+    def _statistic(self, table: str, columns: dict[str, Any]) -> None:
+        columns = dict(ts=time.time()) | {
+            k: _plain_number(v) if isinstance(v, np.generic) else v for k, v in columns.items()
+        }
+        names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+        with self._transaction(durable=False) as connection:
+            connection.execute(f"INSERT INTO {table}({names}) VALUES ({marks})", tuple(columns.values()))
+
+    def events(self, kind: str | None = None, limit: int | None = None) -> list[Event]:
+        """What happened, newest first."""
+        rows = self._all("SELECT id, ts, kind, data FROM events WHERE ? IS NULL OR kind = ? ORDER BY id DESC LIMIT ?",
+                         kind, kind, -1 if limit is None else limit)  # fmt: skip
+        return [Event(i, ts, kind, json.loads(data)) for i, ts, kind, data in rows]
+
+    def counts(self) -> dict[str, int]:
+        """Rows of every table that others read."""
+        return {table: self._all(f"SELECT count(*) FROM {table}")[0][0] for table in MEMORY_TABLES}
+
+    def check(self) -> list[str]:
+        """What SQLite finds wrong with the file; empty when it is sound. Slow for large files."""
+        return [text for (text,) in self._all("PRAGMA quick_check") if text != "ok"]
+
+    def copy_to(self, path: Path) -> None:
+        """A consistent copy of the whole database as a new file, while others may go on writing."""
+        with self._read_lock, self._troubles(), contextlib.closing(sqlite3.connect(path)) as target:
+            self._open(self._reader).backup(target)
+
+    # Search.
+
+    def search(self, text: str, limit: int = 5, before: int | None = None) -> list[Found]:
+        """Remembered sentences that share content words with a text, best first; no message with id >= before.
+
+        Rare words count more than common ones, statements come before questions, and the newest wins ties. A word that
+        was never heard stands for the words it may be a misspelling of.
+        """
+        asked = _asked_words(self, text, before)
+        found = [f for kind in _PASSAGE_SHARES if asked for f in self._candidates(kind, asked, before)]
+        best: dict[str, Found] = {}
+        for one in sorted(found, key=lambda f: (round(f.score, 3), f.ts, f.ref), reverse=True):
+            best.setdefault(" ".join(one.text.lower().split()), one)
+        return list(best.values())[:limit]
+
+    def _candidates(self, kind: str, asked: list[_Asked], before: int | None) -> Iterator[Found]:
+        """What the index offers of one kind, scored."""
+        rare = [word for word in asked if word.count < _COMMON] or sorted(asked, key=lambda word: word.count)[:1]
+        match = f"kind : {kind} AND {{text terms}} : ({' OR '.join(word.match for word in rare)})"
+        table, key, role = ("lived", "seq", "''") if kind == "lived" else ("messages", "id", "m.role")
+        rows = self._all(
+            f"SELECT p.text, p.ts, p.answer, p.ref, {role}, m.source FROM words JOIN passages p ON p.id = words.rowid "
+            f"JOIN {table} m ON m.{key} = p.ref WHERE words MATCH ? AND p.ref < ? "
+            "ORDER BY bm25(words, 1, 1, 0), p.id DESC LIMIT ?",
+            match, 2**62 if before is None or kind == "lived" else before, self.config.candidates,
+        )  # fmt: skip
+        for sentence, ts, answer, ref, role, source in rows:
+            unanswered = kind == "lived" and not answer and is_question(sentence.removeprefix("H:"))
+            score = _resemblance(sentence, asked) * _PASSAGE_SHARES["question" if unanswered else kind]
+            if score > 0:
+                yield Found(score, sentence, role, ts, "lived" if kind == "lived" else "message", answer, ref, source)
+
+
+_PASSAGE_SHARES = {"message": 1.0, "lived": 0.85, "question": 0.4}  # what was told comes before what was read or asked
+
+
+# --- Words: what counts in a question, and which forms are the same word. ---
+
+STOP_WORDS = frozenset(
+    """a about all also am an and any are aren't as at be because been being but by can can't could couldn't d did
+    didn't do does doesn't doing don don't done each ever few for from further get got had has hasn't have haven't
+    having he he's her here hers herself him himself his how how's i i'd i'll i'm i've if in into is isn't it it's
+    its itself just know let let's ll m may me mean might more most much must my myself no nor not now of off oh ok
+    okay on once only or other our ours out over own please quite re really remember s same say shall she she's
+    should so some such t tell than that that's the their theirs them themselves then there there's these they
+    they're thing think this those to told too under until up us ve very was wasn't we well were what what's when
+    where where's whether which while who who's whom whose why will with won't would yes you you'd you'll you're
+    you've your yours yourself hello hi hey
+    aber als am an auch auf aus bei bin bis bist bitte da damit dann das dass dein deine deinem deinen deiner dem
+    den denn der des dich die dies diese diesem diesen dieser dir doch dort du durch ein eine einem einen einer
+    eines er es etwas euch euer für gegen hab habe haben hast hat hatte ich ihm ihn ihnen ihr ihre im in ist ja jede
+    jeder jetzt kann kannst kein keine können man mein meine meinem meinen meiner mich mir mit nach nein nicht
+    nichts noch nun nur ob oder ohne sag sehr sein seine seinem seinen seiner seit sich sie sind so über um und uns
+    unser unsere unter vom von vor war waren warum was weil weißt welche welcher wem wen wenn wer werden wie wieder
+    wieso will willst wird wo woher wohin wurde zu zum zur zwischen
+    а без бы был была были было быть в вам вас весь во вот все всё вы где да для до его ее её если есть еще ещё же
+    за и из или им их к как какая какие какой какое когда кого который кто ли мне меня мной мой моя моё мои моего
+    моей мы на над нас наш не него нее неё нет ни но ну о об он она они от по под при про с сам свой себя скажи со
+    та так там те тебе тебя то того тоже той только том ты твой твоя твоё твои у уже чего чей чем что чтобы эта эти
+    это этого этой этот я""".split()
+)  # fmt: skip
+_QUESTION_WORDS = frozenset(
+    """what what's who who's whom whose where where's when why how how's which do does did is are was were can
+    could would will have has had wer was wo wann warum wieso wie welche welcher wem wen woher wohin кто что
+    где когда почему зачем как какой какая какие какое куда откуда чей сколько""".split()
+)
+_OTHER_FORMS = {  # words whose forms no ending gives away, each line one word
+    form: group.split()[0]
+    for group in (
+        "go went gone goes", "see saw seen", "buy bought", "bring brought", "think thought", "teach taught",
+        "catch caught", "eat ate eaten", "drink drank drunk", "drive drove driven", "write wrote written",
+        "speak spoke spoken", "break broke broken", "choose chose chosen", "wear wore worn", "sing sang sung",
+        "swim swam swum", "run ran", "begin began begun", "give gave given", "take took taken", "come came",
+        "become became", "grow grew grown", "know knew known", "ride rode ridden", "fly flew flown",
+        "draw drew drawn", "throw threw thrown", "meet met", "keep kept", "sleep slept", "feel felt", "leave left",
+        "lose lost", "find found", "sell sold", "hear heard", "make made", "build built", "send sent", "spend spent",
+        "stand stood", "win won", "child children kid kids", "man men", "woman women", "foot feet", "tooth teeth",
+        "mouse mice", "wife wives", "name names named call called", "heissen heisst hiess", "live lives lived living",
+        "born birthday", "звать зовут", "mum mom mother", "dad father",
+    )
+    for form in group.split()
+}  # fmt: skip
+_ENDINGS = (  # cut once, after a final s, the longest that leaves three letters: English and German, then Russian
+    ("edly", "ing", "ied", "ern", "est", "ie", "ed", "en", "er", "em", "ly", "e", "n", "y"),
+    ("иями", "ями", "ами", "ого", "его", "ому", "ему", "ыми", "ими", "ешь", "ишь", "ает", "ают", "ет", "ит", "ут", "ют",
+     "ат", "ят", "ал", "ял", "ил", "ть", "ов", "ев", "ой", "ей", "ый", "ий", "ая", "яя", "ое", "ее", "ые", "ие", "ую",
+     "юю", "ом", "ем", "ам", "ям", "ах", "ях", "а", "я", "о", "е", "и", "ы", "у", "ю", "ь", "й"),
+)  # fmt: skip
+_LETTERS = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_SPACELESS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+_COMMON = 2000  # sentences that hold a word from which on it says little, and is costly to look up
+
+
+@functools.lru_cache(maxsize=16_384)
+def word_stem(word: str) -> str:
+    """What the forms of a word have in common, roughly: lower case, no accents, no ending."""
+    word = re.sub(r"['’]\w*$", "", word.lower())
+    if re.match("[а-яё]", word):
+        word = word.replace("ё", "е")
+    else:
+        word = "".join(
+            c for c in unicodedata.normalize("NFKD", word.replace("ß", "ss")) if not unicodedata.combining(c)
+        )
+    word = _OTHER_FORMS.get(word, word)
+    if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
+        word = _OTHER_FORMS.get(word[:-1], word[:-1])
+    for ending in _ENDINGS[bool(re.match("[а-я]", word))]:
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            word = word[: -len(ending)]
+            break
+    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "aeiou":
+        word = word[:-1]  # running, runn, run
+    return word
+
+
+def content_words(text: str) -> list[str]:
+    """The words that say what a text is about, in order, each once; pairs of characters where there are no spaces."""
+    words: dict[str, None] = {}
+    for match in _LETTERS.finditer(text):
+        word = match.group().lower().replace("’", "'")
+        if _SPACELESS.search(word):
+            words |= dict.fromkeys(_pairs(word))
+        elif (
+            word not in STOP_WORDS
+            and re.sub(r"'\w*$", "", word) not in STOP_WORDS
+            and (len(word) > 1 or word.isdigit())
+        ):
+            words[word] = None
+    return list(words)
+
+
+def stems_of(text: str) -> set[str]:
+    """The stems of a text's content words."""
+    return {word_stem(word) for word in content_words(text)}
+
+
+def _pairs(text: str) -> list[str]:
+    """Neighbouring characters of scripts that are written without spaces."""
+    return [run[i : i + 2] for run in _SPACELESS.findall(text) for i in range(max(1, len(run) - 1))]
+
+
+def is_question(text: str) -> bool:
+    """Whether a sentence asks: by its mark, or by its first word where it has no mark."""
+    text = text.strip().rstrip("\"'”’»)")
+    first = _LETTERS.search(text)
+    return text.endswith(("?", "？")) or bool(
+        first and not text.endswith((".", "!", "。")) and first.group().lower().replace("’", "'") in _QUESTION_WORDS
+    )
+
+
+class _Asked(NamedTuple):
+    """A content word of a question: the stems that count as it, how much it matters, how the index is asked for it."""
+
+    stems: frozenset[str]
+    weight: float
+    match: str
+    count: int
+
+
+def _asked_words(memory: Memory, text: str, before: int | None, most: int = 24) -> list[_Asked]:
+    """The content words of a question with their weights: ln(1 + sentences / sentences that hold the word)."""
+    total = memory._all("SELECT coalesce(max(id), 0) FROM passages")[0][0]
+    if before is not None:  # what is being asked says nothing about what is known
+        total = memory._all(
+            "SELECT coalesce(min(id) - 1, ?) FROM passages WHERE kind IN ('message', 'question') AND ref >= ?",
+            total,
+            before,
+        )[0][0]
+    asked = []
+    for word in content_words(text)[:most]:
+        match, stems, share = _word_match(word), frozenset([word_stem(word)]), 1.0
+        count = _match_count(memory, match, total)
+        if not count and len(word) >= 4 and (near := _near_words(memory, word)):
+            match, stems, share = " OR ".join(_word_match(w) for w in near), frozenset(map(word_stem, near)), 0.7
+            count = _match_count(memory, match, total)
+        asked.append(_Asked(stems, share * math.log(1 + (total + 1) / (count + 0.5)), match, count))
+    return asked
+
+
+def _word_match(word: str) -> str:
+    """The full-text query for all forms of a word; quoted, so that nothing in it is syntax."""
+    stem = word_stem(word)
+    forms = {word, stem} | {form for form, first in _OTHER_FORMS.items() if first == _OTHER_FORMS.get(word)}
+    quoted = [f'"{form.replace(chr(34), "")}"' for form in sorted(forms)]
+    if len(stem) >= 4 and not _SPACELESS.search(stem):
+        quoted.append(f'"{stem.replace(chr(34), "")}" *')
+    return " OR ".join(quoted)
+
+
+def _match_count(memory: Memory, match: str, total: int) -> int:
+    """In how many statements (passages up to number `total`) a word is; counted up to `_COMMON`."""
+    query = f"({{text terms}} : ({match})) NOT kind : question"
+    return memory._all(
+        "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? AND rowid <= ? LIMIT ?)", query, total, _COMMON
+    )[0][0]
+
+
+def _near_words(memory: Memory, word: str, most: int = 3) -> list[str]:
+    """Words of the index that a misspelled one may mean: those that share most of its letters."""
+    import difflib
+
+    word = word_stem(word)  # the index holds stems too
+    size = len(word)
+    mine = {word[i : i + 3] for i in range(size - 2)}
+    rows = memory._all(
+        "SELECT term FROM vocabulary WHERE length(term) BETWEEN ? AND ? AND term NOT GLOB '[0-9]*'", size - 2, size + 2
+    )
+    close = []
+    for (term,) in rows:
+        if term != word and (term[0] == word[0] or any(piece in term for piece in mine)):
+            same = sum((collections.Counter(word) & collections.Counter(term)).values())  # letters, wherever they stand
+            likeness = (difflib.SequenceMatcher(None, word, term).ratio() + 2 * same / (size + len(term))) / 2
+            if likeness >= (0.78 if size > 4 else 0.85):
+                close.append((likeness, term))
+    return [term for _, term in sorted(close, reverse=True)[:most]]
+
+
+def _resemblance(sentence: str, asked: list[_Asked]) -> float:
+    """The weighted share of the question's words that a sentence holds, a little less for a long sentence."""
+    words = stems_of(sentence) | {word_stem(m.group()) for m in _LETTERS.finditer(sentence)}
+    whole = sum(word.weight for word in asked)
+    share = sum(word.weight * _held(word, words) for word in asked) / whole if whole else 0.0
+    return share * (1 - 0.1 * min(1.0, len(words) / 40))
+
+
+def _held(asked: _Asked, words: set[str]) -> float:
+    """1 where the words hold this one, less where they hold only one that begins with it (a half-typed name)."""
+    if asked.stems & words:
+        return 1.0
+    return 0.8 * any(word.startswith(stem) for stem in asked.stems if len(stem) >= 4 for word in words)
+
+
+# --- Sentences: what is remembered as one thing. ---
+
+_SENTENCE_END = re.compile(
+    r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’»)])\s+|(?<=[。！？])(?![”’」』])|(?<=[。！？][”’」』])|\n+"
+)
+_TURN = re.compile(r"^(?:H|A): ?")
+_LONGEST = 400  # characters of a passage
+
+
+def sentences(text: str) -> list[str]:
+    """A text as sentences of at most 400 characters."""
+    parts = [part.strip() for part in _SENTENCE_END.split(text)]
+    out: list[str] = []
+    for part in parts:
+        if out and part and re.search(r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|z\.B|bzw|[A-Z]|^\d+)\.$", out[-1]):
+            out[-1] = f"{out[-1]} {part}"  # not the end of a sentence, but of an abbreviation
+        elif part:
+            out.append(part)
+    return [piece for part in out for piece in _shortened(part)]
+
+
+def _shortened(part: str) -> Iterator[str]:
+    while len(part) > _LONGEST:
+        cut = part.rfind(" ", _LONGEST // 2, _LONGEST)
+        cut = cut if cut > 0 else _LONGEST
+        yield part[:cut]
+        part = part[cut:].strip()
+    if part:
+        yield part
+
+
+def _read_passages(data: bytes) -> Iterator[tuple[str, str]]:
+    """(sentence, answer) of a text that was read: turns of dialogue stay whole, wrapped lines are joined."""
+    if b"\0" in data:
+        return
+    held, lines = "", data.decode("utf-8", "replace").split("\n")
+    for number, line in enumerate(lines):
+        line, follows = line.strip(), lines[number + 1].strip() if number + 1 < len(lines) else ""
+        if _TURN.match(line):
+            answer = _TURN.sub("", follows) if line.startswith("H:") and follows.startswith("A:") else ""
+            yield from ((piece, answer) for piece in _shortened(line))
+            continue
+        held = f"{held} {line}" if held else line
+        wrapped = len(line) > 40 and line[-1].isalnum() | (line[-1] in ",;-") and follows and not _TURN.match(follows)
+        if held and not (wrapped and len(held) < 4 * _LONGEST):
+            yield from ((s, "") for s in sentences(held) if "\ufffd" not in s)
+            held = ""
+
+
+def _index_passages(
+    connection: sqlite3.Connection, kind: str, ref: int, ts: float, found: list[tuple[str, str]]
+) -> None:
+    rows = [(kind, ref, ts, _indexable(text), " ".join(_pairs(text)), answer) for text, answer in found]
+    connection.executemany("INSERT INTO passages(kind, ref, ts, text, terms, answer) VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+
+def _indexable(text: str) -> str:
+    """Text that SQLite takes as text."""
+    return text.encode("utf-8", "replace").decode().replace("\0", " ")
+
+
+# --- Bytes in and out of SQLite. ---
+
+
+def _stored(text: str | bytes) -> str | bytes:
+    """Text where it is valid UTF-8 without NUL, a BLOB where it is not."""
+    data = _as_bytes(text)
+    try:
+        return data if b"\0" in data else data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _as_bytes(text: str | bytes) -> bytes:
+    return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
+
+
+def _as_str(text: str | bytes) -> str:
+    return text if isinstance(text, str) else text.decode("utf-8", "replace")
+
+
+def _inserted(cursor: sqlite3.Cursor) -> int:
+    return int(cursor.lastrowid or 0)
+
+
+def _plain_number(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's, for JSON and SQLite."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
+
+
+def _memory_trouble(path: Path, error: sqlite3.Error) -> str:
+    """One sentence for what SQLite reports: what, where, what to do."""
+    text = str(error)
+    if "full" in text:
+        return f"The disk that holds {path} is full: free some space; what was remembered before is safe."
+    if "readonly" in text or "read-only" in text:
+        return f"{path} cannot be written: it, or its folder, is read-only for this user."
+    if "locked" in text:
+        return f"{path} is being written by another process, which does not let go: close it and try again."
+    if "malformed" in text or "not a database" in text:
+        return f"{path} is damaged ({text}): restore a backup, or move the file away to begin with an empty memory."
+    if "unable to open" in text:
+        return f"{path} cannot be opened: check that its folder exists and that this user may write there."
+    return f"{path} cannot be used: {text}."
+
+
+################################################################################################
+# Chapter 11. Life
+################################################################################################
+# What lives on: a home on the disk with its generations, and the Organism itself, the one object that others hold. The
+# first half hides how a generation is published so that `kill -9` at any instant leaves a home that wakes; the second
+# hides threads, bursts and checkpoints.
+
+
+class Generation(NamedTuple):
+    """One published state: its number, its folder, and what state.json says."""
+
+    number: int
+    path: Path
+    state: dict
+
+
+GENERATION_FORMAT = 1  # of state.json; a newer one is refused, an older one migrated
+GENERATION_MIGRATIONS: dict[int, Callable[[dict], dict]] = {}  # from format n to n + 1: append-only
+
+
+class Home:
+    """A folder, mode 0700, with the generations of one organism; one process at a time may write in it.
+
+    Not read_only: makes the folder where it is missing, takes its lock, and clears what a crash left half-written.
+    Raises OrganismError in one sentence where the home is in use, missing, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, read_only: bool = False, keep_generations: int = 3):
+        self.path, self.read_only, self.keep_generations = (
+            Path(path).expanduser().absolute(),
+            read_only,
+            keep_generations,
+        )
+        self._lock: int | None = None
+        self._verified: Generation | None = None
+        self._notes: dict[int, tuple[bool, int]] = {}  # number: (kept for ever, lived bytes), as prune needs them
+        if read_only:
+            if not self.path.is_dir():
+                raise OrganismError(f"Nothing lives in {self.path} yet: start `organism chat` there first.")
+            return
+        try:
+            with self._troubles():
+                self._create()
+                self._take_lock()
+                self._clear_leftovers()
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def default() -> Path:
+        """ORGANISM_HOME, else checkpoints/default in a clone, else the platform's folder for user data."""
+        if path := os.environ.get("ORGANISM_HOME"):
+            return Path(path)
+        here = Path(__file__).resolve().parent
+        if (here / "checkpoints").is_dir() and (here / "pyproject.toml").is_file():
+            return here / "checkpoints" / "default"
+        import platformdirs
+
+        return Path(platformdirs.user_data_dir("organism", appauthor=False)) / "default"
+
+    @property
+    def body(self) -> Path:
+        """The folder of the generations."""
+        return self.path / "body"
+
+    # Opening and closing.
+
+    def _create(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise OrganismError(f"{self.path} is a file: a home must be a folder.")
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+        elif not any(self.path.iterdir()):
+            self.path.chmod(0o700)
+        self.body.mkdir(mode=0o700, exist_ok=True)
+
+    def _take_lock(self) -> None:
+        import fcntl
+
+        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(handle)
+            raise OrganismError(
+                f"The home {self.path} is in use by process {holder}: quit that one first, or choose another --home."
+            ) from None
+        except OSError:
+            os.close(handle)
+            raise
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        self._lock = handle
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a crash left: half-written folders, and generations that were never published."""
+        for path in (*self.body.glob(".tmp-*"), *self.path.glob(".tmp-*")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        current = self._current()
+        if current is not None and self._folder(current).is_dir():
+            for number in [n for n in self._numbers() if n > current]:
+                shutil.rmtree(self._folder(number))
+
+    def close(self) -> None:
+        """Release the lock. Safe to call twice."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @contextlib.contextmanager
+    def _troubles(self) -> Iterator[None]:
+        """Turn what the file system says into one sentence with what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise OrganismError(_home_trouble(self.path, error)) from error
+
+    # Birth.
+
+    def birth(self, facts: dict[str, Any]) -> str:
+        """Write birth.json with a new id, unless there is one (a birth that was interrupted); returns the id."""
+        if self.id is None:
+            with self._troubles():
+                record = dict(id=os.urandom(6).hex()) | facts
+                write_atomically(self.path / "birth.json", json.dumps(record, indent=1, default=_plain_number).encode())
+        return self.id or ""
+
+    @property
+    def birth_record(self) -> dict[str, Any]:
+        """What birth.json says; empty before birth."""
+        try:
+            return json.loads((self.path / "birth.json").read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise OrganismError(
+                f"{self.path / 'birth.json'} cannot be read: {error}. Restore it from a backup."
+            ) from error
+
+    @property
+    def id(self) -> str | None:
+        """Who lives here; None before birth."""
+        return self.birth_record.get("id")
+
+    # Finding a generation.
+
+    def latest(self, verify: bool = True) -> Generation | None:
+        """The published generation; None before the first.
+
+        `verify` compares every file with its checksum: a damaged generation is set aside (never deleted) and the one
+        before it is used, with a warning. Raises OrganismError for a format newer than this program knows.
+        """
+        if (
+            self._verified is not None
+            and self._folder(self._verified.number).is_dir()
+            and self._verified.number == self._current()
+        ):
+            return self._verified
+        current = self._current()
+        numbers = sorted(self._numbers(), key=lambda n: (n != current, -n))  # what CURRENT names, then the newest
+        for number in numbers:
+            problem = self._problem(number) if verify else None
+            if problem is None:
+                state = self._state(number)
+                if number != current and verify and not self.read_only:
+                    with self._troubles():
+                        write_atomically(self.body / "CURRENT", f"{number:06d}\n".encode())
+                generation = Generation(number, self._folder(number), state)
+                self._verified = generation if verify else self._verified
+                return generation
+            self._set_aside(number, problem)
+        return None
+
+    def _current(self) -> int | None:
+        try:
+            text = (self.body / "CURRENT").read_text("ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return int(text) if text.isdigit() else None
+
+    def _folder(self, number: int) -> Path:
+        return self.body / f"{number:06d}"
+
+    def _numbers(self) -> list[int]:
+        """Numbers of the generations that are there, rising."""
+        if not self.body.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.body.iterdir() if p.name.isdigit() and p.is_dir())
+
+    def _problem(self, number: int) -> str | None:
+        """What is wrong with a generation, in words; None where every file has its checksum."""
+        folder = self._folder(number)
+        try:
+            sums = _read_sums(folder)
+            for name, digest in sums.items():
+                if _file_digest(folder / name) != digest:
+                    return f"{name} does not match its checksum"
+            return None if "state.json" in sums else "state.json is not listed in SHA256SUMS"
+        except FileNotFoundError as error:
+            return f"{Path(error.filename).name} is missing"
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    def _state(self, number: int) -> dict:
+        """state.json of a generation, migrated to the format of this program."""
+        path = self._folder(number) / "state.json"
+        try:
+            state = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise OrganismError(f"{path} cannot be read: {error}.") from error
+        version = state.get("format", 0)
+        if version > GENERATION_FORMAT:
+            raise OrganismError(
+                f"{path.parent} has format {version}, newer than the {GENERATION_FORMAT} of this program: "
+                "update organism to wake it."
+            )
+        while version < GENERATION_FORMAT:
+            if version not in GENERATION_MIGRATIONS:
+                raise OrganismError(f"{path.parent} has the unknown format {version}: restore a backup.")
+            state, version = GENERATION_MIGRATIONS[version](state), version + 1
+        return state
+
+    def _set_aside(self, number: int, problem: str) -> None:
+        folder = self._folder(number)
+        if self.read_only:
+            log.warning("Generation %d in %s is damaged (%s); the one before it is used.", number, self.path, problem)
+            return
+        aside = self.body / f"damaged-{number:06d}-{int(time.time())}"
+        while aside.exists():
+            aside = aside.with_name(aside.name + "x")
+        with self._troubles():
+            folder.rename(aside)
+            sync_folder(self.body)
+        log.warning(
+            "Generation %d in %s is damaged (%s); it is set aside as %s and the one before it is used.",
+            number,
+            self.path,
+            problem,
+            aside.name,
+        )
+
+    # Publishing.
+
+    def publish(self, files: dict[str, bytes | Callable[[Path], None] | str], state: dict[str, Any]) -> int:
+        """Write a new generation, durable when this returns, and make it the current one; returns its number.
+
+        files: name → bytes, or a function that writes the path it is given, or "keep" (the same file as in the
+        generation before, as a hard link). state["keep"] says that this generation is never pruned.
+        """
+        if self.read_only:
+            raise OrganismError(f"{self.path} is open for reading only.")
+        current = self._current()
+        number = max([0, *self._numbers(), *self._damaged_numbers()]) + 1
+        temporary = self.body / f".tmp-{os.getpid()}-{number}"
+        state = dict(state) | dict(format=GENERATION_FORMAT)
+        try:
+            with self._troubles():
+                temporary.mkdir(mode=0o700)
+                sums = {name: self._place(temporary / name, content, current) for name, content in files.items()}
+                sums["state.json"] = _write_durably(
+                    temporary / "state.json", json.dumps(state, default=_plain_number).encode()
+                )
+                listing = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+                _write_durably(temporary / "SHA256SUMS", listing.encode())
+                sync_folder(temporary)
+                temporary.rename(self._folder(number))
+                sync_folder(self.body)
+                write_atomically(self.body / "CURRENT", f"{number:06d}\n".encode())
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._verified = Generation(number, self._folder(number), state)
+        self._notes[number] = (bool(state.get("keep")), int(state.get("lived_bytes", 0)))
+        self._prune()
+        return number
+
+    def _place(self, path: Path, content: bytes | Callable[[Path], None] | str, before: int | None) -> str:
+        """Put one file of a new generation in its place, durable; its digest."""
+        if content == "keep":
+            if before is None:
+                raise OrganismError(f"There is no generation in {self.path} to keep {path.name} of.")
+            source = self._folder(before) / path.name
+            try:
+                os.link(source, path)
+            except OSError as error:
+                if isinstance(error, FileNotFoundError):
+                    raise
+                return _write_durably(path, source.read_bytes())  # a file system without hard links
+            return _read_sums(source.parent).get(path.name) or _file_digest(path)
+        if callable(content):
+            content(path)
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+            return _file_digest(path)
+        assert isinstance(content, (bytes, bytearray, memoryview)), f"{path.name}: {type(content)}"
+        return _write_durably(path, content)
+
+    def _damaged_numbers(self) -> list[int]:
+        return [int(m[1]) for p in self.body.glob("damaged-*") if (m := re.match(r"damaged-(\d+)", p.name))]
+
+    def _prune(self) -> None:
+        """Keep the newest few, what is marked, and the first of each doubling of lived bytes; remove the rest."""
+        numbers = self._numbers()
+        kept = set(numbers[-max(1, self.keep_generations) :]) | {self._current()}
+        doublings: set[int] = set()
+        for number in numbers:
+            marked, lived = self._note(number)
+            doubling = lived.bit_length()
+            if marked or doubling not in doublings:
+                kept.add(number)
+            doublings.add(doubling)
+        for number in set(numbers) - kept:
+            doomed = self.body / f".tmp-{os.getpid()}-old-{number}"  # renamed first: a crash leaves no half of it
+            with contextlib.suppress(OSError):
+                self._folder(number).rename(doomed)
+                shutil.rmtree(doomed)
+            self._notes.pop(number, None)
+
+    def _note(self, number: int) -> tuple[bool, int]:
+        if number not in self._notes:
+            try:
+                state = json.loads((self._folder(number) / "state.json").read_bytes())
+                self._notes[number] = (bool(state.get("keep")), int(state.get("lived_bytes", 0)))
+            except (OSError, ValueError):
+                self._notes[number] = (True, 0)  # what cannot be read is not ours to remove
+        return self._notes[number]
+
+    # Backup.
+
+    def backup(self, target: str | Path) -> Path:
+        """A consistent copy of the home as a new .tar.gz, also while it lives: its current generation, and then its
+        memory, which is thus never older. Unpack it into an empty folder to wake it there."""
+        import tarfile
+        import tempfile
+
+        target = Path(target).expanduser().absolute()
+        if target.exists():
+            raise OrganismError(f"{target} exists already: choose another name, nothing is overwritten.")
+        if not target.parent.is_dir():
+            raise OrganismError(f"There is no folder {target.parent} to write the backup in: make it first.")
+        generation = self.latest()
+        if generation is None:
+            raise OrganismError(f"Nothing lives in {self.path} yet: there is nothing to back up.")
+        temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+        try:
+            with self._troubles_at(target), contextlib.ExitStack() as stack:
+                names = [p for p in sorted(generation.path.iterdir()) if p.is_file()]
+                opened = [(f"body/{generation.path.name}/{p.name}", stack.enter_context(open(p, "rb"))) for p in names]
+                small = [
+                    (p.name, stack.enter_context(open(p, "rb")))
+                    for p in (self.path / n for n in ("birth.json", Config.FILE))
+                    if p.exists()
+                ]
+                scratch = Path(
+                    stack.enter_context(tempfile.TemporaryDirectory(prefix=".tmp-backup-", dir=target.parent))
+                )
+                with contextlib.closing(Memory(self.path / "memory.db", read_only=True)) as memory:
+                    memory.copy_to(scratch / "memory.db")
+                (scratch / "CURRENT").write_bytes(f"{generation.number:06d}\n".encode())
+                copies = [
+                    (n, stack.enter_context(open(scratch / Path(n).name, "rb"))) for n in ("memory.db", "body/CURRENT")
+                ]
+                with open(temporary, "xb") as stream:
+                    os.fchmod(stream.fileno(), 0o600)
+                    with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=4) as archive:
+                        for name, source in (*small, *copies, *opened):
+                            archive.addfile(_tar_entry(name, os.fstat(source.fileno()).st_size), source)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                try:
+                    os.link(temporary, target)  # unlike a rename, never replaces a file
+                except PermissionError:  # a file system without hard links
+                    temporary.rename(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(target.parent)
+        return target
+
+    @contextlib.contextmanager
+    def _troubles_at(self, target: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OrganismError(f"The backup {target} cannot be written: {error.strerror or error}.") from error
+
+
+def _tar_entry(name: str, size: int) -> Any:
+    import tarfile
+
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode, entry.mtime = size, 0o600, int(time.time())
+    return entry
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    """SHA256SUMS of a generation as {name: digest}."""
+    sums = {}
+    for line in (folder / "SHA256SUMS").read_text("utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if len(digest) != 64 or not name or "/" in name or name.startswith("."):
+            raise ValueError("SHA256SUMS is garbled")
+        sums[name] = digest
+    return sums
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_durably(path: Path, data: bytes | bytearray | memoryview) -> str:
+    """Write and fsync a new file; its digest."""
+    with open(path, "xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def _home_trouble(path: Path, error: OSError) -> str:
+    """One sentence for what the file system reports: what, where, what to do."""
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk that holds {path} is full: free some space; the last published generation is safe."
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"The home {path} cannot be written by this user: change its permissions, or choose another --home."
+    return f"The home {path} cannot be used: {error.strerror or error} ({error.filename or 'no file'})."
+
+
+# --- The Organism, the one object that others hold: it wakes, speaks, learns, saves, and sleeps. ---
+
+SEED_CORPUS = "nonames.txt"
+HISTORY_CHARS = 260  # of each remembered line that is fed back into the prompt
+RECALL_STRONG = 0.75  # a recollection that matches this well is worth repeating almost word for word
+STATE_FORMAT = 1
+
+
+def seed_corpus() -> bytes:
+    """The first breath: nonames.txt beside this module (or where an installed wheel keeps it)."""
+    for folder in (Path(__file__).resolve().parent, Path(sys.prefix) / "share" / "organism"):
+        path = folder / SEED_CORPUS
+        if path.is_file():
+            return path.read_bytes()
+    raise OrganismError(f"{SEED_CORPUS} is missing beside organism.py: restore it, a newborn reads it first.")
+
+
+class Organism:
+    """Wakes from its home or is born there; use it as a context manager.
+
+    kernels: "auto" speaks from n-gram counts where nothing is compiled yet, "wait" compiles first, "off" never compiles.
+    read_only: takes no lock and writes nothing. stage: what to be born as. Raises OrganismError in one sentence.
+    """
+
+    def __init__(self, home: str | Path | None = None, config: Config | None = None, *, overrides: dict[str, Any] | None = None,
+                 read_only: bool = False, seed: int | None = None, threads: int | None = None, kernels: str = "auto",
+                 stage: str | None = None, progress: Callable[[str], None] | None = None):  # fmt: skip
+        if os.environ.get("OUMNIX_DETERMINISTIC") == "1":
+            seed, threads = 0 if seed is None else seed, 1
+        self.home = Home(Path(home) if home else Home.default(), read_only=read_only)
+        self._closed = False
+        try:
+            self.config = config or Config.load(self.home.path, overrides)
+            self.read_only, self.seed, self.threads = read_only, seed, threads
+            self._say_progress = progress or (lambda text: log.info("%s", text))
+            self.kernels = self._prepare_kernels(kernels)
+            self.memory = Memory(self.home.path / "memory.db", read_only=read_only)
+            self._lock = threading.RLock()  # guards `published` and what the trainer hands over
+            self._trainer_thread: threading.Thread | None = None
+            self._stop, self._wake_up, self._compiler = threading.Event(), threading.Event(), None
+            self._speaking, self._busy, self.trouble = 0, False, ""
+            self._reply: Reply | None = None
+            self.immunity, self.surprise = Immunity(), Surprise()
+            self.state: dict[str, Any] = {}
+            self._learner: Learner | None = None
+            self._field_dirty = False
+            self._wake(stage)
+        except BaseException:
+            self.home.close()
+            raise
+        self.buffer = QuantumBuffer(self.config.learning)
+        self._buffered: set[int] = set()
+        self.voice_rng = np.random.Generator(np.random.PCG64(seed if seed is not None else int(time.time_ns() % 2**63)))
+
+    def __enter__(self) -> Organism:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare_kernels(self, wish: str) -> str:
+        if wish == "wait" and not kernels_ready():
+            self._say_progress("compiling kernels, once for this machine…")
+            organ("kernels").warm()
+        return wish
+
+    @property
+    def compiled(self) -> bool:
+        return self.kernels != "off" and kernels_ready()
+
+    # Birth and waking.
+
+    def _wake(self, stage: str | None) -> None:
+        generation = self.home.latest()
+        if generation is None:
+            if self.read_only:
+                raise OrganismError(f"Nothing lives in {self.home.path} yet: start `organism chat` there first.")
+            self._birth(stage)
+            return
+        self.state = generation.state
+        since = sum(len(row.text) for row in self.memory.lived(after_seq=self.state["seq"]))
+        self.state["lived_bytes"] += since  # settled, but not yet published when it fell asleep
+        if stage and stage != self.state["stage"]:
+            raise UsageError(f"The organism in {self.home.path} is at stage {self.state['stage']!r}, not {stage!r}: choose another --home, or leave --stage out.")
+        tokenizer = Tokenizer.from_state(self.state["tokenizer"])
+        body, self._birth_embedding = self._load_body(generation.path, tokenizer)
+        field = self._load_field(generation.path, tokenizer, body)
+        gate = Gate().load(self.state["gate"])
+        self.published = Snapshot(tokenizer, field, body, gate, generation.number, self.compiled)
+
+    def _birth(self, stage: str | None) -> None:
+        """A newborn reads nonames.txt: it is remembered as lived, the vocabulary and the field come from it."""
+        seed = self.seed if self.seed is not None else int.from_bytes(os.urandom(4), "little")
+        text = seed_corpus()
+        tokenizer = Tokenizer()
+        tokenizer.learn([text], wanted_merges(len(text), self.config.tokenizer))
+        stage = stage or self.config.body.stage
+        if stage not in STAGES:
+            raise UsageError(f"There is no stage {stage!r}: choose one of {', '.join(STAGES)}.")
+        body = Body(stage, len(tokenizer), self.config.body, seed)
+        self._birth_embedding = body.arena["embedding"].copy()
+        self.state = dict(format=STATE_FORMAT, seed=seed, stage=stage, field_seq=0, lived_bytes=0, training_tokens=0,
+                          training_flops=0.0, loss=None, reading={}, credit=0.0, rng=None, learned=0)  # fmt: skip
+        self.home.birth(dict(born=time.time(), seed=seed, stage=stage, parent=None, corpus=hashlib.sha256(text).hexdigest()))
+        pieces = [(SEED_CORPUS, piece, part) for part, piece in enumerate(_cut_pieces(text))]
+        self.memory.add_lived(pieces, burst_id=0)
+        self.state["lived_bytes"] = len(text)
+        field = self._replayed_field(tokenizer, body)
+        self.published = Snapshot(tokenizer, field, body, Gate(), 0, self.compiled)
+        self._publish_files(self.published, dict(keep=True))
+        self.memory.event("birth", dict(stage=stage, seed=seed, vocab=len(tokenizer)))
+
+    def _load_body(self, folder: Path, tokenizer: Tokenizer) -> tuple[Body, np.ndarray]:
+        from safetensors.numpy import load_file
+
+        arrays = load_file(folder / "body.safetensors")
+        birth = arrays.pop("birth/embedding")
+        return Body.from_state(self.state["body"], arrays, self.config.body), birth
+
+    def _load_field(self, folder: Path, tokenizer: Tokenizer, body: Body) -> Field | CooccurField:
+        """The field's checkpoint and what was lived since, or everything lived, replayed."""
+        path = folder / "field.npz"
+        if not body.on_field or not self.compiled or not path.exists():
+            return self._replayed_field(tokenizer, body)
+        with np.load(path, allow_pickle=False) as arrays:
+            field = Field.from_state(tokenizer.vocabulary, self.config.field, dict(arrays))
+        for row in self.memory.lived(after_seq=self.state["field_seq"]):
+            field.read(_row_tokens(tokenizer, row.text, row.part))
+        return field
+
+    def _replayed_field(self, tokenizer: Tokenizer, body: Body) -> Field | CooccurField:
+        rows = [_row_tokens(tokenizer, row.text, row.part) for row in self.memory.lived()]
+        if not body.on_field:
+            rows = list(itertools.takewhile(_within(PLAIN_FIELD_TOKENS), rows))
+        counts = np.bincount(np.concatenate(rows), minlength=len(tokenizer)) if rows else None
+        field = fresh_field(tokenizer, self.config, counts, compiled=self.compiled, seen=sum(map(len, rows)), plain=not body.on_field)
+        for tokens in rows:
+            field.read(tokens)
+        return field
+
+    # Speaking.
+
+    def say(self, text: str, on_piece: Callable[[str], None] | None = None) -> Reply:
+        """Answer. The message is on disk before the reply begins; the reply is remembered when it is complete."""
+        if self._reply is not None:
+            _ = self._reply.text  # an unfinished reply is finished first, so that memory keeps its order
+        text = text.strip()
+        asked = self.memory.add_message("user", text, learn=f"H: {_one_line(text)}\n")
+        self._wake_up.set()
+        reply = self._remembered(self._prepare(text, asked))
+        if on_piece is not None:
+            for piece in reply:
+                on_piece(piece)
+        return reply
+
+    def _prepare(self, text: str, asked: int) -> Reply:
+        voice = Voice(self.published, self.config, self.voice_rng)
+        history = self.memory.messages(limit=self.config.voice.context_messages, before=asked)
+        waiting = [p for p in self.memory.pending() if p.source == "chat"]
+        for row in waiting[-32:-1]:  # said, but not yet lived: the overlay knows it all the same
+            voice.hear(_as_text(row.text))
+        surprise = voice.surprise(text)
+        recalled = recollect(self.memory, text, self.config.voice.recall, before=asked)
+        strong = [r for r in recalled if r.match >= RECALL_STRONG][:1]
+        voice.suggest(text, strong or [r for r in recalled if r.match >= 0.5][:2], times=4 if strong else 2)
+        lines = [f"{'H' if m.role == 'user' else 'A'}: {_one_line(m.text)[:HISTORY_CHARS]}\n" for m in history]
+        prompt = "".join(lines) + f"H: {_one_line(text)}\nA:"
+        temperature = self.config.voice.temperature * (0.3 if strong else 1.0)
+        reply = voice.speak(prompt, temperature)
+        reply.surprise_bits = surprise
+        reply.recalled = strong[0] if strong else None
+        return reply
+
+    def _remembered(self, reply: Reply) -> Reply:
+        """The same reply, which stores itself once it has been spoken."""
+        pieces = reply._pieces
+
+        def told() -> Iterator[str]:
+            began = time.perf_counter()
+            self._set_speaking(+1)
+            try:
+                yield from pieces
+            finally:
+                self._set_speaking(-1)
+            reply.seconds = time.perf_counter() - began
+            self.memory.add_message("organism", reply._text.strip())
+            self.surprise.measure(reply.surprise_bits)
+            self.memory.event("reply", dict(source=reply.source, surprise_bits=reply.surprise_bits, entropy_bits=reply.entropy_bits,
+                                            tokens=reply.tokens, recalled=reply.recalled.origin if reply.recalled else None))  # fmt: skip
+            self._reply = None
+
+        reply._pieces = told()
+        self._reply = reply
+        return reply
+
+    def _set_speaking(self, change: int) -> None:
+        """The trainer yields between micro-batches while a reply is being made."""
+        self._speaking += change
+        trainer = self._learner.trainer if self._learner else None
+        if trainer is not None:
+            trainer.yield_flag[0] = int(self._speaking > 0)
+
+    def why(self) -> str:
+        """The last reply in words: where it came from, how surprised it was, what it remembered."""
+        replies = self.memory.events("reply", limit=1)
+        if not replies:
+            return "I have not said anything yet."
+        data = replies[0].data
+        source = {"field": "from the field alone (what I have read, counted)", "body": "from my body alone",
+                  "blend": "from my body, which stands on the field"}[data["source"]]  # fmt: skip
+        recalled = {"told": " I leaned on something that you told me.", "read": " I leaned on something that I have read."}
+        return (
+            f"My last reply came {source}. Your words cost me {data['surprise_bits']:.2f} bits per byte"
+            f" (usually {self.surprise.baseline:.2f}), and I chose each of {data['tokens']} tokens at {data['entropy_bits']:.2f} bits of doubt."
+            + recalled.get(data["recalled"], "")
+        )
+
+    # Learning.
+
+    def learn(self, text: str | bytes | Iterable[str | bytes], source: str = "library") -> int:
+        """Queue text to be learned in the background; returns how many pieces wait. Survives a crash."""
+        texts = [text] if isinstance(text, (str, bytes)) else text
+        count = 0
+        for item in texts:
+            data = item.encode("utf-8", "surrogatepass") if isinstance(item, str) else item
+            for piece in _cut_pieces(data):
+                self.memory.queue(source, piece)
+                count += 1
+        self._wake_up.set()
+        return count
+
+    def learn_file(self, path: str) -> int:
+        """Queue a file, piece by piece, under its path as source; returns bytes queued."""
+        total = 0
+        for piece in Reader([path]).pieces():
+            self.memory.queue(piece.source, piece.data)
+            total += len(piece.data)
+        self._wake_up.set()
+        return total
+
+    def learn_now(self, text: str | bytes | Iterable[str | bytes], source: str = "library") -> Verdict:
+        """Learn in the foreground: one burst over this and whatever waits; returns the verdict."""
+        self.learn(text, source)
+        with self._lock:
+            return self._burst(force=True)
+
+    @property
+    def learner(self) -> Learner:
+        """The working copy, made when learning first needs it."""
+        if self._learner is None:
+            self._learner = self._make_learner()
+        return self._learner
+
+    def _make_learner(self) -> Learner:
+        snap = self.published
+        if self.compiled and isinstance(snap.field, CooccurField) and snap.body.on_field:
+            snap = dataclasses.replace(snap, field=self._replayed_field(snap.tokenizer, snap.body), compiled=True, _decoder=None)
+            self.published = snap
+        engine = self.config.learning.engine if self.compiled else "numpy"
+        learner = Learner(self.config, snap.tokenizer, snap.field.copy(), snap.body.copy(), engine=engine, threads=self.threads,
+                          seed=self.state["seed"])  # fmt: skip
+        learner.gate, learner.credit = snap.gate.copy(), self.state["credit"]
+        if self.state["rng"]:
+            learner.rng.bit_generator.state = self.state["rng"]
+        self._restore_experience(learner)
+        if learner.body.steps == 0 and not learner.credit:
+            learner.credit = learner.experience.length * self._replay
+        return learner
+
+    def _restore_experience(self, learner: Learner) -> None:
+        """From the checkpoint and the rows since, or by replaying the field with its predictions kept."""
+        generation = self.home.latest(verify=False)
+        path = generation.path / "experience.npz" if generation else None
+        if learner.on_field and path and path.exists() and not isinstance(learner.field, CooccurField):
+            with np.load(path, allow_pickle=False) as arrays, np.load(path.with_name("field.npz"), allow_pickle=False) as saved:
+                learner.field = Field.from_state(learner.tokenizer.vocabulary, self.config.field, dict(saved))
+                learner.experience = learner._new_experience()
+                learner.experience.load(dict(arrays))
+            for row in self.memory.lived(after_seq=self.state["field_seq"]):
+                learner.read(_row_tokens(learner.tokenizer, row.text, row.part))
+        elif learner.on_field:
+            learner.rebuild(self._past(), getattr(learner.field.config, "table_mb", None))
+        else:
+            for row in self.memory.lived():
+                learner.experience.append(_row_tokens(learner.tokenizer, row.text, row.part), None)
+                learner.experience.trim()
+
+    def _past(self) -> Iterator[tuple[bytes, int]]:
+        return ((row.text, row.part) for row in self.memory.lived())
+
+    @property
+    def _replay(self) -> float:
+        """Tokens trained per token read: a plain body reads each token once."""
+        return self.config.learning.replay if self.published.body.on_field else 1.0
+
+    def _burst(self, force: bool = False, seconds: float = 10.0) -> Verdict:
+        """Judge what waits, read it, train on it mixed with replay, and publish; or change nothing at all."""
+        learner, pending = self.learner, self.memory.pending()
+        accepted, refused = [], []
+        for row in pending:
+            verdict = self.immunity.judge(row.text, row.source)
+            (accepted if verdict.accepted else refused).append((row, verdict))
+        fresh = 0
+        for row, _ in accepted:
+            tokens = learner.encode(row.text, 0 if row.source != "chat" else 1)
+            costs, view = learner.read(tokens)
+            if learner.body.steps:
+                learner.predict(tokens, view, costs, learn_gate=True)
+            learner.follow(tokens, view)
+            fresh += len(tokens)
+        learner.credit += fresh * self._replay
+        loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
+        rows = [(row.source, row.text, 0 if row.source != "chat" else 1) for row, _ in accepted]
+        self.memory.settle([row.id for row in pending], rows, [(row.source, row.text, v) for row, v in refused], burst_id=self.published.number + 1)
+        self.state["lived_bytes"] += sum(len(row.text) for row, _ in accepted)
+        self.state["learned"] += len(accepted)
+        self._maybe_grow(learner)
+        learner.experience.trim()
+        self._publish(learner, loss, "burst")
+        return accepted[-1][1] if accepted else refused[-1][1] if refused else Verdict("accept", "nothing", "there was nothing to learn")
+
+    def _spend_credit(self, learner: Learner, fresh: int, seconds: float, at_least: int) -> float:
+        """Train until the credit is spent or time is up; mean loss in nats."""
+        learning, began, losses = self.config.learning, time.perf_counter(), []
+        per_step = learning.batch * learner.body.context
+        while (learner.credit >= per_step or len(losses) < at_least) and learner.experience.length > 2:
+            losses.append(learner.train(1, fresh))
+            self._set_speaking(0)
+            learner.credit = max(0.0, learner.credit - per_step)
+            self._count_training(learner, per_step)
+            if self._stop.is_set() or time.perf_counter() - began > seconds:
+                break
+        return float(np.mean(losses)) if losses else math.nan
+
+    def _count_training(self, learner: Learner, tokens: int) -> None:
+        self.state["training_tokens"] += tokens
+        self.state["training_flops"] += 6.0 * learner.body.n_params * tokens
+
+    def _maybe_grow(self, learner: Learner) -> bool:
+        """A larger vocabulary or a larger field table, once enough was lived; both replay the past."""
+        merges = wanted_merges(self.state["lived_bytes"], self.config.tokenizer)
+        if merges > len(learner.tokenizer.merges):
+            old = len(learner.tokenizer)
+            if learner.grow_vocabulary(merges, self._past):
+                rows = learner.body.arena["embedding"][old:]
+                self._birth_embedding = np.concatenate([self._birth_embedding, rows])
+                self._field_dirty = True
+                self.memory.event("vocabulary", dict(size=len(learner.tokenizer)))
+                return True
+        if learner.on_field and not isinstance(learner.field, CooccurField):
+            wanted = wanted_table_mb(learner.field.seen, self.config.field)
+            if wanted > learner.field.config.table_mb:
+                learner.rebuild(self._past(), wanted)
+                self._field_dirty = True
+        return False
+
+    # Publishing.
+
+    def _publish(self, learner: Learner, loss: float, note: str, checkpoint: bool | None = None) -> None:
+        """On disk first, then spoken from."""
+        self._unsaved = True
+        if not math.isnan(loss):
+            self.state["loss"] = loss
+        snapshot = Snapshot(learner.tokenizer, learner.field.copy(), learner.body.copy(), learner.gate.copy(), compiled=self.compiled)
+        self.state |= dict(credit=learner.credit, rng=learner.rng.bit_generator.state)
+        due = time.time() - self._last_checkpoint > self.config.life.checkpoint_seconds
+        self._publish_files(snapshot, {}, learner if checkpoint or self._field_dirty or (checkpoint is None and due) else None)
+        self.published = snapshot
+        gamma = self.gamma()
+        self.memory.growth(step=learner.body.steps, vocab_size=len(learner.tokenizer), n_params=learner.body.n_params, n_deltas=0,
+                           corpus_chars=self.state["lived_bytes"], loss=self.state["loss"], gamma_sparsity=gamma.sparsity,
+                           gamma_magnitude=gamma.magnitude, note=note)  # fmt: skip
+
+    _last_checkpoint = 0.0
+    _unsaved = False  # whether field or experience changed since their checkpoint
+
+    def _publish_files(self, snapshot: Snapshot, extra: dict, learner: Learner | None = None) -> None:
+        from safetensors.numpy import save
+
+        arrays, meta = snapshot.body.state()
+        arrays = dict(arrays) | {"birth/embedding": self._birth_embedding}
+        files: dict[str, Any] = {"body.safetensors": save({k: np.ascontiguousarray(v) for k, v in arrays.items()})}
+        if learner is not None and learner.on_field and not isinstance(learner.field, CooccurField):
+            files["field.npz"] = _npz(learner.field.state())
+            files["experience.npz"] = _npz(learner.experience.state())
+            self.state["field_seq"] = self.memory.last_seq()
+            self._last_checkpoint, self._field_dirty, self._unsaved = time.time(), False, False
+        elif self.state["field_seq"]:
+            files |= {"field.npz": "keep", "experience.npz": "keep"}
+        self.state |= dict(seq=self.memory.last_seq(), body=meta, stage=snapshot.body.stage, tokenizer=snapshot.tokenizer.state(), gate=snapshot.gate.state())
+        snapshot.number = self.home.publish(files, self.state | extra)
+        if self.state["field_seq"]:
+            self.memory.evict(self.config.learning.store_mb * 2**20, self.state["field_seq"])
+
+    def save(self) -> None:
+        """Checkpoint everything that changed since the last checkpoint."""
+        with self._lock:
+            if self._learner is not None and self._unsaved:
+                self._publish(self.learner, math.nan, "save", checkpoint=True)
+
+    def close(self) -> None:
+        """Finish the reply, stop the trainer, checkpoint, and let go of the home. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._reply is not None:
+                _ = self._reply.text
+            self.stop()
+            if not self.read_only and self._learner is not None:
+                self.save()
+                self._learner.release()
+        finally:
+            self.memory.close()
+            self.home.close()
+
+    # The background.
+
+    def start(self) -> None:
+        """Begin to live in the background: compile what is missing, learn what waits, checkpoint now and then."""
+        if self._trainer_thread is None:
+            self._stop.clear()
+            self._trainer_thread = threading.Thread(target=self._live, name="organism-trainer", daemon=True)
+            self._trainer_thread.start()
+
+    def stop(self) -> None:
+        """Stop the background; a burst under way is finished first (or cut short between steps)."""
+        self._stop.set()
+        self._wake_up.set()
+        if self._trainer_thread is not None:
+            self._trainer_thread.join()
+            self._trainer_thread = None
+        if self._compiler is not None and self._compiler.poll() is None:
+            self._compiler.terminate()
+
+    def _live(self) -> None:
+        try:
+            if not self._await_kernels():
+                return
+            with self._lock:
+                _ = self.learner
+            while not self._stop.is_set():
+                self._wake_up.wait(0.25)
+                self._wake_up.clear()
+                self._tick()
+        except Exception as error:  # the trainer must never die in silence (spec, weakness 1)
+            self.trouble = f"learning stopped: {type(error).__name__}: {error}"
+            log.error("%s", self.trouble, exc_info=True)
+            with contextlib.suppress(Exception):
+                self.memory.event("trouble", dict(error=self.trouble))
+
+    def _await_kernels(self) -> bool:
+        """Let a child process compile while this one speaks from counts. False if told to stop meanwhile."""
+        if self.kernels == "off" or kernels_ready():
+            return True
+        self._compiler = organ("kernels").warm_in_background()
+        while self._compiler.poll() is None:
+            if self._stop.wait(0.25):
+                return False
+        if not kernels_ready():
+            self.kernels = "off"
+            log.warning("The kernels could not be compiled here; it lives on, slowly. `organism doctor` says more.")
+        return True
+
+    def _tick(self) -> None:
+        for row in self.memory.pending():
+            if row.id not in self._buffered:
+                self._buffered.add(row.id)
+                bits, _ = self.published.field.copy().read(self.published.tokenizer.encode(row.text))
+                self.buffer.feed(row.text, float(bits.sum()))
+        per_step = self.config.learning.batch * self.published.body.context
+        if self.buffer.ready(time.monotonic()) or (self.learner.credit >= per_step and not self._speaking):
+            self._busy = True
+            with self._lock:
+                self._burst()
+            self.buffer.reset(time.monotonic())
+            self._buffered.clear()
+            self._busy = False
+
+    def sleep(self) -> None:
+        """Stop learning, checkpoint, give back the trainer's memory."""
+        self.stop()
+        self.save()
+        if self._learner is not None:
+            self._learner.release()
+            self._learner = None
+
+    # Training in the foreground.
+
+    def train(self, paths: Sequence[str], *, on_event: Callable[[dict], None] | None = None, **options: Any) -> dict[str, Any]:
+        """The headless loop over files of any size; see `Schooling` for the options. Returns the last event."""
+        with self._lock:
+            return Schooling(self, paths, on_event or (lambda event: None), **options).run()
+
+    # Measuring.
+
+    def evaluate(self, data: str | bytes, prequential: bool = False, blank: bool = False,
+                 curve: Callable[[int, float], None] | None = None, stage: str | None = None) -> dict[str, Any] | float:  # fmt: skip
+        """Bits per byte and perplexity of data; the home never changes. A string gives just the bits per byte."""
+        if isinstance(data, str):
+            return self.evaluate(data.encode(), prequential, blank)["bits_per_byte"]
+        if not data:
+            raise OrganismError("There is nothing to evaluate: the text is empty.")
+        if prequential:
+            learner, past = self._prequential_learner(blank, stage)
+            return Prequential(learner, past).run(data, curve).result(True)
+        learner = self._blank_learner(stage) if blank else self._frozen_learner()
+        return frozen_score(learner, data, curve).result(False)
+
+    def _frozen_learner(self) -> Learner:
+        snap = self.published
+        learner = Learner(self.config, snap.tokenizer, snap.field.copy(), snap.body, engine="auto" if self.compiled else "numpy",
+                          threads=self.threads, seed=0)  # fmt: skip
+        learner.gate = snap.gate.copy()
+        return learner
+
+    def _blank_learner(self, stage: str | None) -> Learner:
+        return newborn_learner(self.config, stage or self.config.learning.prequential_stage, engine="auto" if self.compiled else "numpy",
+                               threads=self.threads, seed=self.seed or 0)  # fmt: skip
+
+    def _prequential_learner(self, blank: bool, stage: str | None) -> tuple[Learner, list[tuple[bytes, int]]]:
+        if blank:
+            return self._blank_learner(stage), []
+        learner = self._frozen_learner()
+        learner.body = learner.body.copy()
+        past = list(self._past())
+        if learner.on_field:
+            learner.rebuild(iter(past), getattr(learner.field.config, "table_mb", None))
+        return learner, past
+
+    def gamma(self) -> Gamma:
+        return Gamma.of(self.published.body.arena["embedding"], self._birth_embedding)
+
+    def status(self) -> dict[str, Any]:
+        snap, gamma, counts = self.published, self.gamma(), self.memory.counts()
+        return dict(
+            id=self.home.id, home=str(self.home.path), stage=snap.body.stage, n_params=snap.body.n_params, vocab=len(snap.tokenizer),
+            corpus_bytes=self.state["lived_bytes"], step=snap.body.steps, generation=snap.number, loss=self.state["loss"], syntropy=0.0,
+            gamma=dict(magnitude=gamma.magnitude, sparsity=gamma.sparsity), deltas=0,
+            immune=dict(accepted=self.state["learned"], delayed=0, refused=counts.get("quarantine", 0), rolled_back=0),
+            mesh=dict(peers=0), training_flops=self.state["training_flops"], messages=counts.get("messages", 0),
+            waiting=counts.get("pending", 0), learning=self._busy, trouble=self.trouble or None,
+        )  # fmt: skip
+
+
+def _cut_pieces(data: bytes) -> Iterator[bytes]:
+    while data:
+        cut = Tokenizer.boundary(data, PIECE_BYTES) if len(data) > PIECE_BYTES else len(data)
+        yield data[:cut]
+        data = data[cut:]
+
+
+def _row_tokens(tokenizer: Tokenizer, text: bytes, part: int) -> np.ndarray:
+    tokens = tokenizer.encode(text)
+    return np.concatenate([[np.int32(Tokenizer.BOS)], tokens]) if part == 0 else tokens
+
+
+def _within(limit: int) -> Callable[[np.ndarray], bool]:
+    total = 0
+
+    def check(tokens: np.ndarray) -> bool:
+        nonlocal total
+        total += len(tokens)
+        return total <= limit
+
+    return check
+
+
+def _as_text(text: str | bytes) -> str:
+    return text if isinstance(text, str) else text.decode("utf-8", "replace")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _npz(arrays: dict[str, np.ndarray]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with open(path, "wb") as stream:
+            np.savez(stream, **arrays)
+
+    return write
+
+
+def frozen_score(learner: Learner, data: bytes, curve: Callable[[int, float], None] | None = None) -> Score:
+    """Bits per byte with everything frozen: field and body predict, nothing learns."""
+    score, began, part = Score(), time.perf_counter(), 0
+    for piece in _cut_pieces(data):
+        tokens = learner.encode(piece, part)
+        if learner.on_field:
+            bits, view = learner.field.read(tokens, views=True, learn=False)
+            log_p = learner.predict(tokens, view, bits, learn_gate=False) if learner.body.steps else -bits * math.log(2)
+        else:
+            bits, view = np.zeros(len(tokens)), None
+            log_p = learner.predict(tokens, None, bits, learn_gate=False)
+        learner.follow(tokens, view)
+        score.bits -= float(log_p.sum()) / math.log(2)
+        score.field_bits += float(bits.sum())
+        score.bytes, score.tokens, part = score.bytes + len(piece), score.tokens + len(tokens), part + 1
+        if curve:
+            curve(score.bytes, score.bits / score.bytes)
+    score.seconds = time.perf_counter() - began
+    return score
+
+
+# --- Schooling, which is the foreground loop behind `train`. ---
+
+
+class Schooling:
+    """Streams a corpus through judgement, field and body: `steps`, `seconds`, `tokens` or `epochs` say when to stop.
+
+    A step is batch × context tokens. Every token read earns `replay` tokens of training; where the limit is not
+    reached by then the corpus repeats, as replay of the experience. Ctrl-C saves before it is passed on.
+    """
+
+    SLICE = 2048  # tokens read between two looks at the training credit
+
+    def __init__(self, life: Organism, paths: Sequence[str], on_event: Callable[[dict], None], *, steps: int | None = None,
+                 seconds: float | None = None, tokens: int | None = None, epochs: float | None = None, vocab: int | None = None,
+                 evaluate: str | None = None, log_every: int = 50, save_every: int = 0, strip_tags: bool = False):  # fmt: skip
+        self.life, self.on_event = life, on_event
+        self.limits = dict(steps=steps, seconds=seconds, tokens=tokens)
+        self.epochs = epochs if epochs is not None else (None if any(v is not None for v in self.limits.values()) else 1)
+        self.vocab, self.eval_path, self.log_every, self.save_every = vocab, evaluate, max(1, log_every), save_every
+        self.reader = Reader(paths, strip_tags)
+        self.steps = self.tokens = self.refused = self.read_bytes = self.read_tokens = 0
+        self.seconds, self.began, self.saved_at = 0.0, time.perf_counter(), time.perf_counter()
+        self.losses: collections.deque[float] = collections.deque(maxlen=32)
+        self.waiting: list[tuple[str, bytes, int]] = []
+        self.bytes_per_token, self.fresh = 2.0, 0
+
+    def run(self) -> dict[str, Any]:
+        life, eval_data = self.life, Path(self.eval_path).read_bytes() if self.eval_path else None
+        if self.vocab:
+            self._grow_to(self.vocab)
+        self.learner = life.learner
+        try:
+            self._school()
+        except KeyboardInterrupt:
+            self._save("interrupted")
+            raise
+        except OrganismError:
+            life._learner = None  # whatever went wrong is in it: the published one goes on
+            raise
+        self._save("train")
+        done = dict(event="done", steps=self.steps, tokens=self.tokens, seconds=round(self.seconds, 4),
+                    tokens_per_s=self._rate(self.seconds), wall_tokens_per_s=self._rate(time.perf_counter() - self.began),
+                    loss=float(np.mean(self.losses)) if self.losses else life.state["loss"], stage=self.learner.body.stage,
+                    n_params=self.learner.body.n_params, refused_bytes=self.refused, read_bytes=self.read_bytes,
+                    malformed=self.reader.malformed)  # fmt: skip
+        if eval_data is not None:
+            done["bpb_eval"] = life.evaluate(eval_data)["bits_per_byte"]
+        self.on_event(done)
+        return done
+
+    def _rate(self, seconds: float) -> float:
+        return round(self.tokens / seconds, 1) if seconds > 0 else 0.0
+
+    def _grow_to(self, vocab: int) -> None:
+        """`--vocab`: the whole vocabulary at once, learned from the beginning of this corpus and what was lived."""
+        life, merges = self.life, vocab - 259
+        have = len(life.published.tokenizer.merges)
+        if merges < have:
+            raise UsageError(f"--vocab {vocab} is less than the {have + 259} tokens it has: a vocabulary only ever expands.")
+        if merges == have:
+            return
+        learner = life.learner
+        ahead = itertools.islice(self.reader.pieces(), 64) if "-" not in self.reader.files else iter(())
+        sample = [(p.data, p.part) for p in ahead]
+        old = len(learner.tokenizer)
+        grown = Tokenizer(learner.tokenizer.merges)
+        grown.learn([d for d, _ in itertools.chain(life._past(), sample)], merges)
+        learner.release()
+        learner.tokenizer = grown
+        learner.body.grow_vocabulary(grown, old)
+        life._birth_embedding = np.concatenate([life._birth_embedding, learner.body.arena["embedding"][old:]])
+        learner.rebuild(life._past())
+        life._field_dirty = True
+
+    def _school(self) -> None:
+        """Read and train by turns; then repeat by replay until the limit is reached."""
+        skip = {path: end for path, end in self.life.state["reading"].items() if path in self.reader.files}
+        if all(path in skip and skip[path] >= _size(path) for path in self.reader.files):
+            skip = {}  # it has been read to its end before: begin again
+        for piece in self.reader.pieces(skip):
+            if self._piece(piece):
+                return
+        for path in self.reader.files:
+            self.life.state["reading"][path] = _size(path)
+        while not self._enough() and self._wants_more() and self.learner.experience.length > 2:
+            self._step()
+
+    def _wants_more(self) -> bool:
+        if self.epochs is None:
+            return True
+        return self.tokens < self.epochs * self.life._replay * self.read_tokens
+
+    def _piece(self, piece: Piece) -> bool:
+        """Judge, read and train on one piece; True when a limit is reached."""
+        verdict = self.life.immunity.judge(piece.data, piece.source)
+        self.read_bytes += len(piece.data)
+        if not verdict.accepted:
+            self.refused += len(piece.data)
+            self.life.memory.quarantine_add(piece.source, piece.data, verdict)
+        else:
+            self._read(piece)
+        self.life.state["reading"][piece.source] = piece.offset
+        return self._enough()
+
+    def _read(self, piece: Piece) -> None:
+        learner = self.learner
+        tokens = learner.encode(piece.data, piece.part)
+        self.bytes_per_token = len(piece.data) / max(1, len(tokens))
+        self.waiting.append((piece.source, piece.data, piece.part))
+        self.life.state["lived_bytes"] += len(piece.data)
+        self.life.state["learned"] += 1
+        for i in range(0, len(tokens), self.SLICE):
+            some = tokens[i : i + self.SLICE]
+            costs, view = learner.read(some)
+            learner.follow(some, view)
+            learner.credit += len(some) * self.life._replay
+            self.read_tokens += len(some)
+            self.fresh = min(self.fresh + len(some), 4 * self.SLICE)
+            while learner.credit >= self._step_tokens and not self._enough():
+                self._step()
+        learner.experience.trim()
+        if sum(len(data) for _, data, _ in self.waiting) > 2**22 or time.perf_counter() - self.saved_at > 60:
+            self._save("train")
+        if not self.vocab:
+            self._grow_as_read()
+
+    def _grow_as_read(self) -> None:
+        policy = self.life.config.tokenizer
+        if wanted_merges(self.life.state["lived_bytes"], policy) > len(self.learner.tokenizer.merges):
+            self._flush()
+            self.life._maybe_grow(self.learner)
+
+    @property
+    def _step_tokens(self) -> int:
+        return self.life.config.learning.batch * self.learner.body.context
+
+    def _step(self) -> None:
+        learner = self.learner
+        began = time.perf_counter()
+        loss = learner.train(1, self.fresh)
+        took = time.perf_counter() - began
+        if self.steps:  # the first step plans buffers and loads kernels
+            self.seconds += took
+        else:
+            self.seconds += took if self.limits["seconds"] is None else min(took, 0.5)
+        learner.credit = max(0.0, learner.credit - self._step_tokens)
+        self.steps, self.tokens = self.steps + 1, self.tokens + self._step_tokens
+        self.losses.append(loss)
+        self.life._count_training(learner, self._step_tokens)
+        if not math.isfinite(loss):
+            raise OrganismError(f"The loss became {loss} at step {learner.body.steps}: nothing of this was saved; try a lower --lr.")
+        if self.steps <= 100 or self.steps % self.log_every == 0:
+            self.on_event(dict(event="step", step=learner.body.steps, tokens=self.tokens, loss=loss,
+                               bpb=loss / math.log(2) / self.bytes_per_token, lr=learning_rate(learner.body.steps - 1, self.life.config.learning),
+                               tokens_per_s=self._rate(self.seconds), stage=learner.body.stage))  # fmt: skip
+        if self.save_every and self.steps % self.save_every == 0:
+            self._save("train")
+
+    def _enough(self) -> bool:
+        have = dict(steps=self.steps, seconds=self.seconds, tokens=self.tokens)
+        return any(limit is not None and have[name] >= limit for name, limit in self.limits.items())
+
+    def _flush(self) -> None:
+        if self.waiting:
+            self.life.memory.add_lived(self.waiting, burst_id=self.life.published.number + 1)
+            self.waiting = []
+
+    def _save(self, note: str) -> None:
+        self._flush()
+        loss = float(np.mean(self.losses)) if self.losses else math.nan
+        self.life._publish(self.learner, loss, note, checkpoint=True)
+        self.saved_at = time.perf_counter()
+
+
+def _size(path: str) -> int:
+    return os.path.getsize(path) if path != "-" and os.path.exists(path) else sys.maxsize
+
+
+################################################################################################
+# Chapter 12. Command line
+################################################################################################
+# Parsing and printing, nothing else. Results go to stdout (with --json one object a line), everything else to stderr.
+# It hides terminals, pipes and signals, and turns every error into one sentence: exit 1 where something went wrong, 2
+# where the request was wrong, 130 after Ctrl-C, 143 after SIGTERM. ORGANISM_RAISE=1 shows tracebacks instead.
+
+CHAT_LINE_BYTES = 65_536  # a message may be as long as a piece that is learned
+_CHAT_HELP = """/help        this list
+/status      who it is now
+/learn FILE  read a file in the background
+/why         where the last reply came from
+/save        write a checkpoint now
+/quit        save and leave (so do Ctrl-D and Ctrl-C)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program `organism`; returns its exit code."""
+    sys.modules.setdefault("organism", sys.modules[__name__])  # started as a script: organs import this very module
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        with _signals():
+            group = command_line()
+            with group.make_context("organism", _command_first(arguments)) as context:
+                group.invoke(context)
+            sys.stdout.flush()
+        return 0
+    except BaseException as error:
+        if isinstance(error, Exception) and os.environ.get("ORGANISM_RAISE") == "1":
+            raise
+        return _exit_code(error)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which end the program as Ctrl-C does: saved first."""
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the program like Ctrl-C, so that everything on the way is closed."""
+
+    def stop(number: int, frame: Any) -> None:
+        for again in before:  # once is enough: what follows is saving
+            signal.signal(again, signal.SIG_IGN)
+        raise Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_code(error: BaseException) -> int:
+    """Say what went wrong in one sentence on stderr; the exit code that belongs to it."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, BrokenPipeError):  # whoever read from us has gone: leave quietly
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if type(error).__name__ == "Exit":  # click's, after --help
+        return getattr(error, "exit_code", 0)
+    if isinstance(error, Terminated):
+        return 128 + int(error.args[0])
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    text, code = _sentence(error)
+    with contextlib.suppress(OSError):
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _sentence(error: BaseException) -> tuple[str, int]:
+    """(what went wrong, exit code)."""
+    if isinstance(error, OrganismError):
+        return str(error), 2 if isinstance(error, UsageError) else 1
+    if hasattr(error, "format_message"):  # click's: a wrong flag or argument
+        command = getattr(getattr(error, "ctx", None), "command_path", "organism")
+        if type(error).__name__ == "NoArgsIsHelpError":
+            return f"Which command? `{command} --help` lists them.", 2
+        return f"{' '.join(error.format_message().split())} (`{command} --help` says more)", getattr(
+            error, "exit_code", 2
+        )
+    if isinstance(error, ImportError):
+        return f"{error.name or error} is not installed, and this needs it: pip install -e .", 1
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1
+    if isinstance(error, MemoryError):
+        return "There is not enough memory for this: close other programs, or choose a smaller stage or --batch.", 1
+    return f"Something unexpected happened, {type(error).__name__}: {error} (ORGANISM_RAISE=1 shows where).", 1
+
+
+def _command_first(arguments: list[str]) -> list[str]:
+    """`organism --home H status` means `organism status --home H`; a command that does not exist gets a suggestion."""
+    commands = list(command_line().commands)
+    at = 0
+    while at < len(arguments) and arguments[at].startswith("-") and arguments[at] != "--":
+        takes_value = arguments[at] in ("--home", "--seed", "--threads", "--log-level")
+        at += 2 if takes_value else 1
+    if at >= len(arguments) or arguments[at] == "--":
+        return arguments
+    if arguments[at] not in commands:
+        import difflib
+
+        close = difflib.get_close_matches(arguments[at], commands, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands are {', '.join(commands)}."
+        raise UsageError(f"There is no command {arguments[at]!r}: {hint}")
+    command, rest = arguments[at], arguments[at + 1 :]
+    end = rest.index("--") if "--" in rest else len(rest)
+    return [command, *rest[:end], *arguments[:at], *rest[end:]]
+
+
+# --- What all commands share. ---
+
+
+@dataclass
+class _Asking:
+    """The options that every command takes."""
+
+    home: str | None
+    json: bool
+    quiet: bool
+    seed: int | None
+    threads: int | None
+    log_level: str | None
+
+    def note(self, text: str) -> None:
+        """One line to a person who watches."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def result(self, data: dict[str, Any], text: str | None = None) -> None:
+        """A result: an object a line with --json, else text for people."""
+        if self.json:
+            text = json.dumps(_json_numbers(data), ensure_ascii=False, default=_plain_number)
+        print(_as_lines(data) if text is None else text, flush=True)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.home).expanduser() if self.home else Home.default()
+
+    def wake(self, **options: Any) -> Organism:
+        """The organism of this home, with progress on stderr."""
+        return Organism(self.folder, seed=self.seed, threads=self.threads, progress=self.note, **options)
+
+
+def _as_lines(data: dict[str, Any], indent: str = "") -> str:
+    lines = []
+    for key, value in data.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", _as_lines(value, indent + "  ")]
+        elif value is not None:
+            shape = ".4g" if isinstance(value, float) else "," if type(value) is int else ""
+            lines.append(f"{indent}{key.replace('_', ' ')}: {value:{shape}}")
+    return "\n".join(lines)
+
+
+def _patient_kernels() -> str:
+    """What measures and trains waits for compiled kernels; where nothing can be compiled it does without."""
+    from importlib.util import find_spec
+
+    return "wait" if find_spec("numba") and find_spec("organs") else "off"
+
+
+def _json_numbers(value: Any) -> Any:
+    """NaN and infinity have no JSON: null."""
+    if isinstance(value, dict):
+        return {k: _json_numbers(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- The table of commands, filled by a decorator; click is imported when the table is first used. ---
+
+
+class _Command(NamedTuple):
+    """A row: what runs it (its docstring is the help, the last line an example), and what it takes besides `_SHARED`.
+
+    parameters: (name, what it takes, help), where "takes" is a key of `_TAKES` or the texts to choose from.
+    """
+
+    run: Callable[..., None]
+    parameters: tuple[tuple[str, Any, str], ...]
+
+
+_COMMANDS: dict[str, _Command] = {}
+_GROUPS = {"quarantine": "What it refused to learn, and why."}
+_SHARED = (
+    ("--home", "path", "The folder that it lives in."),
+    ("--json", "switch", "Results as JSON, one object a line on stdout."),
+    ("--quiet", "switch", "No progress and no notes on stderr."),
+    ("--seed", "count or 0", "Make chance repeatable."),
+    ("--threads", "count", "Threads to compute with (default: all cores)."),
+    ("--log-level", ("debug", "info", "warning", "error"), "How much to log on stderr (default: warning)."),
+)
+_TAKES: dict[str, tuple[Any, Any, dict]] = {  # (click's type and its arguments, how help shows it, the option's others)
+    "text": (None, "TEXT", {}),
+    "path": (None, "PATH", {}),
+    "paths": (None, "PATH", dict(multiple=True, required=True)),
+    "switch": (None, None, dict(is_flag=True)),
+    "count": (("IntRange", dict(min=1)), "N", {}),
+    "count or 0": (("IntRange", dict(min=0)), "N", {}),
+    "more than 0": (("FloatRange", dict(min=0, min_open=True)), "X", {}),
+    "0 or more": (("FloatRange", dict(min=0)), "X", {}),
+    "vocabulary": (("IntRange", dict(min=259, max=65_536)), "N", {}),
+}
+
+
+def _command(name: str, *parameters: tuple[str, Any, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Enter a function into the table of commands."""
+
+    def enter(run: Callable[..., None]) -> Callable[..., None]:
+        _COMMANDS[name] = _Command(run, parameters)
+        return run
+
+    return enter
+
+
+@functools.cache
+def command_line() -> Any:
+    """The click group of all commands; `organism` alone is `organism chat`."""
+    import click
+    from click_default_group import DefaultGroup
+
+    about = """A language organism that lives on one machine, learns for ever, and remembers you.
+
+    `organism` alone starts a chat. Its home is --home, else ORGANISM_HOME, else checkpoints/default in a clone.
+
+    organism --home ~/anna"""
+    settings = dict(help_option_names=["-h", "--help"], max_content_width=110)
+    top = DefaultGroup(
+        "organism", default="chat", default_if_no_args=True, context_settings=settings, help=_click_help(about)
+    )
+    click.version_option(__version__, prog_name="organism")(top)
+    groups = {"": top}
+    for name, text in _GROUPS.items():
+        groups[name] = click.Group(name, help=_click_help(f"{text}\n\norganism {name} list"), short_help=text)
+        top.add_command(groups[name])
+    for path, row in _COMMANDS.items():
+        group, _, name = path.rpartition(" ")
+        about, parameters = row.run.__doc__ or path, [_click_parameter(click, *p) for p in (*row.parameters, *_SHARED)]
+        run = functools.partial(_run_command, row.run)
+        groups[group].add_command(
+            click.Command(name, None, run, parameters, _click_help(about), short_help=about.split("\n")[0])
+        )
+    return top
+
+
+def _click_help(text: str) -> str:
+    """Help from a docstring: its last paragraph is an example."""
+    *paragraphs, example = [" ".join(part.split()) for part in text.strip().split("\n\n")]
+    return "\n\n".join([*paragraphs, f"\b\nExample:\n  {example}"])
+
+
+def _click_parameter(click: Any, name: str, takes: Any, help: str) -> Any:
+    if isinstance(takes, tuple):
+        return click.Option([name], type=click.Choice(takes, case_sensitive=False), help=help)
+    kind, shown, more = _TAKES[takes]
+    kind = getattr(click, kind[0])(**kind[1]) if kind else None
+    if not name.startswith("-"):
+        return click.Argument([name], type=kind)
+    return click.Option([name], type=kind, metavar=shown, help=help, **more)
+
+
+def _run_command(run: Callable[..., None], **options: Any) -> None:
+    """Run a command with the options that all share gathered in one object."""
+    shared = [name.strip("-").replace("-", "_") for name, _, _ in _SHARED]
+    asking = _Asking(**{name: options.pop(name) for name in shared})
+    level = asking.log_level or ("error" if asking.quiet else "warning")
+    logging.basicConfig(stream=sys.stderr, level=level.upper(), format="%(levelname)s: %(message)s")
+    run(asking, **options)
+
+
+# --- chat ---
+
+
+@_command("chat")
+def _run_chat(asking: _Asking) -> None:
+    """Talk with it: it answers at once, and learns in the background.
+
+    Reads piped lines too; /help lists what else can be typed.
+
+    organism chat --home ~/anna
+    """
+    born = not (asking.folder / "body" / "CURRENT").exists()
+    with asking.wake() as life:
+        asking.note(_greeting(life, born))
+        life.start()
+        _Conversation(asking, life).run()
+        if sys.stdin.isatty():
+            asking.note("Saving…")
+
+
+def _greeting(life: Organism, born: bool) -> str:
+    """One line about what it is doing."""
+    first = (
+        f"Born in {life.home.path}"
+        if born
+        else f"Awake in {life.home.path}, {life.status()['messages']:,} messages remembered"
+    )
+    if not life.compiled and life.kernels != "off":
+        read = SEED_CORPUS if born else "what it has read"
+        return f"{first}; it speaks from {read} while kernels compile in the background. /help lists commands."
+    return f"{first}; it learns while you talk. /help lists commands."
+
+
+class _Conversation:
+    """Lines in, replies out, until the end of the input or /quit. Lines come from a terminal or a pipe."""
+
+    def __init__(self, asking: _Asking, life: Organism):
+        self.asking, self.life = asking, life
+        self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.trouble = ""
+
+    def run(self) -> None:
+        for line in self._terminal_lines() if self.terminal else _piped_lines():
+            try:
+                if not self._answer(line):
+                    return
+            except OrganismError as error:  # at a terminal the conversation goes on
+                if not self.terminal:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+            self._report_trouble()
+
+    def _answer(self, line: str | OrganismError) -> bool:
+        """Answer one line; False after /quit."""
+        if isinstance(line, OrganismError):
+            self._show_error(line)
+        elif line.strip().startswith("/"):
+            return self._slash(line.strip())
+        elif line.strip():
+            self._speak(line.strip())
+        elif self.asking.json:  # one object per line, whatever the line
+            self.asking.result(
+                dict(text="", source="field", surprise_bits=0.0, entropy_bits=0.0, tokens=0, seconds=0.0)
+            )
+        return True
+
+    def _speak(self, text: str) -> None:
+        if self.asking.json:
+            self.asking.result(self.life.say(text).as_dict())
+            return
+        try:
+            started = False
+            for piece in self.life.say(text):
+                shown = piece if started else piece.lstrip()
+                started = started or bool(shown)
+                sys.stdout.write(shown)
+                sys.stdout.flush()
+            print(flush=True)
+        except KeyboardInterrupt as error:
+            if not self.terminal or isinstance(error, Terminated):
+                raise
+            print(" …", flush=True)  # Ctrl-C in a reply: back to the prompt
+
+    def _slash(self, line: str) -> bool:
+        """Run one slash command; False after /quit."""
+        name, _, rest = line[1:].partition(" ")
+        if name in ("quit", "exit"):
+            if self.asking.json:
+                self.asking.result(dict(command="quit", text=""))
+            return False
+        known: dict[str, Callable[[], str]] = {
+            "help": lambda: _CHAT_HELP,
+            "status": lambda: _as_lines(self.life.status()),
+            "learn": lambda: self._learn(rest.strip()),
+            "why": self.life.why,
+            "save": self._save,
+        }
+        try:
+            if name not in known:
+                raise UsageError(f"There is no command /{name}: /help lists them.")
+            text = known[name]()
+        except OrganismError as error:
+            self._show_error(error)
+            return True
+        extra = dict(status=self.life.status()) if name == "status" and self.asking.json else {}
+        self.asking.result(dict(command=name, text=text) | extra, text)
+        return True
+
+    def _learn(self, path: str) -> str:
+        if not path:
+            raise UsageError("Which file? /learn FILE")
+        size = self.life.learn_file(str(Path(path).expanduser()))
+        return f"{size:,} bytes of {path} wait to be learned in the background."
+
+    def _save(self) -> str:
+        self.life.save()
+        return f"Saved as generation {self.life.published.number}."
+
+    def _show_error(self, error: OrganismError) -> None:
+        if self.asking.json:
+            self.asking.result(dict(error=str(error)))
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+
+    def _report_trouble(self) -> None:
+        """Learning that stopped in the background is said once."""
+        if self.life.trouble != self.trouble:
+            self.trouble = self.life.trouble
+            self.asking.note(self.trouble)
+
+    def _terminal_lines(self) -> Iterator[str]:
+        """Lines typed at a prompt, with editing and a history that is kept in the home."""
+        with contextlib.suppress(ImportError):
+            import readline
+
+            history = self.life.home.path / "history"
+            with contextlib.suppress(OSError):
+                readline.read_history_file(history)
+            readline.set_history_length(1000)
+        try:
+            while True:
+                try:
+                    yield input("> ")
+                except EOFError:
+                    print(flush=True)
+                    return
+        except KeyboardInterrupt:
+            print(flush=True)
+            raise
+        finally:
+            if "readline" in sys.modules:
+                with contextlib.suppress(OSError):
+                    sys.modules["readline"].write_history_file(history)
+                    history.chmod(0o600)
+
+
+def _piped_lines() -> Iterator[str | OrganismError]:
+    """Lines of standard input; one that is too long for a message comes as the error that says so."""
+    stream = sys.stdin.buffer
+    while line := stream.readline(CHAT_LINE_BYTES + 2):
+        if line.endswith(b"\n") or len(line) <= CHAT_LINE_BYTES:
+            yield line.rstrip(b"\r\n").decode("utf-8", "replace")
+            continue
+        size = len(line)
+        while not line.endswith(b"\n") and (line := stream.readline(1 << 20)):
+            size += len(line)
+        yield OrganismError(
+            f"A line of {size:,} bytes is too long for a message (at most {CHAT_LINE_BYTES:,}): "
+            "put it into a file and /learn that."
+        )
+
+
+# --- say, eval, status ---
+
+
+@_command("say", ("text", "text", ""))
+def _run_say(asking: _Asking, text: str) -> None:
+    """Say one thing to it, print its answer, and exit.
+
+    organism say "What do you remember of me?"
+    """
+    if not text.strip():
+        raise UsageError("There is nothing to say: TEXT is empty.")
+    with asking.wake() as life:
+        if asking.json:
+            asking.result(life.say(text).as_dict())
+        else:
+            print(life.say(text).text, flush=True)
+
+
+@_command(
+    "eval",
+    ("path", "path", ""),
+    ("--prequential", "switch", "Predict each piece before learning it, on a working copy."),
+    ("--blank", "switch", "Begin from a newborn that has read nothing, not even nonames.txt."),
+    ("--curve", "switch", "Also print how bits per byte fall on the way."),
+)
+def _run_eval(asking: _Asking, path: str, prequential: bool, blank: bool, curve: bool) -> None:
+    """Measure bits per byte and perplexity of a file; the home never changes.
+
+    organism eval book.txt --prequential --json
+    """
+    data = _whole_file(path)
+
+    def point(size: int, bits_per_byte: float) -> None:
+        data = dict(event="point", bytes=size, bits_per_byte=bits_per_byte)
+        asking.result(data, f"{size:,} bytes: {bits_per_byte:.4f} bits per byte")
+
+    show = point if curve else None
+    if blank:  # needs no home, only its settings where there is one
+        asking.result(_newborn_score(asking, data, prequential, show))
+        return
+    with asking.wake(read_only=True, kernels=_patient_kernels()) as life:
+        asking.result(life.evaluate(data, prequential=prequential, curve=show))
+
+
+def _newborn_score(
+    asking: _Asking, data: bytes, prequential: bool, curve: Callable[[int, float], None] | None
+) -> dict[str, Any]:
+    config, engine = Config.load(asking.folder), "numpy"
+    if _patient_kernels() == "wait":
+        engine = "auto"
+        if not kernels_ready():
+            asking.note("compiling kernels, once for this machine…")
+            organ("kernels").warm()
+    learner = newborn_learner(
+        config, config.learning.prequential_stage, engine=engine, threads=asking.threads, seed=asking.seed or 0
+    )
+    return (
+        Prequential(learner, []).run(data, curve).result(True)
+        if prequential
+        else frozen_score(learner, data, curve).result(False)
+    )
+
+
+def _whole_file(path: str) -> bytes:
+    """The bytes of a file, or of standard input for "-"."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise OrganismError(f"The file {path!r} cannot be read: {error.strerror}.") from error
+    if not data:
+        raise OrganismError(f"The file {path!r} is empty: there is nothing to measure.")
+    return data
+
+
+@_command("status")
+def _run_status(asking: _Asking) -> None:
+    """Show who it is now: stage, size, what it has read and learned.
+
+    organism status --json
+    """
+    with asking.wake(read_only=True) as life:
+        asking.result(life.status())
+
+
+# --- train ---
+
+
+_TRAIN_SETTINGS = {  # flag: the setting that it overrides
+    "engine": "learning.engine",
+    "lr": "learning.rate",
+    "batch": "learning.batch",
+    "accum": "learning.accum",
+    "weight_decay": "learning.weight_decay",
+    "max_grad_norm": "learning.max_grad_norm",
+    "precision": "learning.precision",
+    "field": "body.field",
+}
+
+
+@_command(
+    "train",
+    ("--corpus", "paths", "A file, a folder or -; may be repeated."),
+    ("--steps", "count", "Stop after so many steps."),
+    ("--seconds", "more than 0", "Stop after so many seconds of training; the corpus repeats."),
+    ("--tokens", "count", "Stop after so many trained tokens."),
+    ("--epochs", "more than 0", "Read the corpus so many times (default: once)."),
+    ("--stage", CONFIG_CHOICES["body.stage"], "What to be born as, in a new home."),
+    ("--engine", ("numpy", "numba", "torch"), "What computes (default: numba, where compiled)."),
+    ("--eval", "path", "Measure this file at the end."),
+    ("--lr", "more than 0", "Learning rate at its peak."),
+    ("--batch", "count", "Windows a step."),
+    ("--accum", "count", "Batches whose gradients make one step."),
+    ("--weight-decay", "0 or more", "Decoupled weight decay."),
+    ("--max-grad-norm", "0 or more", "Clip gradients to this norm; 0: never."),
+    ("--precision", CONFIG_CHOICES["learning.precision"], "Of the torch engine."),
+    ("--vocab", "vocabulary", "The whole vocabulary, at once (259 is bytes only)."),
+    ("--field", ("on", "off"), "Whether a newborn's body stands on the field."),
+    ("--log-every", "count", "Report every Nth step after the first 100 (default: 50)."),
+    ("--save-every", "count or 0", "Checkpoint every Nth step; 0, the default: each minute."),
+    ("--strip-tags", "switch", "Leave out what looks like HTML tags."),
+)
+def _run_train(asking: _Asking, corpus: tuple[str, ...], stage: str | None, **options: Any) -> None:
+    """Read files of any size and train on them, without a conversation.
+
+    Reads .txt, .md, .jsonl, .json, folders and - (standard input). Ctrl-C saves; the next run goes on from there.
+
+    organism train --corpus book.txt --corpus notes/ --seconds 60 --json
+    """
+    limits = [name for name in ("steps", "seconds", "tokens", "epochs") if options[name] is not None]
+    if len(limits) > 1:
+        raise UsageError(f"--{limits[0]} and --{limits[1]} both say when to stop: choose one.")
+    overrides = {setting: options.pop(flag) for flag, setting in _TRAIN_SETTINGS.items()}
+    options |= dict(
+        evaluate=options.pop("eval"), log_every=options["log_every"] or 50, save_every=options["save_every"] or 0
+    )
+    kernels = "off" if overrides["learning.engine"] == "numpy" else _patient_kernels()
+    with asking.wake(overrides=overrides, kernels=kernels, stage=stage) as life:
+        with _progress(asking, options) as show:
+
+            def event(data: dict[str, Any]) -> None:
+                if asking.json:
+                    asking.result(data)
+                show(data)
+
+            done = life.train(list(corpus), on_event=event, **options)
+        if not asking.json:
+            asking.result(done)
+
+
+@contextlib.contextmanager
+def _progress(asking: _Asking, limits: dict[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that shows a training event on stderr: a bar at a terminal, now and then a line elsewhere."""
+    if asking.quiet:
+        yield lambda data: None
+    elif not sys.stderr.isatty():
+        yield lambda data: None if asking.json else _progress_line(asking, data)
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        limit = next((limits[name] for name in ("steps", "seconds", "tokens") if limits[name] is not None), None)
+        columns = (
+            TextColumn("step {task.fields[step]:,}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[facts]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=limit, step=0, facts="reading")
+            first: list[int] = []
+
+            def show(data: dict[str, Any]) -> None:
+                if data["event"] == "step":
+                    first.append(data["step"])
+                    seconds = data["tokens"] / data["tokens_per_s"] if data["tokens_per_s"] else 0
+                    reached = dict(steps=data["step"] - first[0] + 1, seconds=seconds, tokens=data["tokens"])
+                    done = next((reached[name] for name in reached if limits[name] is not None), None)
+                    bar.update(task, completed=done, step=data["step"], facts=_progress_facts(data))
+
+            yield show
+
+
+def _progress_line(asking: _Asking, data: dict[str, Any]) -> None:
+    if data["event"] == "step" and (data["step"] % 50 == 0 or data["step"] == 1):
+        asking.note(f"step {data['step']:,}  {_progress_facts(data)}")
+
+
+def _progress_facts(data: dict[str, Any]) -> str:
+    return f"loss {data['loss']:.3f}  {data['bpb']:.3f} bits per byte  {data['tokens_per_s']:,.0f} tokens/s"
+
+
+# --- quarantine, backup ---
+
+
+def _remembering(asking: _Asking) -> contextlib.closing[Memory]:
+    return contextlib.closing(Memory(Home(asking.folder, read_only=True).path / "memory.db", read_only=True))
+
+
+@_command("quarantine list")
+def _run_quarantine_list(asking: _Asking) -> None:
+    """List what it refused to learn, newest first.
+
+    organism quarantine list --json
+    """
+    with _remembering(asking) as memory:
+        rows = memory.quarantine()
+    for row in rows:
+        data = _refused_facts(row)
+        head = " ".join(row.text[:60].decode("utf-8", "replace").split())
+        asking.result(data, f"{row.id:>6}  {data['time']}  {row.decision}  {row.rule}  {row.source}  {head}")
+    if not rows and not asking.json:
+        asking.note("Nothing was refused.")
+
+
+@_command("quarantine show", ("number", "count", ""))
+def _run_quarantine_show(asking: _Asking, number: int) -> None:
+    """Print one refused text and why it was refused.
+
+    organism quarantine show 3
+    """
+    with _remembering(asking) as memory:
+        row = memory.quarantine_get(number)
+    if row is None:
+        raise OrganismError(
+            f"There is no number {number} in the quarantine: `organism quarantine list` shows what is there."
+        )
+    data = _refused_facts(row) | dict(text=row.text.decode("utf-8", "replace"))
+    asking.result(data, f"{_as_lines(_refused_facts(row))}\n\n{data['text']}")
+
+
+def _refused_facts(row: Refused) -> dict[str, Any]:
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.ts))
+    return dict(
+        id=row.id,
+        time=when,
+        source=row.source,
+        decision=row.decision,
+        rule=row.rule,
+        reason=row.reason,
+        bytes=len(row.text),
+    )
+
+
+@_command("backup", ("file", "path", ""))
+def _run_backup(asking: _Asking, file: str) -> None:
+    """Write a consistent copy of the home as one .tar.gz, also while it lives.
+
+    Unpack it into an empty folder to wake it there; an existing file is never overwritten.
+
+    organism backup anna-monday.tar.gz
+    """
+    path = Home(asking.folder, read_only=True).backup(file)
+    size = path.stat().st_size
+    asking.result(
+        dict(backup=str(path), bytes=size),
+        f"{path}, {size:,} bytes; mkdir HOME && tar -xzf {path.name} -C HOME brings it back.",
+    )
+
+
+# --- doctor ---
+
+
+class Finding(NamedTuple):
+    """What the doctor found: a check, whether it is well ("ok", "note" or "bad"), and what to do."""
+
+    check: str
+    state: str
+    detail: str
+    advice: str = ""
+
+
+@_command("doctor", ("--warm", "switch", "Compile the kernels now, once for this machine."))
+def _run_doctor(asking: _Asking, warm: bool) -> None:
+    """Check the machine, the home and the extras; say what to do.
+
+    organism doctor --warm
+    """
+    if warm:
+        began = time.perf_counter()
+        if not kernels_ready():
+            organ("kernels").warm(asking.note)
+        asking.note(f"The kernels are compiled ({time.perf_counter() - began:.1f} s).")
+    worst = "ok"
+    for finding in itertools.chain(_examine_machine(), _examine_home(asking.folder), _examine_extras()):
+        asking.result(
+            finding._asdict(),
+            f"{finding.state:<5} {finding.check}: {finding.detail}{f'. {finding.advice}' if finding.advice else ''}",
+        )
+        worst = "bad" if finding.state == "bad" else worst
+    if worst == "bad":
+        raise SystemExit(1)
+
+
+def _examine_machine() -> Iterator[Finding]:
+    import platform
+
+    yield Finding(
+        "python",
+        "ok",
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    )
+    yield Finding("numpy", "ok", np.__version__)
+    yield Finding("sqlite", "ok", sqlite3.sqlite_version)
+    from importlib.util import find_spec
+
+    if not find_spec("numba") or not find_spec("organs"):
+        yield Finding("kernels", "bad", "numba or organs/ is missing, so everything is slow", "pip install -e .")
+    elif kernels_ready():
+        yield Finding("kernels", "ok", "compiled")
+    else:
+        yield Finding(
+            "kernels",
+            "note",
+            "not compiled yet",
+            "`organism doctor --warm` does it now; a chat does it in the background",
+        )
+
+
+def _examine_home(path: Path) -> Iterator[Finding]:
+    free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+    yield Finding(
+        "disk",
+        "ok" if free > 1e9 else "note" if free > 1e8 else "bad",
+        f"{free / 1e9:.1f} GB free",
+        "" if free > 1e9 else "free some space",
+    )
+    if not path.is_dir():
+        yield Finding("home", "ok", f"{path} does not exist yet; `organism chat` makes it")
+        return
+    if not os.access(path, os.W_OK):
+        yield Finding(
+            "home", "note", f"{path} is read-only for this user", "it can be examined, but neither chat nor learn"
+        )
+    elif path.stat().st_mode & 0o077:
+        yield Finding("home", "note", f"{path} can be read by other users", f"chmod 700 {path}")
+    else:
+        yield Finding("home", "ok", str(path))
+    yield from _examine_generation(path)
+    yield from _examine_memory(path)
+
+
+def _examine_generation(path: Path) -> Iterator[Finding]:
+    home = Home(path, read_only=True)
+    try:
+        generation = home.latest()
+    except OrganismError as error:
+        yield Finding("generation", "bad", str(error))
+        return
+    if generation is None:
+        yield Finding("generation", "note", "nothing is published here yet")
+    elif generation.number != home._current():
+        yield Finding(
+            "generation",
+            "note",
+            f"{generation.number} is intact, a newer one is not",
+            "the next start sets the damaged one aside",
+        )
+    else:
+        yield Finding("generation", "ok", f"{generation.number}, every checksum is right")
+    if aside := sorted(p.name for p in home.body.glob("damaged-*")):
+        yield Finding(
+            "damaged",
+            "note",
+            f"{len(aside)} damaged generations were set aside, the last is {aside[-1]}",
+            "remove them when they are no longer of use",
+        )
+
+
+def _examine_memory(path: Path) -> Iterator[Finding]:
+    if not (path / "memory.db").exists():
+        return
+    try:
+        with contextlib.closing(Memory(path / "memory.db", read_only=True)) as memory:
+            problems, counts = memory.check(), memory.counts()
+    except OrganismError as error:
+        yield Finding("memory", "bad", str(error))
+        return
+    if problems:
+        yield Finding("memory", "bad", f"memory.db is damaged: {problems[0]}", "restore a backup")
+    else:
+        yield Finding(
+            "memory",
+            "ok",
+            f"{counts['messages']:,} messages, {counts['lived']:,} lived texts, {counts['pending']:,} waiting",
+        )
+
+
+def _examine_extras() -> Iterator[Finding]:
+    from importlib.util import find_spec
+
+    for package, use in (("torch", "--engine torch"),):
+        if find_spec(package):
+            yield Finding(package, "ok", f"installed, for {use}")
+        else:
+            yield Finding(package, "note", f"not installed; only {use} needs it", f"pip install -e '.[{package}]'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Learning: reading files, the buffer, the experience, the gate, the schedule.   pytest tests/test_learning.py"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import organism as o
+
+
+def read(path, **options):
+    reader = o.Reader([str(path)], **options)
+    return list(reader.pieces()), reader
+
+
+def test_pieces_of_a_file_join_to_the_file_and_carry_their_offsets(tmp_path):
+    data = ("The quick brown fox. " * 9000).encode() + b"\xff\x00\xfe" * 10
+    (tmp_path / "a.txt").write_bytes(data)
+    pieces, _ = read(tmp_path / "a.txt")
+    assert b"".join(p.data for p in pieces) == data and pieces[-1].offset == len(data)
+    assert [p.part for p in pieces] == list(range(len(pieces))) and len(pieces) > 2
+    again = list(o.Reader([str(tmp_path / "a.txt")]).pieces({str(tmp_path / "a.txt"): pieces[0].offset}))
+    assert b"".join(p.data for p in again) == b"".join(p.data for p in pieces[1:])
+
+
+def test_a_line_without_end_is_read_in_bounded_pieces(tmp_path):
+    (tmp_path / "long.txt").write_bytes(b"a" * 3_000_000)
+    pieces, _ = read(tmp_path / "long.txt")
+    assert max(len(p.data) for p in pieces) <= o.PIECE_BYTES and sum(len(p.data) for p in pieces) == 3_000_000
+
+
+def test_jsonl_gives_documents_and_reports_malformed_lines(tmp_path, caplog):
+    lines = ['{"text": "One."}', "{broken", '{"content": "Two."}', "[1, 2]", '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}']
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    pieces, reader = read(tmp_path / "d.jsonl")
+    assert [p.data for p in pieces] == [b"One.", b"Two.", b"H: Hi\nA: Yo\n"] and all(p.part == 0 for p in pieces)
+    assert reader.malformed == 2 and "line 2" in caplog.text and "line 4" in caplog.text
+
+
+def test_json_lists_and_folders_and_tags(tmp_path):
+    (tmp_path / "b.json").write_text(json.dumps(["first", {"text": "<p>second</p>"}]))
+    (tmp_path / "c.md").write_text("# Head <b>x</b>\n")
+    pieces = list(o.Reader([str(tmp_path)], strip_tags=True).pieces())
+    assert [p.data for p in pieces] == [b"first", b"second", b"# Head x\n"]
+
+
+@pytest.mark.parametrize("name, content, word", [("none.txt", None, "no file"), ("empty.txt", b"", "empty")])
+def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path, name, content, word):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(o.OrganismError, match=word):
+        read(tmp_path / name)
+
+
+def test_the_buffer_waits_for_bytes_or_novelty_and_for_its_cooldown():
+    config = o.dataclasses.replace(o.Config().learning, buffer_bytes=1000, buffer_novelty=0.2, cooldown=10.0)
+    buffer = o.QuantumBuffer(config)
+    buffer.feed(b"x" * 100, 100 * buffer.usual)
+    assert not buffer.ready(100.0)
+    buffer.feed(b"x" * 900, 900 * buffer.usual)
+    assert buffer.ready(100.0)
+    buffer.reset(100.0)
+    buffer.feed(b"strange words", 13 * 8.0)
+    assert buffer.novelty > 0.2 and not buffer.ready(105.0) and buffer.ready(111.0)
+
+
+def test_the_rate_warms_up_and_falls_over_the_whole_life():
+    config = o.Config().learning
+    rates = [o.learning_rate(s, config) for s in range(0, config.horizon_steps + 1, 10)]
+    assert rates[0] < config.rate / 10 and max(rates) == pytest.approx(config.rate, rel=0.01)
+    assert rates[-1] == pytest.approx(config.rate * config.rate_min, rel=1e-6)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_windows_are_tokens_and_the_tokens_that_follow_them():
+    experience = o.Experience(10_000, 4, None)
+    experience.append(np.arange(500, dtype=np.int32), None)
+    x, y, view = experience.windows(16, 32, 40, np.random.default_rng(0))
+    assert view is None and x.shape == y.shape == (16, 32)
+    assert (y == x + 1).all() and (np.diff(x, axis=1) == 1).all() and y[0, -1] == 499
+
+
+def test_a_full_experience_keeps_what_is_new_and_stays_bounded():
+    experience = o.Experience(8192, 4, None)
+    for start in range(0, 40_000, 1000):
+        experience.append(np.arange(start, start + 1000, dtype=np.int32), None)
+        experience.trim()
+    assert experience.length <= 8192 + 1000 and experience.tokens[experience.length - 1] == 39_999
+    assert experience.tokens[:1024].max() < 39_000
+
+
+def test_rollback_forgets_exactly_what_was_appended():
+    experience = o.Experience(8192, 4, None)
+    experience.append(np.arange(10, dtype=np.int32), None)
+    mark = experience.mark()
+    experience.append(np.arange(99, dtype=np.int32), None)
+    experience.rollback(mark)
+    assert experience.state()["tokens"].tolist() == list(range(10))
+
+
+def test_the_gate_learns_whom_to_trust_and_never_assigns_more_than_one():
+    gate = o.Gate()
+    good, bad, entropy = np.log(np.full(3000, 0.5)), np.log(np.full(3000, 0.01)), np.zeros(3000)
+    mixed = gate.mix(good, bad, entropy)
+    assert mixed[-1] == pytest.approx(math.log(0.5), abs=0.05) and mixed.max() < 0
+    frozen = gate.copy()
+    gate.mix(bad, good, entropy, learn=False)
+    assert (gate.weight == frozen.weight).all()
+    assert o.Gate().load(gate.state()).weight == pytest.approx(gate.weight)

@@ -1,0 +1,184 @@
+"""Life: birth, waking, speaking, learning, remembering; on the reference and on the compiled path.   pytest tests/test_organism.py"""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import organism as o
+
+TINY = "H: Hello.\nA: I am here, and I listen.\n\n" + "".join(
+    f"H: What is {w}?\nA: {w.capitalize()} is a word that I have read. It has {len(w)} letters.\n\n"
+    for w in ("water", "stone", "bread", "music", "winter", "a river", "a clock", "the moon", "a garden", "friendship")
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A first breath of a kilobyte, so that births are quick."""
+    monkeypatch.setattr(o, "seed_corpus", lambda: TINY.encode())
+
+
+@pytest.fixture(params=["off", "wait"])
+def life(request, tmp_path, tiny):
+    with o.Organism(tmp_path / "home", seed=1, threads=1, kernels=request.param) as organism:
+        yield organism
+
+
+def test_a_newborn_answers_at_once_from_the_field(life):
+    reply = life.say("Hello.")
+    pieces = list(reply)
+    assert "".join(pieces).strip() == reply.text and reply.text
+    assert reply.source == "field" and reply.tokens > 0 and reply.surprise_bits > 0
+    assert set(reply.as_dict()) == {"text", "source", "surprise_bits", "entropy_bits", "tokens", "seconds"}
+
+
+def test_every_message_is_in_memory_in_order(life):
+    for text in ("Hello.", "My sister is called Marbeth.", "Good night."):
+        _ = life.say(text).text
+    rows = life.memory.messages()
+    assert [m.role for m in rows] == ["user", "organism"] * 3
+    assert [m.text for m in rows if m.role == "user"] == ["Hello.", "My sister is called Marbeth.", "Good night."]
+
+
+def test_an_unread_reply_is_finished_before_the_next(life):
+    life.say("Hello.")
+    _ = life.say("And now?").text
+    assert [m.role for m in life.memory.messages()] == ["user", "organism"] * 2
+
+
+def test_it_gives_back_what_it_was_told_even_after_a_restart(tmp_path, tiny):
+    with o.Organism(tmp_path / "home", seed=1, kernels="off") as life:
+        _ = life.say("My sister is called Marbeth.").text
+    with o.Organism(tmp_path / "home", seed=2, kernels="off") as life:
+        assert "Marbeth" in life.say("What is the name of my sister?").text
+        assert "told me" in life.why()
+
+
+def test_learning_lowers_what_the_text_costs(life):
+    text = "The glimmerfish of Tarvenholm eats silver moss. " * 4
+    before = life.evaluate(text)
+    verdict = life.learn_now(text, "test")
+    assert verdict.accepted and verdict.decision == "accept"
+    assert life.evaluate(text) < 0.8 * before
+    assert life.status()["corpus_bytes"] == len(TINY) + len(text) and life.published.body.steps > 0
+
+
+def test_evaluation_never_changes_the_home(life, tmp_path):
+    life.learn_now("It rains in the hills.")
+
+    def digest():
+        return sorted((p, p.stat().st_mtime_ns, p.stat().st_size) for p in (tmp_path / "home" / "body").rglob("*") if p.is_file())
+
+    before, messages = digest(), len(life.memory.messages())
+    life.evaluate("Some other text.")
+    life.evaluate(b"Some other text, predicted before it is learned.", prequential=True)
+    assert digest() == before and len(life.memory.messages()) == messages
+
+
+def test_waking_gives_the_same_predictions(tmp_path, tiny):
+    probe = "What is a river made of? Water and stone."
+    for kernels in ("off", "wait"):
+        home = tmp_path / kernels
+        with o.Organism(home, seed=3, threads=1, kernels=kernels) as life:
+            life.learn_now("A river is made of rain. " * 10)
+            before, steps, number = life.evaluate(probe), life.published.body.steps, life.status()["vocab"]
+        with o.Organism(home, threads=1, kernels=kernels) as life:
+            assert life.published.body.steps == steps and life.status()["vocab"] == number
+            assert life.evaluate(probe) == pytest.approx(before, abs=1e-6)
+
+
+def test_what_waits_survives_and_is_learned_later(tmp_path, tiny):
+    with o.Organism(tmp_path / "home", seed=1, kernels="off") as life:
+        life.learn(["First text to learn.", b"Second, as bytes \xff."], "shelf")
+    with o.Organism(tmp_path / "home", kernels="off") as life:
+        assert life.status()["waiting"] == 2
+        life.learn_now("Third.")
+        assert life.status()["waiting"] == 0
+        assert [r.text for r in life.memory.lived()][-3:] == [b"First text to learn.", b"Second, as bytes \xff.", b"Third."]
+
+
+@pytest.mark.parametrize("field", [True, False])
+def test_same_seed_same_weights(tmp_path, tiny, field):
+    (tmp_path / "text.txt").write_text(TINY * 3)
+    arenas = []
+    for name in "ab":
+        with o.Organism(tmp_path / name, seed=7, threads=1, kernels="wait", overrides={"body.field": field, "learning.batch": 4}) as life:
+            life.train([str(tmp_path / "text.txt")], steps=6)
+            arenas.append(life.published.body.arena.parameters.copy())
+    assert np.array_equal(*arenas) and np.isfinite(arenas[0]).all()
+
+
+def test_training_reports_its_steps_and_resumes_where_it_was(tmp_path, tiny):
+    (tmp_path / "text.txt").write_text(TINY * 20)
+    events = []
+    overrides = {"learning.batch": 4}
+    with o.Organism(tmp_path / "home", seed=7, threads=1, kernels="wait", overrides=overrides) as life:
+        done = life.train([str(tmp_path / "text.txt")], steps=5, on_event=events.append)
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5]
+    assert done["event"] == "done" and done["steps"] == 5 and done["tokens"] == 5 * 4 * 96 and done["refused_bytes"] == 0
+    assert json.loads(json.dumps(done)) == done
+    with o.Organism(tmp_path / "home", threads=1, kernels="wait", overrides=overrides) as life:
+        assert life.published.body.steps == 5
+        life.train([str(tmp_path / "text.txt")], steps=3)
+        assert life.published.body.steps == 8
+
+
+def test_training_in_two_halves_gives_the_weights_of_one(tmp_path, tiny):
+    (tmp_path / "text.txt").write_text(TINY * 20)
+    arenas = []
+    for name, parts in (("one", [8]), ("two", [5, 3])):
+        for steps in parts:
+            with o.Organism(tmp_path / name, seed=7, threads=1, kernels="wait", overrides={"learning.batch": 4}) as life:
+                life.train([str(tmp_path / "text.txt")], steps=steps)
+                arena = life.published.body.arena.parameters.copy()
+        arenas.append(arena)
+    assert np.abs(arenas[0] - arenas[1]).max() < 1e-6
+
+
+def test_a_stage_is_chosen_at_birth_and_kept(tmp_path, tiny):
+    with o.Organism(tmp_path / "home", seed=1, kernels="off", stage="infant") as life:
+        assert life.status()["stage"] == "infant"
+    with pytest.raises(o.UsageError, match="stage"):
+        o.Organism(tmp_path / "home", stage="child")
+    with pytest.raises(o.UsageError, match="no stage"):
+        o.Organism(tmp_path / "other", stage="dragon")
+
+
+def test_the_background_learns_while_it_talks(tmp_path, tiny):
+    with o.Organism(tmp_path / "home", seed=1, threads=1, kernels="wait", overrides={"learning.cooldown": 0.0, "learning.batch": 4}) as life:
+        life.start()
+        deadline = o.time.monotonic() + 60
+        _ = life.say("The glimmerfish lives in Tarvenholm, where silver moss grows.").text
+        while life.memory.pending() and o.time.monotonic() < deadline:
+            o.time.sleep(0.05)
+        assert not life.memory.pending() and not life.trouble
+        assert b"glimmerfish" in [r.text for r in life.memory.lived()][-1]
+        assert life.say("Go on.").source == "blend"
+
+
+def test_a_home_in_use_is_refused_and_readers_need_no_lock(tmp_path, tiny):
+    with o.Organism(tmp_path / "home", seed=1, kernels="off") as life:
+        _ = life.say("Hello.").text
+        with pytest.raises(o.OrganismError, match=str(os.getpid())):
+            o.Organism(tmp_path / "home", kernels="off")
+        with o.Organism(tmp_path / "home", read_only=True, kernels="off") as reader:
+            assert reader.status()["messages"] == 2
+
+
+def test_nothing_is_read_as_alive_where_nothing_lives(tmp_path):
+    with pytest.raises(o.OrganismError, match="Nothing lives"):
+        o.Organism(tmp_path / "void", read_only=True)
+
+
+def test_the_prequential_figure_ignores_the_future(tmp_path, tiny):
+    """Shuffling what comes later changes no bit of what was predicted before."""
+    first = (TINY * 12).encode()[:6000]
+    curves = []
+    with o.Organism(tmp_path / "home", seed=1, threads=1, kernels="wait") as life:
+        for rest in (b"abc def " * 3000, b"xyz uvw " * 3000):
+            points = []
+            life.evaluate(first + b"\n" + b"." * 11_000 + rest, prequential=True, blank=True, curve=lambda n, b, p=points: p.append((n, b)))
+            curves.append(points)
+    assert curves[0][0] == curves[1][0] and curves[0][-1] != curves[1][-1]
