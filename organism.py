@@ -72,6 +72,7 @@ class UsageError(OrganismError):
 
 ORGANS = {  # name: (package, the extra that brings what it needs)
     "kernels": ("organs.kernels", None),
+    "torch": ("organs.torch_engine", "torch"),
 }
 
 
@@ -496,6 +497,653 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+################################################################################################
+# Chapter 2. Autograd
+################################################################################################
+# Operations on tensors are recorded on a tape as rows of a program; a planner appends the rows of the backward pass and
+# gives every buffer its place in one activation arena; an executor walks the program. This chapter owns the table of
+# operations (OPS: forward and backward side by side, in NumPy that can be read), the planner, the arena that holds all
+# parameters as one flat array, and AdamW. It hides where a value lies. organs/kernels holds a compiled kernel of the same
+# name for every function in the table, and runs the very same programs.
+
+LANES = 32  # compiled loops over scores run over a multiple of this: a scalar tail would cost more than the rest
+RMS_EPSILON = 1.1920929e-07  # torch.nn.RMSNorm's: one unit in the last place of float32
+
+
+def padded(n: int, lanes: int = LANES) -> int:
+    """n rounded up to a multiple of `lanes`."""
+    return -(-n // lanes) * lanes
+
+
+def aligned_zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    """Zeros that begin at a cache line."""
+    count, item = math.prod(shape), np.dtype(dtype).itemsize
+    raw = np.zeros(count + 64 // item, dtype)
+    first = -raw.ctypes.data % 64 // item
+    return raw[first : first + count].reshape(shape)
+
+
+# --- The arena, in which all parameters are one array. ---
+
+
+class Place(NamedTuple):
+    """Where a parameter lies: `offset` in numbers, and its shape."""
+
+    offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def of(self, flat: np.ndarray) -> np.ndarray:
+        """The parameter as a view into a flat array [arena.size]."""
+        return flat[self.offset : self.offset + self.size].reshape(self.shape)
+
+
+class Arena:
+    """Parameters, AdamW's moments and the averaged weights: four flat arrays of one layout {name: shape}.
+
+    Matrices lie first, vectors behind them, so that "decay the matrices" is "decay the first `decayed` numbers". Places
+    begin at multiples of 16; what lies between them stays zero. Snapshot, clip and AdamW are each one pass.
+    """
+
+    ARRAYS = ("parameters", "moment1", "moment2", "average")
+
+    def __init__(self, layout: dict[str, tuple[int, ...]], dtype: Any = np.float32):
+        self.dtype, self.places, self.size, self.decayed = np.dtype(dtype), layout_places(layout), 0, 0
+        for place in self.places.values():
+            self.size = max(self.size, place.offset + padded(place.size, 16))
+            if len(place.shape) > 1:
+                self.decayed = self.size
+        self.parameters, self.moment1, self.moment2, self.average = (
+            aligned_zeros(self.size, dtype=dtype) for _ in self.ARRAYS
+        )
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The parameter of this name, a view."""
+        return self.places[name].of(self.parameters)
+
+    def view(self, array: str, name: str) -> np.ndarray:
+        """The part of one of ARRAYS that belongs to a parameter."""
+        return self.places[name].of(getattr(self, array))
+
+    def __len__(self) -> int:
+        """Trained numbers, without the gaps."""
+        return sum(place.size for place in self.places.values())
+
+    def copy(self) -> Arena:
+        """An independent arena with the same content."""
+        twin = object.__new__(Arena)
+        twin.__dict__.update(self.__dict__)
+        for name in self.ARRAYS:
+            array = aligned_zeros(self.size, dtype=self.dtype)
+            array[:] = getattr(self, name)
+            setattr(twin, name, array)
+        return twin
+
+
+def layout_places(layout: dict[str, tuple[int, ...]]) -> dict[str, Place]:
+    """The place of each parameter; in the order of the layout, matrices before vectors."""
+    places, offset = {}, 0
+    for name in sorted(layout, key=lambda name: len(layout[name]) < 2):
+        places[name] = Place(offset, tuple(layout[name]))
+        offset += padded(places[name].size, 16)
+    return places
+
+
+def adamw(arena: Arena, gradients: np.ndarray, rate: float, step: int, config: LearningConfig) -> float:
+    """One step on gradients [size]; returns their norm before clipping. `step` counts from 1.
+
+    Decoupled decay of the matrices (Loshchilov & Hutter 2019, arXiv 1711.05101), clipping by the global norm, and a moving
+    average of the weights: with decay min(config.average, step / (step + 1)), so that it starts as a plain mean.
+    """
+    norm = float(np.sqrt(np.sum(np.square(gradients, dtype=np.float64))))
+    clip = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm > 0 else 1.0
+    g, p = gradients * arena.dtype.type(clip), arena.parameters
+    arena.moment1 += (1 - config.beta1) * (g - arena.moment1)
+    arena.moment2 += (1 - config.beta2) * (g * g - arena.moment2)
+    mean, square = arena.moment1 / (1 - config.beta1**step), arena.moment2 / (1 - config.beta2**step)
+    p[: arena.decayed] *= 1 - rate * config.weight_decay
+    p -= rate * mean / (np.sqrt(square) + config.epsilon)
+    arena.average += max(1 - config.average, 1 / (step + 1)) * (p - arena.average)
+    return norm
+
+
+# --- Tensors on a tape. ---
+
+
+class Buffer:
+    """`width` numbers a row in the activation arena, alive from program row `first` to `last`; `offset` once planned."""
+
+    def __init__(self, size: int, width: int = 0):
+        self.size, self.width, self.offset = padded(size, 16), width, -1
+        self.first, self.last = -1, -1
+
+
+class Tensor:
+    """A value on the tape: `width` numbers for each of the tape's rows (a row is one position of one sequence).
+
+    The last product may still be amended: `x + scale * (h @ weight)` is recorded as a single row of the program.
+    """
+
+    def __init__(self, tape: Tape, width: int, value: Buffer | None = None):
+        self.tape, self.width, self.value = tape, width, value or Buffer(tape.rows * width, width)
+        self.grad: Buffer | None = None
+
+    def __matmul__(self, weight: Place) -> Tensor:
+        inner, outer = weight.shape
+        assert inner == self.width, f"a product of {self.width} columns with a matrix of {weight.shape}"
+        return self.tape.record("linear", outer, self, weights=[weight], inner=inner, scratch_back=inner * outer, scale=1.0)
+
+    def __rmul__(self, factor: float) -> Tensor:
+        self._product().fields["scale"] *= factor
+        return self
+
+    def __add__(self, product: Tensor) -> Tensor:
+        row = product._product()
+        assert row.y is None and self.width == product.width, "only tensors of one width can be added, and only once"
+        row.y = self
+        return product
+
+    def _product(self) -> _Record:
+        last = self.tape.records[-1]
+        assert last.op == "linear" and last.out is self, "only a product that was just recorded can be scaled or added"
+        return last
+
+
+@dataclass
+class _Record:
+    """One operation as recorded."""
+
+    op: str
+    out: Tensor
+    x: Tensor | None
+    y: Tensor | None
+    weights: list[Place]
+    saved: Buffer | None
+    scratch: int  # numbers of work space that the compiled forward kernel needs
+    scratch_back: int  # and the backward one
+    fields: dict[str, float]
+
+
+class Step(NamedTuple):
+    """One row of a program: which function of which operation, on which buffers and parameters, with which numbers."""
+
+    kernel: str  # name of the operation, with "_back" for its gradient
+    buffers: dict[str, Buffer]  # out, x, y, saved, scratch, d_out, d_x, d_y
+    weights: list[Place]
+    fields: dict[str, float]
+
+
+class Program(NamedTuple):
+    """Steps for at most `rows` rows; `size` numbers of activations, `cache` numbers of keys and values."""
+
+    steps: list[Step]
+    rows: int
+    size: int
+    cache: int
+
+
+_gradients_wanted = True
+
+
+@contextlib.contextmanager
+def no_grad() -> Iterator[None]:
+    """Tapes planned inside get no backward pass."""
+    global _gradients_wanted
+    before, _gradients_wanted = _gradients_wanted, False
+    try:
+        yield
+    finally:
+        _gradients_wanted = before
+
+
+class Tape:
+    """Records operations on at most `sequences` sequences of at most `length` tokens; length 1 means decoding."""
+
+    def __init__(self, sequences: int, length: int, context: int):
+        self.sequences, self.length, self.context, self.rows = sequences, length, context, sequences * length
+        self.records: list[_Record] = []
+        self.cache = 0
+
+    def record(self, op: str, width: int, x: Tensor | None = None, weights: Sequence[Place] = (), saved: int = 0,
+               scratch: int = 0, scratch_back: int = 0, **fields: float) -> Tensor:  # fmt: skip
+        """Append an operation; `saved` is numbers a row that its backward pass will read."""
+        out = Tensor(self, width, x.value if x is not None and OPS[op].inplace else None)
+        keep = Buffer(self.rows * saved, saved) if saved else None
+        fields = dict(outer=width, context=self.context) | fields
+        self.records.append(_Record(op, out, x, None, list(weights), keep, scratch, scratch_back, fields))
+        return out
+
+    def plan(self) -> Program:
+        """Forward rows, then backward rows in reverse, and a place for every buffer."""
+        return _Planner(self, _gradients_wanted).program()
+
+
+class _Planner:
+    """Turns a tape into a program. The gradient of a sum is an alias; the first writer of a gradient stores, later ones
+    add (fields add_x, add_y); where OPS allows, results and gradients lie over what nobody reads any more."""
+
+    def __init__(self, tape: Tape, training: bool):
+        self.tape, self.training, self.steps = tape, training, []
+        self.uses = collections.Counter(id(t) for r in tape.records for t in (r.x, r.y) if t is not None)
+
+    def program(self) -> Program:
+        self._forward()
+        if self.training:
+            for record in reversed(self.tape.records):
+                self._backward(record)
+        buffers = {id(b): b for step in self.steps for b in step.buffers.values()}
+        return Program(self.steps, self.tape.rows, _pack(list(buffers.values())), self.tape.cache)
+
+    def _emit(self, kernel: str, r: _Record, scratch: int, fields: dict[str, float], **buffers: Buffer | None) -> None:
+        used = {name: b for name, b in buffers.items() if b is not None}
+        if scratch:
+            used["scratch"] = Buffer(scratch)
+        for b in used.values():
+            b.first, b.last = (len(self.steps) if b.first < 0 else b.first), len(self.steps)
+        self.steps.append(Step(kernel, used, r.weights, fields))
+
+    def _forward(self) -> None:
+        left = self.uses.copy()
+        for r in self.tape.records:
+            left.subtract(id(t) for t in (r.x, r.y) if t is not None)
+            if r.y is not None and not self.training and not left[id(r.y)]:
+                r.out.value = r.y.value  # nobody will miss y: the sum may lie over it
+            if not (self.training and OPS[r.op].loss):  # a loss runs once, forward and backward together
+                self._emit(r.op, r, r.scratch, r.fields, x=r.x and r.x.value, y=r.y and r.y.value, out=r.out.value, saved=r.saved)
+
+    def _backward(self, r: _Record) -> None:
+        op, x, y, d_out = OPS[r.op], r.x, r.y, r.out.grad
+        if d_out is None and not op.loss:
+            return
+        fields = r.fields | dict(add_x=int(bool(x and x.grad)), add_y=int(bool(y and y.grad)))
+        if y is not None:
+            y.grad = y.grad or d_out  # a sum passes its gradient on unchanged
+        if x is not None and x.grad is None:
+            over = d_out if op.inplace else x.value if op.overwrites and self.uses[id(x)] == 1 else None
+            x.grad = over or Buffer(x.width * self.tape.rows, x.width)
+        else:
+            assert not (op.inplace or op.overwrites) or x is None, f"{r.op} needs an input of its own"
+        kept = dict(x=x and x.value, saved=r.saved)
+        self._emit(f"{r.op}_back", r, r.scratch_back, fields, d_out=d_out, d_x=x and x.grad, d_y=y and y.grad,
+                   **{name: kept[name] for name in op.keeps})  # fmt: skip
+
+
+def _pack(buffers: list[Buffer]) -> int:
+    """Give each buffer, the largest first, the lowest place that none alive at the same time holds; the size in all."""
+    placed: list[Buffer] = []
+    for b in sorted(buffers, key=lambda b: (-b.size, b.first)):
+        b.offset = 0
+        for c in sorted((c for c in placed if c.first <= b.last and b.first <= c.last), key=lambda c: c.offset):
+            if b.offset + b.size > c.offset:
+                b.offset = max(b.offset, c.offset + c.size)
+        placed.append(b)
+    return max((b.offset + b.size for b in placed), default=0)
+
+
+# --- Executing: the reference, in NumPy. ---
+
+
+@dataclass
+class Machine:
+    """What a program runs on, and everything that may change between two runs of it."""
+
+    parameters: np.ndarray  # [arena.size], float32 or float64
+    activations: np.ndarray  # [program.size], of the same type
+    angles: np.ndarray  # [2, positions, head size / 2]: cosines, then sines
+    tokens: np.ndarray  # int64 [rows]; below 0: left out
+    sequences: int = 1
+    length: int = 1
+    position: int = 0  # of the first token, for angles and cache
+    gradients: np.ndarray | None = None  # [arena.size]; operations add to it
+    targets: np.ndarray | None = None  # int64 [rows]
+    view: FieldView | None = None  # of every row
+    cache: np.ndarray | None = None  # [program.cache]
+    log_probs: np.ndarray | None = None  # float64 [rows]: ln p of the targets, written by a loss
+    inverse: float = 1.0  # weight of a row's loss
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.length
+
+
+class Frame:
+    """What a function of OPS sees: its buffers as arrays [rows, width], parameters, their gradients, and its numbers."""
+
+    def __init__(self, step: Step, machine: Machine):
+        self.step, self.m = step, machine
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.step.fields:
+            return self.step.fields[name]
+        b, rows = self.step.buffers[name], self.m.rows
+        return self.m.activations[b.offset : b.offset + rows * b.width].reshape(rows, b.width)
+
+    def has(self, name: str) -> bool:
+        """Whether a buffer was given."""
+        return name in self.step.buffers
+
+    def weight(self, k: int = 0) -> np.ndarray:
+        """Parameter number k of the operation."""
+        return self.step.weights[k].of(self.m.parameters)
+
+    def d_weight(self, k: int = 0) -> np.ndarray:
+        """Its gradient, to be added to."""
+        return self.step.weights[k].of(self.m.gradients)
+
+    def give(self, gradient: np.ndarray) -> None:
+        """Store the gradient of x, or add it where another use of x came first."""
+        self.d_x[:] = gradient + self.d_x if self.add_x else gradient
+
+
+def execute(program: Program, machine: Machine) -> None:
+    """The reference executor."""
+    for step in program.steps:
+        op = OPS[step.kernel.removesuffix("_back")]
+        (op.backward if step.kernel.endswith("_back") else op.forward)(Frame(step, machine))
+
+
+# --- The operations. Shapes: R rows, C columns in, V vocabulary, S sequences of T tokens, H heads of size D. ---
+
+
+def _embed(f: Frame) -> None:
+    f.out[:] = np.where(f.m.tokens[: f.m.rows, None] >= 0, f.weight()[f.m.tokens[: f.m.rows]], 0)
+
+
+def _embed_back(f: Frame) -> None:
+    tokens = f.m.tokens[: f.m.rows]
+    np.add.at(f.d_weight(), tokens[tokens >= 0], f.d_out[tokens >= 0])
+
+
+def _field_input(f: Frame) -> None:
+    """x + Σ p · expected[token] over the field's single tokens, + scalars @ matrix; in place."""
+    tokens, p = f.m.view.singletons()
+    expected, matrix = f.weight(0), f.weight(1)
+    for k in range(tokens.shape[1]):
+        f.x[:] += p[:, k, None] * expected[tokens[:, k]]
+    f.x[:] += f.m.view.scalars.astype(f.x.dtype) @ matrix
+
+
+def _field_input_back(f: Frame) -> None:
+    tokens, p = f.m.view.singletons()
+    for k in range(tokens.shape[1]):
+        np.add.at(f.d_weight(0), tokens[:, k], p[:, k, None] * f.d_out)
+    f.d_weight(1)[:] += f.m.view.scalars.astype(f.d_out.dtype).T @ f.d_out
+
+
+def _rms_norm(f: Frame) -> None:
+    """Zhang & Sennrich 2019, arXiv 1910.07467: x / rms(x) · gain. saved [R, 1] = 1 / rms."""
+    f.saved[:] = 1 / np.sqrt((f.x**2).mean(1, keepdims=True) + RMS_EPSILON)
+    f.out[:] = f.x * f.saved * f.weight()
+
+
+def _rms_norm_back(f: Frame) -> None:
+    scaled = f.d_out * f.weight()
+    f.d_weight()[:] += (f.d_out * f.x * f.saved).sum(0)
+    f.give(scaled * f.saved - f.x * ((scaled * f.x).mean(1, keepdims=True) * f.saved**3))
+
+
+def _linear(f: Frame) -> None:
+    """scale · x @ weight, + y where there is one."""
+    product = f.scale * (f.x @ f.weight())
+    f.out[:] = product + f.y if f.has("y") else product
+
+
+def _linear_back(f: Frame) -> None:
+    f.d_weight()[:] += f.scale * (f.x.T @ f.d_out)
+    f.give(f.scale * (f.d_out @ f.weight().T))
+    if f.add_y:
+        f.d_y[:] += f.d_out
+
+
+def _rotate(f: Frame, z: np.ndarray, sign: float) -> None:
+    """Turn the interleaved pairs of queries and keys by their position (RoPE, arXiv 2104.09864), in place."""
+    m, (H, D) = f.m, (int(f.heads), int(f.size))
+    at = m.position + np.arange(m.rows) % m.length
+    cos, sin = m.angles[0, at][:, None, :], sign * m.angles[1, at][:, None, :]
+    pairs = z[:, : 2 * H * D].reshape(m.rows, 2 * H, D)
+    even, odd = pairs[..., 0::2].copy(), pairs[..., 1::2].copy()
+    pairs[..., 0::2], pairs[..., 1::2] = even * cos - odd * sin, even * sin + odd * cos
+    z[:, : 2 * H * D] = pairs.reshape(m.rows, 2 * H * D)
+
+
+def _rope(f: Frame) -> None:
+    _rotate(f, f.x, 1.0)
+
+
+def _rope_back(f: Frame) -> None:
+    _rotate(f, f.d_out, -1.0)
+
+
+def _gates(f: Frame) -> np.ndarray:
+    """[H]: share of the pattern in each head's scores: 0 content, sigmoid(alpha) hybrid, 1 pure. Content heads lie first."""
+    H, hybrid, pure = int(f.heads), int(f.hybrid), int(f.pure)
+    gates = np.zeros(H, f.m.parameters.dtype)
+    if hybrid:
+        gates[H - pure - hybrid : H - pure] = 1 / (1 + np.exp(-f.weight()))
+    gates[H - pure :] = 1
+    return gates
+
+
+def _split_heads(f: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """q, k, v [S, H, T, D] and the patterns' scores [S, hybrid + pure heads, T, T] of x, which holds them side by side."""
+    S, T, H, D = f.m.sequences, f.m.length, int(f.heads), int(f.size)
+    q, k, v = f.x[:, : 3 * H * D].reshape(S, T, 3, H, D).transpose(2, 0, 3, 1, 4)
+    patterned = int(f.hybrid + f.pure)
+    scores = f.x[:, 3 * H * D :].reshape(S, T, patterned, int(f.context))[..., :T].transpose(0, 2, 1, 3)
+    return q, k, v, scores
+
+
+def _attention(f: Frame) -> None:
+    """softmax((1 - gate) · q kᵀ / √D + gate · pattern) v, causal; saved: the probabilities [S, H, T, T]."""
+    (q, k, v, pattern), gates = _split_heads(f), _gates(f)
+    S, H, T, D = q.shape
+    scores = (q @ k.swapaxes(-1, -2)) * ((1 - gates) / math.sqrt(D))[:, None, None]
+    scores[:, H - pattern.shape[1] :] += gates[H - pattern.shape[1] :, None, None] * pattern
+    scores[..., np.triu(np.ones((T, T), bool), 1)] = -np.inf
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    p = e / e.sum(-1, keepdims=True)
+    f.saved.reshape(-1)[: p.size] = p.reshape(-1)
+    f.out[:] = (p @ v).transpose(0, 2, 1, 3).reshape(f.out.shape)
+
+
+def _attention_back(f: Frame) -> None:
+    (q, k, v, pattern), gates = _split_heads(f), _gates(f)
+    S, H, T, D = q.shape
+    first, hybrid, scale = H - pattern.shape[1], int(f.hybrid), (1 - gates) / math.sqrt(D)
+    p = f.saved.reshape(-1)[: S * H * T * T].reshape(S, H, T, T)
+    d = f.d_out.reshape(S, T, H, D).transpose(0, 2, 1, 3)
+    d_p = d @ v.swapaxes(-1, -2)
+    d_scores = p * (d_p - (p * d_p).sum(-1, keepdims=True))
+    gradient = np.zeros_like(f.x)
+    d_q, d_k, d_v = gradient[:, : 3 * H * D].reshape(S, T, 3, H, D).transpose(2, 0, 3, 1, 4)
+    d_q[:], d_k[:] = scale[:, None, None] * (d_scores @ k), scale[:, None, None] * (d_scores.swapaxes(-1, -2) @ q)
+    d_v[:] = p.swapaxes(-1, -2) @ d
+    mine = d_scores[:, first:]
+    spread = gradient[:, 3 * H * D :].reshape(S, T, H - first, int(f.context))
+    spread[..., :T] = (gates[first:, None, None] * mine).transpose(0, 2, 1, 3)
+    if hybrid:
+        content = (q @ k.swapaxes(-1, -2))[:, first : first + hybrid] / math.sqrt(D)
+        s = gates[first : first + hybrid]
+        f.d_weight()[:] += s * (1 - s) * (mine[:, :hybrid] * (np.tril(pattern[:, :hybrid] - content))).sum((0, 2, 3))
+    f.give(gradient)
+
+
+def _attention_step(f: Frame) -> None:
+    """One token, which puts its key and value into the cache [positions, k v] and looks back at the newest `context`."""
+    m, (H, D) = f.m, (int(f.heads), int(f.size))
+    q, k, v = f.x[0, : 3 * H * D].reshape(3, H, D)
+    first, gates = max(0, m.position + 1 - int(f.context)), _gates(f)
+    positions = 2 * int(f.context)
+    past = m.cache[int(f.cache) : int(f.cache) + positions * 2 * H * D].reshape(positions, 2, H, D)
+    past[m.position] = k, v
+    keys, values = past[first : m.position + 1].transpose(1, 2, 0, 3)
+    scores = (keys @ q[..., None])[..., 0] * ((1 - gates) / math.sqrt(D))[:, None]
+    patterned = int(f.hybrid + f.pure)
+    pattern = f.x[0, 3 * H * D :].reshape(patterned, int(f.context))[:, : scores.shape[1]]
+    scores[H - patterned :] += gates[H - patterned :, None] * pattern
+    p = np.exp(scores - scores.max(1, keepdims=True))
+    f.out[0] = ((p / p.sum(1, keepdims=True))[:, None] @ values).reshape(-1)
+
+
+def _swiglu(f: Frame) -> None:
+    """silu(gate) · up, of x = [gate, up] (Shazeer 2020, arXiv 2002.05202)."""
+    gate, up = np.split(f.x, 2, axis=1)
+    f.out[:] = gate / (1 + np.exp(-gate)) * up
+
+
+def _swiglu_back(f: Frame) -> None:
+    gate, up = np.split(f.x, 2, axis=1)
+    s = 1 / (1 + np.exp(-gate))
+    f.give(np.concatenate([f.d_out * up * s * (1 + gate * (1 - s)), f.d_out * gate * s], axis=1))
+
+
+def _loss_of(f: Frame, logits: np.ndarray) -> np.ndarray:
+    """Write ln p of the targets to the machine; returns the gradient of the logits [R, V]."""
+    rows, targets = np.arange(f.m.rows), f.m.targets[: f.m.rows]
+    logits = logits - logits.max(1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    f.m.log_probs[: f.m.rows] = log_p[rows, targets]
+    d = np.exp(log_p) * f.m.inverse
+    d[rows, targets] -= f.m.inverse
+    return d
+
+
+def _cross_entropy(f: Frame) -> None:
+    """ln p of the targets under softmax(x @ embeddingᵀ): the tied head."""
+    _loss_of(f, f.x @ f.weight().T)
+
+
+def _cross_entropy_back(f: Frame) -> None:
+    d = _loss_of(f, f.x @ f.weight().T)
+    f.d_weight()[:] += d.T @ f.x
+    f.give(d @ f.weight())
+
+
+def _field_logits_of(f: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """x @ headᵀ + gain · ln p_field; also the gain [R], ln p_field [R, V], and what the gain is made of [R, C + 7]."""
+    scalars = f.m.view.scalars.astype(f.x.dtype)
+    made_of = np.concatenate([f.x, scalars, np.ones((len(scalars), 1), f.x.dtype)], axis=1)
+    log_field = f.m.view.dense_log().astype(f.x.dtype)
+    gain = made_of @ f.weight(1)
+    return f.x @ f.weight(0).T + gain[:, None] * log_field, gain, log_field, made_of
+
+
+def _field_loss(f: Frame) -> None:
+    """ln p of the targets for a body that stands on the field (notes/stack.md)."""
+    _loss_of(f, _field_logits_of(f)[0])
+
+
+def _field_loss_back(f: Frame) -> None:
+    logits, _, log_field, made_of = _field_logits_of(f)
+    d = _loss_of(f, logits)
+    d_gain = (d * log_field).sum(1)
+    f.d_weight(0)[:] += d.T @ f.x
+    f.d_weight(1)[:] += d_gain @ made_of
+    f.give(d @ f.weight(0) + d_gain[:, None] * f.weight(1)[: f.x.shape[1]])
+
+
+def _logits(f: Frame) -> None:
+    f.out[:] = f.x @ f.weight().T
+
+
+def _field_logits(f: Frame) -> None:
+    f.out[:] = _field_logits_of(f)[0]
+
+
+class Op(NamedTuple):
+    """keeps: what its backward pass reads of the forward one. inplace: its output lies over its input. overwrites: the
+    gradient of its input may lie over the input. loss: one backward row does forward and backward at once."""
+
+    forward: Callable[[Frame], None]
+    backward: Callable[[Frame], None] | None = None
+    keeps: tuple[str, ...] = ()
+    inplace: bool = False
+    overwrites: bool = False
+    loss: bool = False
+
+
+OPS: dict[str, Op] = {
+    "embed": Op(_embed, _embed_back),
+    "field_input": Op(_field_input, _field_input_back, inplace=True),
+    "rms_norm": Op(_rms_norm, _rms_norm_back, keeps=("x", "saved")),
+    "linear": Op(_linear, _linear_back, keeps=("x",)),
+    "rope": Op(_rope, _rope_back, inplace=True),
+    "attention": Op(_attention, _attention_back, keeps=("x", "saved"), overwrites=True),
+    "attention_step": Op(_attention_step),
+    "swiglu": Op(_swiglu, _swiglu_back, keeps=("x",), overwrites=True),
+    "cross_entropy": Op(_cross_entropy, _cross_entropy_back, keeps=("x",), loss=True),
+    "field_loss": Op(_field_loss, _field_loss_back, keeps=("x",), loss=True),
+    "logits": Op(_logits),
+    "field_logits": Op(_field_logits),
+}
+
+
+# --- Recording them. Sizes of work space are those of the compiled kernels. ---
+
+LOGIT_ROWS = 96  # rows of logits that are in memory at a time
+
+
+def embed(tape: Tape, table: Place) -> Tensor:
+    """Rows of `table` [V, C] by the machine's tokens."""
+    return tape.record("embed", table.shape[1], weights=[table])
+
+
+def field_input(x: Tensor, expected: Place, scalars: Place) -> Tensor:
+    """x plus what the field expects next: expected [V, C], scalars [6, C]."""
+    return x.tape.record("field_input", x.width, x, weights=[expected, scalars])
+
+
+def rms_norm(x: Tensor, gain: Place) -> Tensor:
+    """Root-mean-square norm with gain [C]."""
+    return x.tape.record("rms_norm", x.width, x, weights=[gain], saved=1, inner=x.width)
+
+
+def rope(x: Tensor, heads: int, size: int) -> Tensor:
+    """Rotary positions on the queries and keys in x = [q, k, v, …]."""
+    return x.tape.record("rope", x.width, x, heads=heads, size=size)
+
+
+def attention(x: Tensor, heads: int, size: int, hybrid: int, pure: int, alpha: Place | None) -> Tensor:
+    """Causal attention on x = [q, k, v, scores of `hybrid` and `pure` patterned heads]; alpha [hybrid]."""
+    tape, weights = x.tape, [alpha] if alpha else []
+    numbers = dict(inner=x.width, heads=heads, size=size, hybrid=hybrid, pure=pure)
+    if tape.length == 1:
+        begins, tape.cache = tape.cache, tape.cache + 2 * tape.context * 2 * heads * size
+        return tape.record("attention_step", heads * size, x, weights, scratch=padded(tape.context) + LANES, cache=begins, **numbers)
+    row = padded(tape.length)
+    return tape.record("attention", heads * size, x, weights, saved=heads * row, scratch_back=tape.length * (row + size), **numbers)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) · up, of x = [gate, up]."""
+    return x.tape.record("swiglu", x.width // 2, x)
+
+
+def cross_entropy(x: Tensor, table: Place) -> Tensor:
+    """ln p of the machine's targets with the tied head `table` [V, C]; the end of a tape."""
+    size = LOGIT_ROWS * (table.shape[0] + 2 * LANES + x.width) + table.size
+    return x.tape.record("cross_entropy", 0, x, [table], scratch=size, scratch_back=size, inner=x.width, vocabulary=table.shape[0])
+
+
+def field_loss(x: Tensor, head: Place, gain: Place) -> Tensor:
+    """ln p of the machine's targets on the field: head [V, C], gain [C + 7] (of x, of the six scalars, bias)."""
+    size = LOGIT_ROWS * (2 * (head.shape[0] + 2 * LANES) + x.width + 2 * LANES) + 3 * head.size
+    return x.tape.record("field_loss", 0, x, [head, gain], scratch=size, scratch_back=size, inner=x.width, vocabulary=head.shape[0])
+
+
+def logits(x: Tensor, table: Place) -> Tensor:
+    """x @ tableᵀ."""
+    return x.tape.record("logits", table.shape[0], x, [table], inner=x.width)
+
+
+def field_logits(x: Tensor, head: Place, gain: Place) -> Tensor:
+    """x @ headᵀ + gain · ln p_field."""
+    return x.tape.record("field_logits", head.shape[0], x, [head, gain], scratch=padded(head.shape[0]), inner=x.width)
 
 
 ################################################################################################
@@ -1771,6 +2419,373 @@ class CooccurField:
         for name, counter in targets + [(f"contexts{n + 1}", made.contexts[n]) for n in range(cls.ORDERS)]:
             counter.update({tuple(row[:-1]): row[-1] for row in arrays[name].tolist()})
         return made
+
+
+################################################################################################
+# Chapter 5. Body
+################################################################################################
+# A transformer that stands on the field. It sees, beside each token, the field's distribution for the next one, and its
+# logits are added to the field's log-probabilities; the head is zero at birth, so a newborn body *is* the field and learns
+# what the field leaves. This chapter owns the stages, the graph (recorded once, for training, measuring and speaking
+# alike), and how a body is trained, copied, saved, and fitted to a larger vocabulary. It hides which engine computes.
+
+
+class Stage(NamedTuple):
+    """The size of a body; a head's size never shrinks on the way up."""
+
+    width: int
+    layers: int
+    heads: int
+    head_size: int
+
+
+STAGES = {
+    "embryo": Stage(16, 1, 1, 16),
+    "infant": Stage(32, 1, 2, 16),
+    "child": Stage(64, 2, 4, 16),
+    "adolescent": Stage(128, 4, 4, 32),
+    "teen": Stage(224, 5, 8, 32),
+    "adult": Stage(320, 6, 8, 40),
+}
+FIELD_SCALARS = 6  # numbers beside a view
+
+
+@dataclass(frozen=True)
+class BodyShape:
+    """All that decides which parameters a body has and which graph it is."""
+
+    width: int
+    layers: int
+    heads: int
+    head_size: int
+    hybrid: int  # heads that blend content with a pattern
+    pure: int  # heads that are a pattern only
+    context: int
+    vocabulary: int
+    on_field: bool
+    operators: tuple[str, ...]  # the sequence operator of each layer
+
+    @staticmethod
+    def of(stage: str, vocabulary: int, config: BodyConfig) -> BodyShape:
+        """The shape of a stage; raises UsageError where head_types do not fit its heads."""
+        size = STAGES[stage]
+        types = config.head_types or ("content",) * (size.heads - size.heads // 2) + ("hybrid",) * (size.heads // 2)
+        if len(types) != size.heads:
+            raise UsageError(f"body.head_types names {len(types)} heads, but stage {stage!r} has {size.heads}: name each, or none.")
+        return BodyShape(*size, hybrid=types.count("hybrid"), pure=types.count("rrpram"), context=config.context,
+                         vocabulary=vocabulary, on_field=config.field, operators=("attention",) * size.layers)  # fmt: skip
+
+    @property
+    def inner(self) -> int:
+        """Columns of all heads together."""
+        return self.heads * self.head_size
+
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter. blocks.N.qkv holds queries, keys, values and patterns side by side."""
+        C, V = self.width, self.vocabulary
+        layout: dict[str, tuple[int, ...]] = {"embedding": (V, C)}
+        if self.on_field:
+            layout |= {"expected": (V, C), "scalars": (FIELD_SCALARS, C)}
+        for n in range(self.layers):
+            block = {"norm1": (C,), "qkv": (C, 3 * self.inner + (self.hybrid + self.pure) * self.context), "out": (self.inner, C),
+                     "norm2": (C,), "gate_up": (C, 8 * C), "down": (4 * C, C)}  # fmt: skip
+            if self.hybrid:
+                block["alpha"] = (self.hybrid,)
+            layout |= {f"blocks.{n}.{name}": shape for name, shape in block.items()}
+        layout["norm"] = (C,)
+        if self.on_field:
+            layout |= {"head": (V, C), "gain": (C + FIELD_SCALARS + 1,)}
+        return layout
+
+
+# --- Sequence operators: what a block does along time. Each maps the normed input to [rows, inner]; OUMNIX adds others. ---
+
+
+def _attend(h: Tensor, shape: BodyShape, places: dict[str, Place], block: str) -> Tensor:
+    qkv = rope(h @ places[f"{block}.qkv"], shape.heads, shape.head_size)
+    return attention(qkv, shape.heads, shape.head_size, shape.hybrid, shape.pure, places.get(f"{block}.alpha"))
+
+
+SEQUENCE_OPERATORS: dict[str, Callable[[Tensor, BodyShape, dict[str, Place], str], Tensor]] = {"attention": _attend}
+
+
+# --- The graph, recorded once for each use. ---
+
+
+def record_hidden(tape: Tape, shape: BodyShape, places: dict[str, Place]) -> Tensor:
+    """Embedding, blocks, last norm."""
+    x, scale = embed(tape, places["embedding"]), 1 / math.sqrt(shape.layers)
+    if shape.on_field:
+        x = field_input(x, places["expected"], places["scalars"])
+    for n, operator in enumerate(shape.operators):
+        block = f"blocks.{n}"
+        mixed = SEQUENCE_OPERATORS[operator](rms_norm(x, places[f"{block}.norm1"]), shape, places, block)
+        x = x + scale * (mixed @ places[f"{block}.out"])
+        hidden = swiglu(rms_norm(x, places[f"{block}.norm2"]) @ places[f"{block}.gate_up"])
+        x = x + scale * (hidden @ places[f"{block}.down"])
+    return rms_norm(x, places["norm"])
+
+
+@functools.lru_cache(maxsize=64)
+def body_program(shape: BodyShape, use: str, sequences: int = 1) -> Program:
+    """The program of a shape: "train" (loss and gradients), "measure" (loss alone) or "speak" (one token, to logits)."""
+    places = layout_places(shape.layout())
+    tape = Tape(sequences, 1 if use == "speak" else shape.context, shape.context)
+    h = record_hidden(tape, shape, places)
+    if use == "speak":
+        field_logits(h, places["head"], places["gain"]) if shape.on_field else logits(h, places["embedding"])
+    else:
+        field_loss(h, places["head"], places["gain"]) if shape.on_field else cross_entropy(h, places["embedding"])
+    if use == "train":
+        return tape.plan()
+    with no_grad():
+        return tape.plan()
+
+
+@functools.lru_cache(maxsize=16)
+def rope_angles(positions: int, head_size: int) -> np.ndarray:
+    """float32 [2, positions, head size / 2]: cosines and sines of position · 10000^(-2i / head size)."""
+    angle = np.arange(positions)[:, None] * 1e4 ** (-np.arange(0, head_size, 2) / head_size)
+    return np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
+
+
+class Body:
+    """Parameters and optimiser state of one transformer; `steps` it was trained for. Nothing here computes by itself:
+    Trainer trains it, Decoder speaks from it, `log_probs` measures it."""
+
+    def __init__(self, stage: str, vocabulary: int, config: BodyConfig, seed: int = 0):
+        self.stage, self.config, self.steps = stage, config, 0
+        self.shape = BodyShape.of(stage, vocabulary, config)
+        self.arena = Arena(self.shape.layout())
+        self._initialise(np.random.Generator(np.random.PCG64(seed)))
+
+    def _initialise(self, rng: np.random.Generator) -> None:
+        """Small normal weights; as on the field: head 0 and gain 1 make a newborn the field itself."""
+        spread = 0.05 if self.on_field else 0.02
+        for name, place in self.arena.places.items():
+            array, kind = self.arena[name], name.rpartition(".")[2]
+            if kind in ("norm", "norm1", "norm2"):
+                array[:] = 1
+            elif kind == "alpha":
+                array[:] = self.config.hybrid_alpha_init
+            elif kind == "gain":
+                array[-1] = 1
+            elif kind in ("qkv", "out", "gate_up", "down", "scalars"):
+                array[:] = rng.standard_normal(place.shape, np.float32) / np.float32(math.sqrt(3 * place.shape[0]))
+            elif kind != "head":
+                array[:] = rng.standard_normal(place.shape, np.float32) * np.float32(spread)
+        self.arena.average[:] = self.arena.parameters
+
+    @property
+    def on_field(self) -> bool:
+        return self.shape.on_field
+
+    @property
+    def context(self) -> int:
+        return self.shape.context
+
+    @property
+    def n_params(self) -> int:
+        return len(self.arena)
+
+    def copy(self) -> Body:
+        """An independent body with the same weights."""
+        twin = object.__new__(Body)
+        twin.__dict__.update(self.__dict__)
+        twin.arena = self.arena.copy()
+        return twin
+
+    # Measuring.
+
+    def log_probs(self, x: np.ndarray, y: np.ndarray, view: FieldView | None, compiled: bool | None = None) -> np.ndarray:
+        """float32 [B, T]: ln p of each target y after the tokens x [B, T] (T up to the context), by the averaged weights;
+        view: the B·T rows of the field's distribution for y, of a body on the field."""
+        compiled = kernels_ready() if compiled is None else compiled
+        measure = organ("kernels").measure if compiled else self._measure
+        return measure(self, *_as_tokens(x, y), view)
+
+    def _measure(self, body: Body, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> np.ndarray:
+        program = body_program(self.shape, "measure", 1)
+        machine = Machine(self.arena.average, aligned_zeros(program.size), rope_angles(self.context, self.shape.head_size),
+                          x[0], length=x.shape[1], log_probs=np.zeros(program.rows))  # fmt: skip
+        out = np.zeros(x.shape, np.float32)
+        for b in range(len(x)):
+            machine.tokens, machine.targets = x[b], y[b]
+            machine.view = None if view is None else view[b * x.shape[1] : (b + 1) * x.shape[1]]
+            execute(program, machine)
+            out[b] = machine.log_probs[: x.shape[1]]
+        return out
+
+    # Growing the vocabulary.
+
+    def grow_vocabulary(self, tokenizer: Tokenizer, old: int) -> None:
+        """Make room for the tokens that joined; their rows come from their parts, so that predictions barely move.
+
+        Where a row speaks of what comes next (expected, head), a token is its first part; where it speaks of what came, its
+        last; a tied row is the mean of both.
+        """
+        shape = dataclasses.replace(self.shape, vocabulary=len(tokenizer))
+        arena = Arena(shape.layout())
+        first, last = (_part_rows(tokenizer, old, side) for side in (0, 1))
+        for array in Arena.ARRAYS:
+            for name in arena.places:
+                source, target = self.arena.view(array, name), arena.view(array, name)
+                target[: len(source)] = source
+                if name in ("expected", "head"):
+                    target[old:] = source[first]
+                elif name == "embedding":
+                    target[old:] = source[last] if self.on_field else (source[first] + source[last]) / 2
+        self.shape, self.arena = shape, arena
+
+    # State.
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays by "ARRAY/NAME", and what else from_state needs, as JSON can hold it."""
+        arrays = {f"{array}/{name}": self.arena.view(array, name) for array in Arena.ARRAYS for name in self.arena.places}
+        return arrays, dict(stage=self.stage, steps=self.steps, shape=dataclasses.asdict(self.shape))
+
+    @staticmethod
+    def from_state(meta: dict[str, Any], arrays: dict[str, np.ndarray], config: BodyConfig) -> Body:
+        """The body that `state` described; what shapes it comes from there, not from config."""
+        body = object.__new__(Body)
+        body.stage, body.steps, body.config = meta["stage"], meta["steps"], config
+        body.shape = BodyShape(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["shape"].items()})
+        body.arena = Arena(body.shape.layout())
+        for array in Arena.ARRAYS:
+            for name, place in body.arena.places.items():
+                given = arrays.get(f"{array}/{name}")
+                if given is None or given.shape != place.shape:
+                    raise OrganismError(f"The body's checkpoint does not fit its shape: {array}/{name} is {getattr(given, 'shape', 'missing')}, not {place.shape}.")
+                body.arena.view(array, name)[:] = given
+        return body
+
+
+def _as_tokens(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.ascontiguousarray(a, np.int64) for a in arrays)
+
+
+def _part_rows(tokenizer: Tokenizer, old: int, side: int) -> np.ndarray:
+    """For each token from `old` on, the older token that it begins (side 0) or ends (side 1) with."""
+    rows = list(range(old))
+    for token in range(old, len(tokenizer)):
+        rows.append(rows[tokenizer.merges[token - Tokenizer.BASE][side]])
+    return np.array(rows[old:], np.int64)
+
+
+# --- Training. ---
+
+
+class Trainer:
+    """Trains a body, one step of AdamW a call, on the engine "numba", "numpy", "torch" or "auto" (numba where compiled)."""
+
+    def __init__(self, body: Body, config: LearningConfig, engine: str = "auto", threads: int | None = None, seed: int = 0):
+        self.body, self.config, self.seed = body, config, seed
+        if engine == "auto":
+            engine = "numba" if kernels_ready() else "numpy"
+        self.engine = engine
+        if engine == "numpy":
+            self.gradients: Any = _ReferenceGradients(body, config)
+        else:
+            self.gradients = organ("kernels" if engine == "numba" else "torch").Gradients(body, config, threads)
+
+    @property
+    def yield_flag(self) -> np.ndarray:
+        """int64 [1]; while it is not 0, training pauses between micro-batches, so that a reply comes sooner."""
+        return self.gradients.yield_flag
+
+    def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None, rate: float) -> float:
+        """One step on tokens x and targets y [B, T] with the view of their B·T rows; returns the mean loss in nats."""
+        x, y = _as_tokens(x, y)
+        if self.body.on_field and self.body.config.word_dropout > 0:  # chance that depends on the step alone resumes exactly
+            rng = np.random.Generator(np.random.PCG64([self.seed, self.body.steps]))
+            x = np.where(rng.random(x.shape) < self.body.config.word_dropout, -1, x)
+        loss = self.gradients.step(x, y, view, rate, self.body.steps + 1)
+        self.body.steps += 1
+        return loss
+
+    def close(self) -> None:
+        """Let go of threads and buffers."""
+        self.gradients.close()
+
+
+class _ReferenceGradients:
+    """The reference engine: one sequence at a time through NumPy, then AdamW."""
+
+    def __init__(self, body: Body, config: LearningConfig):
+        self.body, self.config, self.yield_flag = body, config, np.zeros(1, np.int64)
+        self.flat = aligned_zeros(body.arena.size)
+
+    def of(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> float:
+        """Fill `flat` with the gradients of the mean loss over all targets; returns that loss in nats."""
+        arena, shape = self.body.arena, self.body.shape
+        program, (B, T) = body_program(shape, "train", 1), x.shape
+        machine = Machine(arena.parameters, aligned_zeros(program.size, dtype=arena.dtype), rope_angles(shape.context, shape.head_size),
+                          x[0], length=T, gradients=self.flat, inverse=1 / x.size, log_probs=np.zeros(program.rows))  # fmt: skip
+        self.flat[:], total = 0, 0.0
+        for b in range(B):
+            machine.tokens, machine.targets = x[b], y[b]
+            machine.view = None if view is None else view[b * T : (b + 1) * T]
+            execute(program, machine)
+            total -= machine.log_probs[:T].sum()
+        return float(total / x.size)
+
+    def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None, rate: float, step: int) -> float:
+        loss = self.of(x, y, view)
+        adamw(self.body.arena, self.flat, rate, step, self.config)
+        return loss
+
+    def close(self) -> None:
+        self.flat = np.zeros(0, np.float32)
+
+
+# --- Speaking. ---
+
+
+class Decoder:
+    """One token in, the logits of the next out, by the averaged weights, with keys and values kept.
+
+    Attention sees the newest `context` tokens, however long a text becomes: the cache has room for twice as many, and when
+    it is full its newer half moves to the front, keys turned back by as many positions.
+    """
+
+    def __init__(self, body: Body, executor: str = "numpy"):
+        shape = body.shape
+        self.body, self.shape, self.position = body, shape, 0
+        self.program = body_program(shape, "speak")
+        self.cache = aligned_zeros(self.program.cache)
+        self.angles = rope_angles(2 * shape.context, shape.head_size)
+        if executor == "numba":
+            self._step = organ("kernels").Speaker(self).step
+        else:
+            self.machine = Machine(body.arena.average, aligned_zeros(self.program.size), self.angles, np.zeros(1, np.int64), cache=self.cache)
+
+    def reset(self) -> None:
+        """Forget what was fed."""
+        self.position = 0
+
+    def feed(self, token: int, view: FieldView | None) -> np.ndarray:
+        """float32 [V]: logits after one more token; `view` is the field's distribution for the token to come."""
+        if self.position == 2 * self.shape.context:
+            self._make_room()
+        out = self._step(token, view, self.position)
+        self.position += 1
+        return out
+
+    def _step(self, token: int, view: FieldView | None, position: int) -> np.ndarray:
+        m = self.machine
+        m.tokens[0], m.view, m.position = token, view, position
+        execute(self.program, m)
+        b = self.program.steps[-1].buffers["out"]
+        return m.activations[b.offset : b.offset + self.shape.vocabulary].copy()
+
+    def _make_room(self) -> None:
+        shape, T = self.shape, self.shape.context
+        past = self.cache.reshape(shape.layers, 2 * T, 2, shape.heads, shape.head_size)
+        past[:, :T] = past[:, T:]
+        keys, (cos, sin) = past[:, :T, 0], self.angles[:, T]
+        even, odd = keys[..., 0::2].copy(), keys[..., 1::2].copy()
+        keys[..., 0::2], keys[..., 1::2] = even * cos + odd * sin, odd * cos - even * sin
+        self.position = T
 
 
 ################################################################################################
