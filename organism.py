@@ -1086,6 +1086,7 @@ OPS: dict[str, Op] = {
 # --- Recording them. Sizes of work space are those of the compiled kernels. ---
 
 LOGIT_ROWS = 96  # rows of logits that are in memory at a time
+MOST_RANGES = 1024  # ranges of a view at most (CONFIG_LIMITS)
 
 
 def embed(tape: Tape, table: Place) -> Tensor:
@@ -1095,7 +1096,7 @@ def embed(tape: Tape, table: Place) -> Tensor:
 
 def field_input(x: Tensor, expected: Place, scalars: Place) -> Tensor:
     """x plus what the field expects next: expected [V, C], scalars [6, C]."""
-    return x.tape.record("field_input", x.width, x, weights=[expected, scalars])
+    return x.tape.record("field_input", x.width, x, weights=[expected, scalars], scratch=MOST_RANGES, scratch_back=MOST_RANGES)
 
 
 def rms_norm(x: Tensor, gain: Place) -> Tensor:
@@ -1132,7 +1133,7 @@ def cross_entropy(x: Tensor, table: Place) -> Tensor:
 
 def field_loss(x: Tensor, head: Place, gain: Place) -> Tensor:
     """ln p of the machine's targets on the field: head [V, C], gain [C + 7] (of x, of the six scalars, bias)."""
-    size = LOGIT_ROWS * (2 * (head.shape[0] + 2 * LANES) + x.width + 2 * LANES) + 3 * head.size
+    size = LOGIT_ROWS * (2 * (head.shape[0] + 2 * LANES) + x.width) + 2 * MOST_RANGES + 3 * head.size
     return x.tape.record("field_loss", 0, x, [head, gain], scratch=size, scratch_back=size, inner=x.width, vocabulary=head.shape[0])
 
 
@@ -1143,7 +1144,7 @@ def logits(x: Tensor, table: Place) -> Tensor:
 
 def field_logits(x: Tensor, head: Place, gain: Place) -> Tensor:
     """x @ headᵀ + gain · ln p_field."""
-    return x.tape.record("field_logits", head.shape[0], x, [head, gain], scratch=padded(head.shape[0]), inner=x.width)
+    return x.tape.record("field_logits", head.shape[0], x, [head, gain], scratch=padded(head.shape[0]) + 2 * MOST_RANGES, inner=x.width)
 
 
 ################################################################################################
@@ -1526,7 +1527,7 @@ class FieldTree:
 
     weights [V]: how often each token was met (None: all alike); .2 is added to each. The shape is a function of vocabulary
     and weights only. leaf int32 [V] is the token at each leaf, rank int32 [V] its inverse; share float64 [V] the weight of
-    each leaf, of a sum of 1; cumulative float64 [V+1]. nodes int32 [V-1, 7]: low, mid, high (leaf positions), left, right
+    each leaf, of a sum of 1, log_share float32 [V] its logarithm; cumulative float64 [V+1]. nodes int32 [V-1, 7]: low, mid, high (leaf positions), left, right
     (node, or -1 - leaf), first node of the group of three levels it belongs to, place in the group (1 to 7).
     """
 
@@ -1542,6 +1543,7 @@ class FieldTree:
         self.rank = np.empty(size, np.int32)
         self.rank[self.leaf] = np.arange(size, dtype=np.int32)
         self.share = (self.weights[self.leaf] + 0.2) / (self.weights.sum() + 0.2 * size)
+        self.log_share = np.log(self.share).astype(np.float32)
         self.cumulative = np.concatenate([[0.0], np.cumsum(self.share)])
         self.nodes = self._split()
         self.text = np.frombuffer(b"".join(self.vocabulary) + b"\0", np.uint8)
@@ -1640,7 +1642,7 @@ class FieldView:
         width = np.where(ends > starts, self.tree.mass(starts, ends), 1.0)
         level = self.logmass - self.log_norm()[:, None] - np.log(width).astype(np.float32)  # [N, K]: ln p per share
         by_leaf = np.repeat(level.ravel(), (ends - starts).ravel()).reshape(len(self), size)
-        by_leaf += np.log(self.tree.share).astype(np.float32)
+        by_leaf += self.tree.log_share
         return by_leaf[:, self.tree.rank]
 
 

@@ -578,3 +578,13 @@ def dense(
                 masses[child], depths[child] = mass, depths[node] + 1
             else:
                 out[leaf[-1 - child]] = mass
+
+
+def warm() -> None:
+    """Compile, or load, both entry points."""
+    from organism import Field, FieldConfig
+
+    for contexts in ("full", "lite"):
+        field = Field([bytes([i]) for i in range(256)] + [b""] * 3, FieldConfig(contexts=contexts, table_mb=1), engine="numba")
+        field.read(np.arange(65, 90), views=True)
+        field.dense()

@@ -1,0 +1,107 @@
+"""Where compiled code is kept, and which code path is chosen; without numba, which takes a fifth of a second to import.
+
+The folder is private (mode 0700) and named by a digest of whatever decides what compiled code is right: the kernels'
+sources, the versions of numba and NumPy, the CPU, the forced path. numba's own cache looks at one source file at a time,
+so without the digest a kernel would outlive a change in the file it takes its helpers from.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent.parent
+PATHS = {  # ORGANISM_KERNELS: (LLVM's name of the CPU, its features); None: the CPU that is here
+    "native": (None, None),
+    "avx2": ("haswell", "+avx2,+fma,+f16c"),
+    "portable": ("x86-64" if platform.machine() == "x86_64" else "generic", ""),
+}
+
+
+def path_name() -> str:
+    """native, avx2 or portable: from ORGANISM_KERNELS."""
+    name = os.environ.get("ORGANISM_KERNELS", "native").lower()
+    return name if name in PATHS else "native"
+
+
+@functools.cache
+def cpu() -> str:
+    """What the machine says of its CPU, with all features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+@functools.cache
+def digest() -> str:
+    """Names the folder."""
+    h = hashlib.sha256()
+    for part in (str(FOLDER), version("numba"), version("numpy"), sys.version, cpu(), path_name()):
+        h.update(part.encode() + b"\0")
+    for source in sorted(FOLDER.glob("*.py")):
+        h.update(source.read_bytes() + b"\0")
+    return h.hexdigest()[:16]
+
+
+@functools.cache
+def folder() -> Path:
+    """The cache of this code on this machine; a temporary one where the user's cache cannot be written."""
+    base = os.environ.get("ORGANISM_CACHE")
+    if not base:
+        import platformdirs
+
+        base = platformdirs.user_cache_dir("organism", appauthor=False)
+    path = Path(base) / f"kernels-{digest()}"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(path, os.W_OK):
+            return path
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="organism-kernels-"))
+
+
+def prepare() -> None:
+    """Tell numba about the folder and the CPU path, before or after it was imported."""
+    name, features = PATHS[path_name()]
+    settings = {"CACHE_DIR": str(folder()), "CPU_NAME": name, "CPU_FEATURES": features}
+    if "numba" in sys.modules:
+        import numba
+
+        for key, value in settings.items():
+            if value is not None:
+                setattr(numba.config, key, value)
+    else:
+        os.environ.update({f"NUMBA_{key}": value for key, value in settings.items() if value is not None})
+
+
+def environment() -> dict[str, str]:
+    """For a child that shall fill this very folder."""
+    return dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
+
+
+def is_marked() -> bool:
+    """Whether everything was compiled into the folder."""
+    return (folder() / "complete").exists()
+
+
+def mark() -> None:
+    """Everything is compiled: remember it."""
+    (folder() / "complete").touch()
+
+
+def describe() -> list[tuple[str, str]]:
+    """(what, which) for the doctor."""
+    wish = os.environ.get("ORGANISM_KERNELS")
+    chosen = f"{path_name()} ({'ORGANISM_KERNELS' if wish else 'chosen for this CPU'})"
+    return [("path", chosen), ("cache", str(folder())), ("compiled", "yes" if is_marked() else "not yet")]
