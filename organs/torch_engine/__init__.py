@@ -1,8 +1,8 @@
 """The body's graph in PyTorch: another engine of training (`--engine torch`), on a GPU where there is one.
 
 Same parameters by the same names, same losses, same AdamW as chapters 2 and 5 of organism.py; only the gradients come
-from PyTorch. On the CPU the engine works on the body's arena itself. On an accelerator it works on a copy; `sync` brings
-the arena up to date, and costs nothing where nothing has changed.
+from PyTorch. On the CPU the engine works on the body's arena itself. On an accelerator it works on a copy, and `sync`
+brings the arena up to date, at no cost where nothing has changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 from organism import RMS_EPSILON, Arena, Body, BodyShape, FieldView, LearningConfig, UsageError, log, rope_angles
 
-MICRO_FLOPS = 5e9  # of one micro-batch on a CPU, some 50 ms: training can pause that soon for a reply
+MICRO_FLOPS = 5e9  # of a micro-batch on a CPU, some 50 ms: training can pause that soon for a reply
+MICRO_BYTES = 2e9  # of the activations of a micro-batch, about
 
 
 def choose_device() -> torch.device:
@@ -102,6 +103,7 @@ def hidden(
     """Embedding, blocks, last norm: [B, T, C] of tokens [B, T]; tokens below 0 are left out."""
     x = P["embedding"][tokens.clamp(min=0)] * (tokens >= 0).unsqueeze(-1)
     if shape.on_field:
+        assert view is not None, "a body on the field is shown the field's view"
         x = x + _expected(view, P, _scalars(view, x)).view_as(x)
     scale = 1 / math.sqrt(shape.layers)
     for n, operator in enumerate(shape.operators):
@@ -123,6 +125,7 @@ def logits(shape: BodyShape, P: dict[str, torch.Tensor], h: torch.Tensor, view: 
     h = h.flatten(0, 1)
     if not shape.on_field:
         return h @ P["embedding"].T
+    assert view is not None, "a body on the field is shown the field's view"
     made_of = torch.cat([h, _scalars(view, h), h.new_ones(len(h), 1)], 1)
     log_field = torch.from_numpy(view.dense_log()).to(h)
     return h @ P["head"].T + (made_of @ P["gain"])[:, None] * log_field
@@ -142,8 +145,8 @@ class Gradients:
         arena, shape = body.arena, body.shape
         self.arrays = {name: torch.from_numpy(getattr(arena, name)).to(self.device) for name in Arena.ARRAYS}
         self.gradient = torch.zeros_like(self.arrays["parameters"])
-        # Leaves are views into the flat parameters, and so are their gradients into the flat gradient: autograd adds to a
-        # gradient that is already there. (Place.of slices tensors as well as arrays.)
+        # Leaves are views into the flat parameters, and their gradients are views into the flat gradient: autograd adds
+        # to a gradient that is there. Place.of slices tensors as well as arrays.
         flat: Any = self.arrays["parameters"]
         self.parameters: dict[str, torch.Tensor] = {
             name: place.of(flat).detach().requires_grad_() for name, place in arena.places.items()
@@ -155,9 +158,10 @@ class Gradients:
 
     def _micro(self, B: int, T: int) -> int:
         """Sequences of a micro-batch."""
-        if self.device.type != "cpu":
-            return B
-        return max(1, min(B, int(MICRO_FLOPS / (6 * T * len(self.body.arena)))))
+        shape, flops = self.body.shape, 6 * T * len(self.body.arena)
+        bytes = 4 * T * (6 * shape.vocabulary + shape.layers * (40 * shape.width + 4 * shape.heads * T))
+        most = MICRO_BYTES / bytes if self.device.type != "cpu" else min(MICRO_BYTES / bytes, MICRO_FLOPS / flops)
+        return max(1, min(B, int(most)))
 
     def _loss(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> torch.Tensor:
         """Summed loss in nats of a micro-batch."""
