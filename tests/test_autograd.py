@@ -21,6 +21,7 @@ import organism as o
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
+torch.set_num_threads(1)  # small tensors, and pytest runs two files at a time
 
 V, C, H, D, CONTEXT, LENGTH, SEQUENCES = 11, 8, 3, 4, 7, 6, 2
 INNER, ROWS = H * D, SEQUENCES * LENGTH

@@ -21,6 +21,7 @@ import organism as o
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
+torch.set_num_threads(1)  # small tensors, and pytest runs two files at a time
 
 VOCABULARY = [bytes([i]) for i in range(32, 72)]
 V, CONTEXT = len(VOCABULARY), 12
@@ -63,7 +64,9 @@ def schooled(stage: str, field: bool, context: int = CONTEXT, heads: tuple[str, 
     body = o.Body(stage, V, o.BodyConfig(field=field, context=context, head_types=heads), seed)
     rng = np.random.default_rng(seed)
     for name, place in body.arena.places.items():
-        body.arena[name][:] += rng.standard_normal(place.shape) * (1.0 if name.endswith("alpha") else 0.04)
+        body.arena[name][:] += rng.standard_normal(place.shape, np.float32) * np.float32(
+            1 if name.endswith("alpha") else 0.04
+        )
     body.arena.average[:] = body.arena.parameters
     return body
 
@@ -76,9 +79,8 @@ def gradients(body: o.Body, x, y, view, executor: str) -> tuple[float, dict[str,
     else:
         engine = o.organ("kernels").Gradients(body, LEARNING, 1)
         loss, flat = engine.of(x, y, view)
-    result = {name: place.of(np.array(flat)) for name, place in body.arena.places.items()}
     engine.close()
-    return loss, result
+    return loss, {name: place.of(flat) for name, place in body.arena.places.items()}
 
 
 def worst(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> tuple[float, str]:
@@ -145,7 +147,7 @@ def by_torch(stage: str, field: bool, heads: tuple[str, ...] = ()):
     body, (x, y, view) = schooled(stage, field, heads=heads), windows(field, 2, CONTEXT - 2)
     if field:
         x = np.where(np.random.default_rng(2).random(x.shape) < 0.1, -1, x)
-    engine = o.organ("torch").Gradients(body, LEARNING)
+    engine = o.organ("torch").Gradients(body, LEARNING, 1)
     return body, (x, y, view), *engine.of(x, y, view)
 
 
@@ -437,7 +439,7 @@ def test_what_is_known_by_heart_stays_finite(field, engine):
     """Targets that are the inputs, for 200 fast steps: gradients shrink to nothing."""
     body = o.Body("embryo", V, o.BodyConfig(field=field, context=CONTEXT, word_dropout=0.0), 1)
     trainer = o.Trainer(body, dataclasses.replace(LEARNING, weight_decay=0.0), engine=engine, threads=1)
-    x, _, view = windows(field, 2, CONTEXT)
+    x, _, view = windows(field, 1, CONTEXT)
     losses = [trainer.step(x, x, view, 0.05) for _ in range(200)]
     trainer.close()
     assert np.isfinite(losses).all() and losses[-1] < 0.01
