@@ -196,6 +196,13 @@ def in_place_of_a_sum(g):
     return g.cross_entropy(g.attention(g.rope(wide), 0, 0))
 
 
+def swiglu_beside_a_norm(g):
+    """The gradient of what swiglu reads must not lie over it: the norm's backward pass still reads it."""
+    wide = g.linear(g.embed(), "gate_up", 2 * C)
+    other = g.linear(g.rms_norm(wide, "norm"), "weight1", C)
+    return g.cross_entropy(g.linear(g.swiglu(wide), "weight2", C, plus=other))
+
+
 CASES = {
     "embed": {
         "one": lambda g: g.cross_entropy(g.embed()),
@@ -222,7 +229,10 @@ CASES = {
         f"{H - hybrid - pure} content, {hybrid} hybrid, {pure} pure": heads(hybrid, pure)
         for hybrid, pure in ((0, 0), (1, 0), (3, 0), (0, 1), (0, 3), (1, 1), (2, 1))
     },
-    "swiglu": {"one": lambda g: g.cross_entropy(g.swiglu(g.linear(g.embed(), "gate_up", 2 * C)))},
+    "swiglu": {
+        "one": lambda g: g.cross_entropy(g.swiglu(g.linear(g.embed(), "gate_up", 2 * C))),
+        "of what others read": swiglu_beside_a_norm,
+    },
     "cross_entropy": {"of a norm": lambda g: g.cross_entropy(g.rms_norm(g.embed(), "norm"))},
     "field_loss": {
         "one": lambda g: g.field_loss(g.embed()),
@@ -421,6 +431,18 @@ def test_an_operation_in_place_needs_an_input_of_its_own():
     for training in (True, False):
         with pytest.raises(AssertionError, match="rope needs an input of its own"):
             program_of(graph, training)
+
+
+def test_a_gradient_that_overwrites_needs_an_input_that_nobody_reads_later():
+    def graph(g):
+        wide = g.linear(g.embed(), "gate_up", 2 * C)
+        inner = g.swiglu(wide)
+        other = g.linear(g.rms_norm(wide, "norm"), "weight1", C)
+        return g.cross_entropy(g.linear(inner, "weight2", C, plus=other))
+
+    program_of(graph, False)
+    with pytest.raises(AssertionError, match="swiglu needs an input of its own"):
+        program_of(graph, True)
 
 
 def test_a_tensor_cannot_be_added_to_a_product_of_itself():

@@ -157,11 +157,12 @@ class Gradients:
         log.info("training with PyTorch %s on %s in %s", torch.__version__, self.device, config.precision)
 
     def _micro(self, B: int, T: int) -> int:
-        """Sequences of a micro-batch."""
+        """Sequences of a micro-batch: bounded by memory, and on a CPU by how long a reply may wait."""
         shape, flops = self.body.shape, 6 * T * len(self.body.arena)
         bytes = 4 * T * (6 * shape.vocabulary + shape.layers * (40 * shape.width + 4 * shape.heads * T))
         most = MICRO_BYTES / bytes if self.device.type != "cpu" else min(MICRO_BYTES / bytes, MICRO_FLOPS / flops)
-        return max(1, min(B, int(most)))
+        parts = -(-B // max(1, int(most)))  # of about equal size
+        return -(-B // parts)
 
     def _loss(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> torch.Tensor:
         """Summed loss in nats of a micro-batch."""
