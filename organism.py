@@ -645,6 +645,7 @@ class Tensor:
     def __add__(self, product: Tensor) -> Tensor:
         row = product._product()
         assert row.y is None and self.width == product.width, "only tensors of one width can be added, and only once"
+        assert row.x is not self, "a tensor cannot be added to a product of itself: gradients would lie over each other"
         row.y = self
         return product
 
@@ -751,6 +752,9 @@ class _Planner:
         left = self.uses.copy()
         for r in self.tape.records:
             left.subtract(id(t) for t in (r.x, r.y) if t is not None)
+            if r.x is not None and OPS[r.op].inplace:
+                assert self.uses[id(r.x)] == 1, f"{r.op} needs an input of its own"
+                r.out.value = r.x.value  # which may have moved since it was recorded, see below
             if r.y is not None and not self.training and not left[id(r.y)]:
                 r.out.value = r.y.value  # nobody will miss y: the sum may lie over it
             if not (self.training and OPS[r.op].loss):  # a loss runs once, forward and backward together
@@ -2278,21 +2282,22 @@ def make_field(vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray
 
 
 class CooccurField:
-    """N-gram counts of orders 4 to 1, each leaning on the next shorter one, and co-occurrence within ±5 tokens.
+    """N-gram counts of seven orders, each leaning on the next shorter one, and co-occurrence within ±5 tokens.
 
     p_n(t) = (count(context, t) + strength · p_{n-1}(t)) / (count(context) + strength), p_0 uniform (a Dirichlet prior);
-    then p = (1 - share) · p_4 + share · (how often t was near the last five tokens). The interface is Field's. (molequla §1.5)
+    then p = (1 - share) · p_last + share · (how often t was near the last five tokens). The interface is Field's. (molequla §1.5)
     """
 
-    ORDERS, NEAR = 4, 5
+    ORDERS = (1, 2, 3, 4, 6, 10, 16)  # molequla ends at 4; a young vocabulary is bytes, and recall must find its way there
+    NEAR = 5
     STRENGTH = 2.0  # observations that the shorter context is worth (chosen on nonames.txt)
     SHARE = 0.03  # of co-occurrence; molequla's .3 is worse by far as a predictor (the same)
 
     def __init__(self, vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray | None = None):
         self.config, self.tree = config, FieldTree(vocabulary, weights)
         self.boosts = np.zeros(len(vocabulary))
-        self.counts = [collections.Counter() for _ in range(self.ORDERS)]  # (t1 .. tn) -> times
-        self.contexts = [collections.Counter() for _ in range(self.ORDERS)]  # (t1 .. tn-1) -> times followed
+        self.counts = [collections.Counter() for _ in self.ORDERS]  # (t1 .. tn) -> times
+        self.contexts = [collections.Counter() for _ in self.ORDERS]  # (t1 .. tn-1) -> times followed
         self.near = collections.Counter()  # (a, b), a <= b -> times within five tokens of each other
         self.near_totals = np.zeros(len(vocabulary))
         self.recent: list[int] = []  # the last tokens, learned or observed
@@ -2320,18 +2325,18 @@ class CooccurField:
         past = self.recent
         line = past + tokens
         if learn:
-            for n in range(1, self.ORDERS + 1):
+            for n, counts, contexts in zip(self.ORDERS, self.counts, self.contexts):
                 first = max(0, len(past) - n + 1)
                 grams = list(zip(*(line[first + k :] for k in range(n))))
-                self.counts[n - 1].update(grams)
-                self.contexts[n - 1].update(gram[:-1] for gram in grams)
+                counts.update(grams)
+                contexts.update(gram[:-1] for gram in grams)
             for gap in range(1, self.NEAR + 1):
                 first = max(0, len(past) - gap)
                 pairs = [(a, b) if a <= b else (b, a) for a, b in zip(line[first:], line[first + gap :])]
                 self.near.update(pairs)
                 np.add.at(self.near_totals, np.array(pairs, np.int64).ravel(), 1)
             self.seen += len(tokens)
-        self.recent = line[-self.NEAR :]
+        self.recent = line[1 - self.ORDERS[-1] :]
 
     def learn(self, token: int) -> float:
         """Learn one token; returns what it cost, in bits."""
@@ -2343,14 +2348,16 @@ class CooccurField:
 
     def _prob(self, token: int) -> float:
         p = 1 / len(self.tree)
-        for n in range(1, self.ORDERS + 1):
+        for n, counts, contexts in zip(self.ORDERS, self.counts, self.contexts):
             context = tuple(self.recent[len(self.recent) - n + 1 :]) if n <= len(self.recent) + 1 else None
-            total = self.contexts[n - 1].get(context, 0)
-            if total:
-                p = (self.counts[n - 1].get((*context, token), 0) + self.STRENGTH * p) / (total + self.STRENGTH)
-        total = sum(self.near_totals[other] for other in self.recent)
+            total = contexts.get(context, 0)
+            if not total:
+                break  # what the shorter context never saw, the longer one did not either
+            p = (counts.get((*context, token), 0) + self.STRENGTH * p) / (total + self.STRENGTH)
+        neighbours = self.recent[-self.NEAR :]
+        total = sum(self.near_totals[other] for other in neighbours)
         if total:
-            close = sum(self._near(other, token) for other in self.recent)
+            close = sum(self._near(other, token) for other in neighbours)
             p = (1 - self.SHARE) * p + self.SHARE * close / total
         return float(p)
 
@@ -2404,8 +2411,8 @@ class CooccurField:
         """All that `from_state` needs."""
         out = {"near_totals": self.near_totals, "boosts": self.boosts, "tree_weights": self.tree.weights,
                "recent": np.array(self.recent, np.int64), "seen": np.array(self.seen), "last_costs": np.array(self.last_costs)}  # fmt: skip
-        tables = [("near", 2, self.near)] + [(f"counts{n}", n, self.counts[n - 1]) for n in range(1, self.ORDERS + 1)]
-        tables += [(f"contexts{n}", n - 1, self.contexts[n - 1]) for n in range(1, self.ORDERS + 1)]
+        tables = [("near", 2, self.near)] + [(f"counts{n}", n, counts) for n, counts in zip(self.ORDERS, self.counts)]
+        tables += [(f"contexts{n}", n - 1, contexts) for n, contexts in zip(self.ORDERS, self.contexts)]
         for name, width, counter in tables:
             out[name] = np.array([(*key, times) for key, times in counter.items()], np.int64).reshape(-1, width + 1)
         return out
@@ -2417,8 +2424,8 @@ class CooccurField:
         for name in ("near_totals", "boosts"):
             getattr(made, name)[:] = arrays[name]
         made.recent, made.seen, made.last_costs = arrays["recent"].tolist(), int(arrays["seen"]), arrays["last_costs"].tolist()
-        targets = [("near", made.near)] + [(f"counts{n + 1}", made.counts[n]) for n in range(cls.ORDERS)]
-        for name, counter in targets + [(f"contexts{n + 1}", made.contexts[n]) for n in range(cls.ORDERS)]:
+        targets = [("near", made.near)] + [(f"counts{n}", counts) for n, counts in zip(cls.ORDERS, made.counts)]
+        for name, counter in targets + [(f"contexts{n}", contexts) for n, contexts in zip(cls.ORDERS, made.contexts)]:
             counter.update({tuple(row[:-1]): row[-1] for row in arrays[name].tolist()})
         return made
 
@@ -2791,7 +2798,7 @@ class Decoder:
 
 
 ################################################################################################
-# Chapter 6. Deltas and gamma
+# Chapter 6. Deltas
 ################################################################################################
 # Gamma is the difference from birth: how far, and how sparsely, the embedding has moved since the first breath. The
 # low-rank adapters that share this chapter's name grow with the capability GROWS.
@@ -2969,7 +2976,8 @@ def seen_from_here(sentence: str) -> str:
         new = _DEIXIS.get(key)
         if new is None:
             return word
-        return new[0].upper() + new[1:] if word[0].isupper() and (word.lower() != "i" or match.start() == 0) else new
+        always_upper = key.split("'")[0] == "i"  # which says nothing about where the word stands
+        return new[0].upper() + new[1:] if word[0].isupper() and (not always_upper or match.start() == 0) else new
 
     return _WORD.sub(turn, sentence)
 
@@ -3173,12 +3181,14 @@ _TEXT_FIELDS = ("text", "content", "conversations", "messages")
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a source: `part` 0 begins a document, larger ones continue it; `offset` is where the next piece begins."""
+    """A piece of a source: `part` 0 begins a document, larger ones continue it; `offset` is where the next piece begins.
+    A `plain` piece is the source's own bytes, so that reading may stop inside of it and go on from there."""
 
     source: str
     data: bytes
     part: int
     offset: int
+    plain: bool = False
 
 
 class Reader:
@@ -3235,7 +3245,7 @@ class Reader:
                         return
                     continue
                 offset += cut
-                yield Piece(path, self._clean(held[:cut]), part, offset)
+                yield Piece(path, self._clean(held[:cut]), part, offset, not self.strip_tags)
                 held, part = held[cut:], part + 1
 
     def _open(self, path: str):
@@ -3543,7 +3553,8 @@ class Learner:
         learning = self.config.learning
         losses = []
         for _ in range(steps):
-            x, y, view = self.experience.windows(batch or learning.batch, length or self.body.context, fresh, self.rng)
+            size = batch or learning.batch * learning.accum  # the engine works through it in micro-batches: gradients add up
+            x, y, view = self.experience.windows(size, length or self.body.context, fresh, self.rng)
             losses.append(self.step(x, y, view))
         return float(np.mean(losses)) if losses else math.nan
 
@@ -3573,7 +3584,7 @@ class Learner:
             size = group[0][1] - group[0][0]
             at = np.array([[a + i for i in range(size)] for a, _ in group])
             seen = None if views is None else views.take((at - 1 - (lead - 1 - self._past_views())).ravel())
-            values = self.body.log_probs(joined[at - 1], joined[at], seen)
+            values = self.body.log_probs(joined[at - 1], joined[at], seen, self.compiled)
             for (a, b), row in zip(group, values, strict=True):
                 first = max(a, b - half, lead)
                 out[first - lead : b - lead] = row[first - a :]
@@ -5316,7 +5327,7 @@ class Organism:
     def _spend_credit(self, learner: Learner, fresh: int, seconds: float, at_least: int) -> float:
         """Train until the credit is spent or time is up; mean loss in nats."""
         learning, began, losses = self.config.learning, time.perf_counter(), []
-        per_step = learning.batch * learner.body.context
+        per_step = learning.batch * learning.accum * learner.body.context
         while (learner.credit >= per_step or len(losses) < at_least) and learner.experience.length > 2:
             losses.append(learner.train(1, fresh))
             self._set_speaking(0)
@@ -5462,7 +5473,7 @@ class Organism:
                 self._buffered.add(row.id)
                 bits, _ = self.published.field.copy().read(self.published.tokenizer.encode(row.text))
                 self.buffer.feed(row.text, float(bits.sum()))
-        per_step = self.config.learning.batch * self.published.body.context
+        per_step = self.config.learning.batch * self.config.learning.accum * self.published.body.context
         if self.buffer.ready(time.monotonic()) or (self.learner.credit >= per_step and not self._speaking):
             self._busy = True
             with self._lock:
@@ -5604,10 +5615,11 @@ class Schooling:
     """Streams a corpus through judgement, field and body: `steps`, `seconds`, `tokens` or `epochs` say when to stop.
 
     A step is batch × context tokens. Every token read earns `replay` tokens of training; where the limit is not
-    reached by then the corpus repeats, as replay of the experience. Ctrl-C saves before it is passed on.
+    reached by then the corpus repeats, as replay of the experience. Reading stops where the limit is reached, and the next
+    run goes on from there, so that two halves make a whole. Ctrl-C saves before it is passed on.
     """
 
-    SLICE = 2048  # tokens read between two looks at the training credit
+    SLICE = 4096  # bytes read between two looks at the training credit
 
     def __init__(self, life: Organism, paths: Sequence[str], on_event: Callable[[dict], None], *, steps: int | None = None,
                  seconds: float | None = None, tokens: int | None = None, epochs: float | None = None, vocab: int | None = None,
@@ -5621,7 +5633,7 @@ class Schooling:
         self.seconds, self.began, self.saved_at = 0.0, time.perf_counter(), time.perf_counter()
         self.losses: collections.deque[float] = collections.deque(maxlen=32)
         self.waiting: list[tuple[str, bytes, int]] = []
-        self.bytes_per_token, self.fresh = 2.0, 0
+        self.bytes_per_token, self.fresh = 2.0, life.state.get("fresh", 0)
 
     def run(self) -> dict[str, Any]:
         life, eval_data = self.life, Path(self.eval_path).read_bytes() if self.eval_path else None
@@ -5674,6 +5686,9 @@ class Schooling:
     def _school(self) -> None:
         """Read and train by turns; then repeat by replay until the limit is reached."""
         skip = {path: end for path, end in self.life.state["reading"].items() if path in self.reader.files}
+        self._pay()  # what was read before and not yet trained on
+        if self._enough():
+            return
         if all(path in skip and skip[path] >= _size(path) for path in self.reader.files):
             skip = {}  # it has been read to its end before: begin again
         for piece in self.reader.pieces(skip):
@@ -5692,32 +5707,44 @@ class Schooling:
     def _piece(self, piece: Piece) -> bool:
         """Judge, read and train on one piece; True when a limit is reached."""
         verdict = self.life.immunity.judge(piece.data, piece.source)
-        self.read_bytes += len(piece.data)
         if not verdict.accepted:
             self.refused += len(piece.data)
             self.life.memory.quarantine_add(piece.source, piece.data, verdict)
+            rest = b""
         else:
-            self._read(piece)
-        self.life.state["reading"][piece.source] = piece.offset
+            rest = self._read(piece)
+        self.read_bytes += len(piece.data) - len(rest)
+        self.life.state["reading"][piece.source] = piece.offset - len(rest)
         return self._enough()
 
-    def _read(self, piece: Piece) -> None:
-        learner = self.learner
-        tokens = learner.encode(piece.data, piece.part)
-        self.bytes_per_token = len(piece.data) / max(1, len(tokens))
-        self.waiting.append((piece.source, piece.data, piece.part))
-        self.life.state["lived_bytes"] += len(piece.data)
-        self.life.state["learned"] += 1
-        for i in range(0, len(tokens), self.SLICE):
-            some = tokens[i : i + self.SLICE]
+    def _read(self, piece: Piece) -> bytes:
+        """Read a piece and train on it, slice by slice; returns what is left of it when a limit was reached."""
+        learner, rest = self.learner, piece.data
+        while rest and not (piece.plain and self._enough()):
+            cut = Tokenizer.boundary(rest, self.SLICE) if len(rest) > self.SLICE else len(rest)
+            part = piece.part if len(rest) == len(piece.data) else piece.part + 1
+            some, rest = learner.encode(rest[:cut], part), rest[cut:]
+            self.bytes_per_token = cut / max(1, len(some))
             costs, view = learner.read(some)
             learner.follow(some, view)
             learner.credit += len(some) * self.life._replay
             self.read_tokens += len(some)
-            self.fresh = min(self.fresh + len(some), 4 * self.SLICE)
-            while learner.credit >= self._step_tokens and not self._enough():
-                self._step()
+            self.fresh = min(self.fresh + len(some), 2 * self.SLICE)
+            self._pay()
+        lived = piece.data[: len(piece.data) - len(rest)]
+        self.waiting.append((piece.source, lived, piece.part))
+        self.life.state["lived_bytes"] += len(lived)
+        self.life.state["learned"] += 1
         learner.experience.trim()
+        self._save_or_grow()
+        return rest
+
+    def _pay(self) -> None:
+        """Train as much as what was read has earned."""
+        while self.learner.credit >= self._step_tokens and not self._enough():
+            self._step()
+
+    def _save_or_grow(self) -> None:
         if sum(len(data) for _, data, _ in self.waiting) > 2**22 or time.perf_counter() - self.saved_at > 60:
             self._save("train")
         if not self.vocab:
@@ -5731,7 +5758,8 @@ class Schooling:
 
     @property
     def _step_tokens(self) -> int:
-        return self.life.config.learning.batch * self.learner.body.context
+        learning = self.life.config.learning
+        return learning.batch * learning.accum * self.learner.body.context
 
     def _step(self) -> None:
         learner = self.learner
@@ -5766,6 +5794,7 @@ class Schooling:
 
     def _save(self, note: str) -> None:
         self._flush()
+        self.life.state["fresh"] = self.fresh
         loss = float(np.mean(self.losses)) if self.losses else math.nan
         self.life._publish(self.learner, loss, note, checkpoint=True)
         self.saved_at = time.perf_counter()

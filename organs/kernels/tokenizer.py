@@ -1,22 +1,25 @@
 """The tokenizer, compiled: the twin of chapter 3's reference, which says the same in plain Python.
 
-`Encoder` gives the ids of `Tokenizer._encode`, `learn` the merges of `_MergeLearner`, for any bytes. Both cut text by one
-scanner over bytes, and keep segments in one kind of table: `slots` leads by hash to a number, `records` holds what is
-known of that number, `text` the bytes. The encoder remembers each segment's tokens there and starts afresh when it is
-full; the learner counts there. Learning then works on the distinct segments only: a merge visits the places where its
-pair occurs, and a heap, corrected lazily, gives the next pair.
+`Encoder` gives the ids of `Tokenizer._encode`, `learn` the merges of `_MergeLearner`, for any bytes. Both cut text by
+one scanner over bytes and number the segments that they meet. The encoder finds each new segment's tokens once and
+copies them from then on; its table starts afresh when it is full. The learner works on the distinct segments only: a
+merge visits the places where its pair occurs, and a heap, put in order lazily, gives the next pair.
 
-Arrays, with R records, T tokens (bytes and specials included), P pairs and N tokens in all distinct segments:
+Arrays, with R segments, M merges, T tokens in the vocabulary, P pairs of tokens and N tokens in all R segments:
 
-    segments  slots int32 [power of two] (0, or 1 + the number of a record), records int64 [R+1, 3] (hash, where its bytes
-              begin in the text, and how often it was seen or where its tokens begin; record k ends where k+1 begins),
-              text uint8, state int64 [4] (below)
-    merges    keys int64 [power of two] (left << 32 | right, or -1), ranks int32 [power of two]
-    learning  nodes int32 [N, 5] (token, node before and after in its segment or -1, pair that begins here or -1, segment),
-              counts int64 [R], pairs int64 [P, 5] (left and right token, how often it occurs, how often when it was last
-              put in order, its first link), links int32 [3N, 2] (a node where a pair began when it was linked, next link),
-              sides int32 [2, T] (scratch, all -1: the pair of the token at work with each one after it, before it), heap
-              int64 [P] (pairs, the next to merge first), words uint8 and starts int64 [T+1] (bytes of the tokens, joined)
+    segments  slots int32 [power of two] (by hash: 0, or 1 + the number of a segment), records int64 [R+1, 3] (of a
+              segment: hash, where its bytes begin in the text, how often it was met; its bytes end where the next
+              one's begin), text uint8, state int64 [4] (below), numbers int32 (the segments of the text last read, in
+              order)
+    tokens    places int64 [R+1] (where a segment's tokens begin), tokens int32 [N] (all of them, joined), keys int64
+              [power of two] (left << 32 | right of a merge, or -1), ranks int32 [power of two] (of the same merge)
+    learning  nodes int32 [N, 5] (of a token in a segment: token, node before and node after it in the segment or -1,
+              pair that begins here or -1, segment), counts int64 [R], pairs int64 [P, 5] (left token, right token,
+              how often it occurs, how often it did when it was last put in order, first link), links int32 [3N, 2] (a
+              node where the pair began when it was linked, next link or -1), sides int32 [2, T] (scratch, all -1: the
+              pair that the token at work makes with each token after it, before it), heap int64 [P] (pairs, the next
+              to merge first), words uint8 and starts int64 [T+1] (bytes of the vocabulary, joined, and where each
+              token's begin)
 """
 
 import secrets
@@ -26,26 +29,27 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numba import njit
 
-u8, u64 = np.uint8, np.uint64
+u64 = np.uint64
 compiled = njit(nogil=True, cache=True, no_cfunc_wrapper=True)
 called = njit(nogil=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)  # by compiled functions only
 inlined = njit(forceinline=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)
 
 # What chapter 3 says; tests/test_tokenizer.py compares them.
 SPACES_BEFORE, RUN_CHARACTERS = 16, 32
-OTHER, SPACE, LETTER = 2, 3, 0
+LETTER, OTHER, SPACE = 0, 2, 3
 BASE = 259
 WINDOW, DISTINCT = 1 << 20, 1_000_000
 
 SEGMENT_BYTES = 4 * (SPACES_BEFORE + RUN_CHARACTERS)  # no segment is longer
-CACHED, CACHED_TEXT, CACHED_TOKENS = 1 << 16, 1 << 20, 1 << 19  # records, bytes, tokens that an encoder remembers
-CHUNK = 1 << 18  # tokens that are encoded before another thread may use the encoder
+CACHED, CACHED_BYTES = 1 << 16, 1 << 20  # records and bytes that an encoder remembers
+CHUNK = 1 << 15  # segments that are encoded before another thread may use the encoder
 PRIME = u64(0x100000001B3)
 SEED = u64(secrets.randbits(63))  # so that nobody can write a text in which all segments share one slot
 NEVER = np.int32(0x7FFFFFFF)  # the rank of a pair that does not merge
 
-HASH, TEXT, VALUE = range(3)  # columns of records
-AT, USED, START, WRITTEN = range(4)  # state: position in the data, records, where the window began, tokens written
+HASH, TEXT, TIMES = range(3)  # columns of records
+AT, USED, START, WRITTEN = range(4)  # state: position in the data, records, where the window began, numbers written
+DONE, FULL, MORE = range(3)  # why `cut` stopped
 TOKEN, BEFORE, AFTER, PAIR, SEGMENT = range(5)  # columns of nodes
 LEFT, RIGHT, COUNT, QUEUED, HEAD = range(5)  # columns of pairs
 PAIRS, LINKS, QUEUE = range(3)  # state of learning: how many there are of each
@@ -123,40 +127,38 @@ def _find(slots, records, text, data, begin, end, hashed):
     return slot
 
 
-@inlined
-def _add(slots, records, text, slot, used, data, begin, end, hashed):
-    """Write record `used`, a new segment, all but its value; its text begins where the last one ends."""
-    first = records[used, TEXT]
-    for k in range(end - begin):
-        text[first + k] = data[begin + k]
-    slots[slot] = used + 1
-    records[used, HASH], records[used + 1, TEXT] = hashed, first + end - begin
-
-
 @compiled
-def count(data, stop, classes, seed, slots, records, text, state):
-    """Count the segments from state[AT] on that end by `stop`, and in any case the first of the window.
+def cut(data, stop, classes, seed, slots, records, text, state, numbers):
+    """Cut data from state[AT] on into the segments that end by `stop`, but at least one after state[START].
 
-    Returns whether it stopped because there was no room for one more record, or for the bytes of one.
+    Writes the record of each to numbers, int32 [any], and counts it. Returns DONE, or FULL where there was no room for
+    one more record or the bytes of one, or MORE when `numbers` is full: then call again.
     """
-    at, used = state[AT], state[USED]
-    full = False
+    at, used, written, why = state[AT], state[USED], 0, DONE
     while at < len(data):
-        full = used + 2 >= len(records) or records[used, TEXT] + SEGMENT_BYTES > len(text)
-        if full:
+        if used + 2 >= len(records) or records[used, TEXT] + SEGMENT_BYTES > len(text):
+            why = FULL
+            break
+        if written == len(numbers):
+            why = MORE
             break
         end, hashed = _segment(data, at, classes, seed)
         if end > stop and at > state[START]:
             break
         slot = _find(slots, records, text, data, at, end, hashed)
         if slots[slot] == 0:
-            _add(slots, records, text, slot, used, data, at, end, hashed)
-            records[used, VALUE] = 0
+            first = records[used, TEXT]
+            for k in range(end - at):
+                text[first + k] = data[at + k]
+            records[used, HASH], records[used, TIMES], records[used + 1, TEXT] = hashed, 0, first + end - at
             used += 1
-        records[slots[slot] - 1, VALUE] += 1
+            slots[slot] = used
+        numbers[written] = slots[slot] - 1
+        records[numbers[written], TIMES] += 1
+        written += 1
         at = end
-    state[AT], state[USED] = at, used
-    return full
+    state[AT], state[USED], state[WRITTEN] = at, used, written
+    return why
 
 
 @compiled
@@ -169,7 +171,67 @@ def index(slots, records, used):
         slots[slot] = record + 1
 
 
+class _Segments:
+    """The table of segments, with room for so many records and bytes at first."""
+
+    def __init__(self, character_classes: np.ndarray, records: int, text_bytes: int):
+        self.classes, self.state = character_classes, np.zeros(4, np.int64)
+        self.slots, self.records = np.zeros(2 * records, np.int32), np.zeros((records, 3), np.int64)
+        self.text, self.numbers = np.empty(text_bytes, np.uint8), np.empty(CHUNK, np.int32)
+
+    @property
+    def used(self) -> int:
+        return int(self.state[USED])
+
+    def cut(self, data: np.ndarray, stop: int) -> int:
+        """As the function `cut`; the numbers are in self.numbers, how many is in self.state[WRITTEN]."""
+        return cut(data, stop, self.classes, SEED, self.slots, self.records, self.text, self.state, self.numbers)
+
+    def count(self, text: bytes) -> None:
+        """Count a text's segments by windows, as the reference does: a window is cut where a segment starts."""
+        data, state = np.frombuffer(bytes(text), np.uint8), self.state
+        start = 0
+        while start < len(data):
+            stop = len(data) if len(data) - start <= WINDOW else start + WINDOW - 4
+            state[START] = state[AT] = start
+            while (why := self.cut(data, stop)) != DONE:
+                if why == FULL:
+                    self._grow()
+            start = int(state[AT])
+            if self.used > DISTINCT:
+                self._forget()
+
+    def _grow(self) -> None:
+        if 2 * self.used >= len(self.records):
+            self.records = np.concatenate([self.records, np.zeros_like(self.records)])
+            self.slots = np.zeros(2 * len(self.slots), np.int32)
+            index(self.slots, self.records, self.used)
+        if 2 * self.records[self.used, TEXT] >= len(self.text):
+            self.text = np.concatenate([self.text, np.empty_like(self.text)])
+
+    def _forget(self) -> None:
+        """Drop the segments seen once."""
+        old, sizes = self.records[: self.used].copy(), np.diff(self.records[: self.used + 1, TEXT])
+        often = old[:, TIMES] > 1
+        kept, kept_text = old[often], self.text[: sizes.sum()][np.repeat(often, sizes)]
+        kept[:, TEXT] = np.cumsum(sizes[often]) - sizes[often]
+        self.text[: len(kept_text)], self.records[: len(kept)] = kept_text, kept
+        self.records[len(kept), TEXT] = len(kept_text)
+        self.state[USED] = len(kept)
+        self.slots[:] = 0
+        index(self.slots, self.records, len(kept))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.slots[:] = self.state[USED] = 0
+
+
 # --- Encoding. ---
+
+
+@inlined
+def _pair_slot(key, slots):
+    return np.int64((u64(key) * u64(0x9E3779B97F4A7C15)) >> u64(36)) & (slots - 1)
 
 
 @inlined
@@ -183,9 +245,15 @@ def _rank(keys, ranks, left, right):
     return NEVER
 
 
-@inlined
-def _pair_slot(key, slots):
-    return np.int64((u64(key) * u64(0x9E3779B97F4A7C15)) >> u64(36)) & (slots - 1)
+@compiled
+def index_merges(merges, keys, ranks):
+    """Fill empty keys (-1) and their ranks; merges int64 [M, 2]. Where a pair is there twice, the last one counts."""
+    for rank in range(len(merges)):
+        key = merges[rank, 0] << 32 | merges[rank, 1]
+        slot = _pair_slot(key, len(keys))
+        while keys[slot] != -1 and keys[slot] != key:
+            slot = (slot + 1) & (len(keys) - 1)
+        keys[slot], ranks[slot] = key, rank
 
 
 @called
@@ -217,161 +285,83 @@ def _merge_tokens(tokens, begin, count, keys, ranks, scratch):
 
 
 @compiled
-def index_merges(merges, keys, ranks):
-    """Fill empty keys (-1) and their ranks; merges int64 [M, 2]. Where a pair is there twice, the last one counts."""
-    for rank in range(len(merges)):
-        key = merges[rank, 0] << 32 | merges[rank, 1]
-        slot = _pair_slot(key, len(keys))
-        while keys[slot] != -1 and keys[slot] != key:
-            slot = (slot + 1) & (len(keys) - 1)
-        keys[slot], ranks[slot] = key, rank
+def tokenize(records, first, used, text, keys, ranks, places, tokens):
+    """Find the tokens of records first…used - 1, and write them behind those of the records before."""
+    scratch = np.empty(SEGMENT_BYTES, np.int32)
+    for record in range(first, used):
+        at, begin = places[record], records[record, TEXT]
+        size = records[record + 1, TEXT] - begin
+        for k in range(size):
+            tokens[at + k] = text[begin + k]
+        places[record + 1] = at + _merge_tokens(tokens, at, size, keys, ranks, scratch)
 
 
 @compiled
-def encode(data, classes, seed, keys, ranks, slots, records, text, tokens, state, out):
-    """Encode from state[AT] on, until the data ends or `out`, int32, has no room for the tokens of one more segment.
-
-    Leaves in state where it stopped and how many tokens it wrote. tokens int32: those of the segments in the cache.
-    """
-    at, used, written = state[AT], state[USED], 0
-    scratch = np.empty(SEGMENT_BYTES, np.int32)
-    while at < len(data) and written + SEGMENT_BYTES <= len(out):
-        end, hashed = _segment(data, at, classes, seed)
-        slot = _find(slots, records, text, data, at, end, hashed)
-        if slots[slot] == 0:
-            first = records[used, VALUE]
-            if used + 2 >= len(records) or max(records[used, TEXT] - len(text), first - len(tokens)) + SEGMENT_BYTES > 0:
-                slots[:] = 0  # no room: forget everything
-                used, first, slot = 0, 0, hashed & (len(slots) - 1)
-            _add(slots, records, text, slot, used, data, at, end, hashed)
-            records[used, VALUE] = first
-            for k in range(end - at):
-                tokens[first + k] = data[at + k]
-            used += 1
-            records[used, VALUE] = first + _merge_tokens(tokens, first, end - at, keys, ranks, scratch)
-        record = np.int64(slots[slot]) - 1
-        for k in range(records[record, VALUE], records[record + 1, VALUE]):
+def emit(numbers, size, places, tokens, out):
+    """Write the tokens of the first `size` of the numbered segments to `out`, int32; returns how many."""
+    written = 0
+    for i in range(size):
+        for k in range(places[numbers[i]], places[numbers[i] + 1]):
             out[written] = tokens[k]
             written += 1
-        at = end
-    state[AT], state[USED], state[WRITTEN] = at, used, written
+    return written
 
 
 class Encoder:
     """Bytes -> ids for fixed merges [(left, right)]; classes uint8 [CLASSES_END]. Threads may share one."""
 
     def __init__(self, merges: Sequence[tuple[int, int]], character_classes: np.ndarray):
-        self._classes, self._merges = character_classes, _merge_table(merges)
-        self._cache = (
-            np.zeros(2 * CACHED, np.int32),
-            np.zeros((CACHED + 1, 3), np.int64),
-            np.empty(CACHED_TEXT, np.uint8),
-            np.empty(CACHED_TOKENS, np.int32),
-        )
-        self._state, self._lock = np.zeros(4, np.int64), threading.Lock()
+        self._merges = _merge_table(merges)
+        self._segments = _Segments(character_classes, CACHED, CACHED_BYTES)
+        self._places, self._tokens = np.zeros(CACHED + 1, np.int64), np.empty(CACHED_BYTES, np.int32)
+        self._out = np.empty(CHUNK * SEGMENT_BYTES, np.int32)  # memory that is never written costs nothing
+        self._lock = threading.Lock()
 
     def encode(self, data: bytes) -> np.ndarray:
         """The tokens of a text, int32 [tokens]."""
-        text, at, state = np.frombuffer(data, np.uint8), 0, self._state
-        out, pieces = np.empty(min(len(text) + SEGMENT_BYTES, CHUNK), np.int32), []
+        text, at, pieces = np.frombuffer(bytes(data), np.uint8), 0, []
         while at < len(text):
-            with self._lock:  # the cache is common to all, and free between chunks
-                state[AT] = at
-                encode(text, self._classes, SEED, *self._merges, *self._cache, state, out)
-                at, written = int(state[AT]), int(state[WRITTEN])
-            pieces.append(out[:written].copy())
-        return np.concatenate(pieces) if pieces else out[:0]
+            with self._lock:  # the table is common to all threads, and free between chunks
+                piece, at = self._chunk(text, at)
+            pieces.append(piece)
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+
+    def _chunk(self, text: np.ndarray, at: int) -> tuple[np.ndarray, int]:
+        """Tokens of the next segments, and where they end."""
+        segments, known = self._segments, self._segments.used
+        segments.state[AT] = at
+        why, end = segments.cut(text, len(text)), int(segments.state[AT])
+        tokenize(segments.records, known, segments.used, segments.text, *self._merges, self._places, self._tokens)
+        written = emit(segments.numbers, int(segments.state[WRITTEN]), self._places, self._tokens, self._out)
+        if why == FULL:  # begin again; what is frequent will soon be back
+            segments.clear()
+        return self._out[:written].copy(), end
 
 
 def _merge_table(merges: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    size = _power_of_two(4 * len(merges) + 2)
+    size = 1 << (4 * len(merges) + 1).bit_length()
     keys, ranks = np.full(size, -1, np.int64), np.zeros(size, np.int32)
     index_merges(np.array(merges, np.int64).reshape(-1, 2), keys, ranks)
     return keys, ranks
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
-
-
-# --- Counting segments. ---
-
-
-class _Counts:
-    """How often each segment occurs; grows as needed, and forgets as the reference does."""
-
-    def __init__(self, character_classes: np.ndarray):
-        self.classes, self.state = character_classes, np.zeros(4, np.int64)
-        self.slots, self.records = np.zeros(1 << 15, np.int32), np.zeros((1 << 14, 3), np.int64)
-        self.text = np.empty(1 << 18, np.uint8)
-
-    @property
-    def used(self) -> int:
-        return int(self.state[USED])
-
-    def add(self, text: bytes) -> None:
-        """Count a text by windows, which end where the last segment that ends 4 bytes before a full one does."""
-        data, state = np.frombuffer(text, np.uint8), self.state
-        start = 0
-        while start < len(data):
-            stop = len(data) if len(data) - start <= WINDOW else start + WINDOW - 4
-            state[START] = state[AT] = start
-            while count(data, stop, self.classes, SEED, self.slots, self.records, self.text, state):
-                self._grow()
-            start = int(state[AT])
-            if self.used > DISTINCT:
-                self._forget()
-
-    def _grow(self) -> None:
-        if 2 * self.used >= len(self.records):
-            self.records = np.concatenate([self.records, np.zeros_like(self.records)])
-            self.slots = np.zeros(2 * len(self.slots), np.int32)
-            index(self.slots, self.records, self.used)
-        if 2 * self.records[self.used, TEXT] >= len(self.text):
-            self.text = np.concatenate([self.text, np.empty_like(self.text)])
-
-    def _forget(self) -> None:
-        """Drop the segments seen once."""
-        old = self.records[: self.used + 1].copy()
-        keep, sizes = np.flatnonzero(old[:-1, VALUE] > 1), np.diff(old[:, TEXT])
-        kept_bytes = np.repeat(old[:-1, VALUE] > 1, sizes)
-        text = self.text[: len(kept_bytes)][kept_bytes]
-        self.text[: len(text)] = text
-        self.records[:] = 0
-        self.records[: len(keep)] = old[keep]
-        self.records[0, TEXT], self.records[1 : len(keep) + 1, TEXT] = 0, np.cumsum(sizes[keep])
-        self.slots[:] = 0
-        self.state[USED] = len(keep)
-        index(self.slots, self.records, len(keep))
 
 
 # --- Learning merges. ---
 
 
 @compiled
-def split(records, used, text, keys, ranks, nodes):
-    """Write the tokens of all segments as nodes, linked within each segment; returns how many."""
-    size, tokens, scratch = 0, np.empty(SEGMENT_BYTES, np.int32), np.empty(SEGMENT_BYTES, np.int32)
-    for record in range(used):
-        first, length = records[record, TEXT], records[record + 1, TEXT] - records[record, TEXT]
-        for k in range(length):
-            tokens[k] = text[first + k]
-        length = _merge_tokens(tokens, np.int64(0), length, keys, ranks, scratch)
-        for k in range(length):
-            nodes[size, TOKEN], nodes[size, SEGMENT], nodes[size, PAIR] = tokens[k], record, -1
-            nodes[size, BEFORE] = size - 1 if k > 0 else -1
-            nodes[size, AFTER] = size + 1 if k < length - 1 else -1
-            size += 1
-    return size
+def find_pairs(tokens, places, nodes, counts, pairs, links, sides, heads, heap, words, starts, least, state):
+    """Make a node of every token, count the pairs, and queue those that occur `least` times.
 
-
-@compiled
-def find_pairs(nodes, size, counts, pairs, links, sides, heads, heap, words, starts, least, state):
-    """Find and count the pairs of all nodes, and queue those that occur `least` times. heads int32 [T], scratch, all -1."""
-    for at in range(size - 1, -1, -1):  # chain the nodes by their tokens, so that `sides` tells the pairs of one token apart
-        if nodes[at, AFTER] >= 0:
-            nodes[at, PAIR] = heads[nodes[at, TOKEN]]
-            heads[nodes[at, TOKEN]] = at
+    tokens, places: as in `tokenize`. heads int32 [T]: scratch, all -1.
+    """
+    for segment in range(len(counts) - 1, -1, -1):
+        for at in range(places[segment + 1] - 1, places[segment] - 1, -1):
+            nodes[at, TOKEN], nodes[at, SEGMENT], nodes[at, PAIR] = tokens[at], segment, -1
+            nodes[at, BEFORE] = at - 1 if at > places[segment] else -1
+            nodes[at, AFTER] = at + 1 if at + 1 < places[segment + 1] else -1
+            if nodes[at, AFTER] >= 0:  # chain the nodes by token: `sides` tells the pairs of one token apart
+                nodes[at, PAIR] = heads[tokens[at]]
+                heads[tokens[at]] = at
     for token in range(len(heads)):
         at, first = np.int64(heads[token]), state[PAIRS]
         while at >= 0:
@@ -400,7 +390,7 @@ def _link(nodes, counts, pairs, links, sides, state, at, left, right, token):
 
 @called
 def _queue(pairs, sides, heap, words, starts, least, state, first):
-    """Clear `sides` of the pairs from `first` on, and put those into the heap that are frequent: counts only fall from here."""
+    """Clear `sides` of the pairs from `first` on and queue the frequent ones: from here on their counts only fall."""
     for pair in range(first, state[PAIRS]):
         sides[0, pairs[pair, RIGHT]] = -1
         sides[1, pairs[pair, LEFT]] = -1
@@ -417,7 +407,7 @@ def _queue(pairs, sides, heap, words, starts, least, state, first):
 
 @called
 def _sooner(pairs, words, starts, one, two):
-    """Does pair `one` come before `two`? The more frequent does, then the smaller bytes, left before right, then ids."""
+    """Does pair `one` come before `two`? By count, then the bytes of the left token and the right one, then ids."""
     if pairs[one, QUEUED] != pairs[two, QUEUED]:
         return pairs[one, QUEUED] > pairs[two, QUEUED]
     for side in range(2):
@@ -445,12 +435,13 @@ def next_pair(pairs, heap, words, starts, least, state):
     """
     while state[QUEUE] > 0:
         top = heap[0]
-        ready = pairs[top, QUEUED] == pairs[top, COUNT]
-        moved = top
-        if ready or pairs[top, COUNT] < least:
+        taken = pairs[top, QUEUED] == pairs[top, COUNT]
+        if taken or pairs[top, COUNT] < least:  # it leaves: the last one sinks from its place
             state[QUEUE] -= 1
             moved = heap[state[QUEUE]]
-        pairs[moved, QUEUED] = pairs[moved, QUEUED] if moved != top else pairs[top, COUNT]
+        else:
+            pairs[top, QUEUED] = pairs[top, COUNT]
+            moved = top
         at, child, size = 0, 1, state[QUEUE]
         while child < size:
             if child + 1 < size and _sooner(pairs, words, starts, heap[child + 1], heap[child]):
@@ -460,7 +451,7 @@ def next_pair(pairs, heap, words, starts, least, state):
             heap[at] = heap[child]
             at, child = child, 2 * child + 1
         heap[at] = moved
-        if ready:
+        if taken:
             return top
     return np.int64(-1)
 
@@ -502,20 +493,22 @@ def learn(
     character_classes: np.ndarray,
 ) -> list[tuple[int, int]]:
     """The merges that follow `merges`, up to `wanted` in all; `vocabulary` holds the bytes of every token so far."""
-    segments = _Counts(character_classes)
+    segments = _Segments(character_classes, 1 << 14, 1 << 18)
     for text in texts:
-        segments.add(text)
-    counts = segments.records[: segments.used, VALUE].copy()
-    nodes = np.empty((int(segments.records[segments.used, TEXT]), 5), np.int32)  # memory that is not written costs nothing
-    size = split(segments.records, segments.used, segments.text, *_merge_table(merges), nodes)
+        segments.count(text)
+    counts = segments.records[: segments.used, TIMES].copy()
+    places, tokens = np.zeros(len(counts) + 1, np.int64), np.empty(segments.records[segments.used, TEXT], np.int32)
+    tokenize(segments.records, 0, segments.used, segments.text, *_merge_table(merges), places, tokens)
     del segments
 
     base, most = len(vocabulary), len(vocabulary) + wanted - len(merges)
     words, starts = _joined(vocabulary, most)
     heads, sides = np.full(base, -1, np.int32), np.full((2, most), -1, np.int32)
-    pairs, heap = np.empty((min(size, base * base) + 2 * most, 5), np.int64), np.empty(min(size, base * base) + 2 * most, np.int64)
-    links, state = np.empty((3 * size, 2), np.int32), np.zeros(3, np.int64)
-    find_pairs(nodes, size, counts, pairs, links, sides, heads, heap, words, starts, min_count, state)
+    size = int(places[-1])  # arrays are as long as can be; memory that is not written costs nothing
+    nodes, links, state = np.empty((size, 5), np.int32), np.empty((3 * size, 2), np.int32), np.zeros(3, np.int64)
+    room = min(size, base * base) + 2 * most
+    pairs, heap = np.empty((room, 5), np.int64), np.empty(room, np.int64)
+    find_pairs(tokens, places, nodes, counts, pairs, links, sides, heads, heap, words, starts, min_count, state)
 
     learned: list[tuple[int, int]] = []
     known = set(vocabulary)
