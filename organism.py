@@ -2712,6 +2712,11 @@ class Trainer:
         self.body.steps += 1
         return loss
 
+    def sync(self) -> None:
+        """Bring weights that live on an accelerator back into the body's arena."""
+        if self.engine == "torch":
+            self.gradients.sync()
+
     def close(self) -> None:
         """Let go of threads and buffers."""
         self.gradients.close()
@@ -3509,9 +3514,11 @@ class Learner:
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, field: Field | CooccurField, body: Body, *, engine: str = "auto",
-                 threads: int | None = None, seed: int = 0):  # fmt: skip
+                 threads: int | None = None, seed: int = 0, compiled: bool | None = None):  # fmt: skip
         self.config, self.tokenizer, self.field, self.body = config, tokenizer, field, body
-        self.engine, self.threads, self.seed = engine, threads, seed
+        self.compiled = engine != "numpy" and kernels_ready() if compiled is None else compiled
+        self.engine = engine if self.compiled or engine == "torch" else "numpy"  # of the training steps alone
+        self.threads, self.seed = threads, seed
         self.rng, self.gate, self.credit = np.random.Generator(np.random.PCG64(seed)), Gate(), 0.0
         self.experience = self._new_experience()
         self.trainer: Any = None
@@ -3563,6 +3570,11 @@ class Learner:
             self.trainer = Trainer(self.body, self.config.learning, engine=self.engine, threads=self.threads, seed=self.seed)
         return float(self.trainer.step(x, y, view, learning_rate(self.body.steps, self.config.learning)))
 
+    def sync(self) -> None:
+        """See to it that the body holds what was trained."""
+        if self.trainer is not None:
+            self.trainer.sync()
+
     def release(self) -> None:
         """Give back the trainer's threads and buffers; the next step makes new ones."""
         if self.trainer is not None:
@@ -3573,6 +3585,7 @@ class Learner:
 
     def predict(self, tokens: np.ndarray, view: FieldView | None, field_bits: np.ndarray, learn_gate: bool) -> np.ndarray:
         """ln p of each of the tokens [n], from the body (averaged weights) in windows that reach back, and the gate."""
+        self.sync()
         context, half = self.body.context, self.body.context // 2
         joined = np.concatenate([self.past, tokens]).astype(np.int64)
         views = view if self.past_view is None or view is None else FieldView.concat([self.past_view, view])
@@ -3629,10 +3642,6 @@ class Learner:
             _, view = self.read(tokens)
             self.experience.trim()
             self.follow(tokens, view)
-
-    @property
-    def compiled(self) -> bool:
-        return self.engine != "numpy" and kernels_ready()
 
 
 PLAIN_FIELD_TOKENS = 500_000  # a body without a field blends with n-gram counts of at most so many tokens
@@ -5261,8 +5270,8 @@ class Organism:
         if self.compiled and isinstance(snap.field, CooccurField) and snap.body.on_field:
             snap = dataclasses.replace(snap, field=self._replayed_field(snap.tokenizer, snap.body), compiled=True, _decoder=None)
             self.published = snap
-        engine = self.config.learning.engine if self.compiled else "numpy"
-        learner = Learner(self.config, snap.tokenizer, snap.field.copy(), snap.body.copy(), engine=engine, threads=self.threads,
+        learner = Learner(self.config, snap.tokenizer, snap.field.copy(), snap.body.copy(), engine=self.config.learning.engine,
+                          threads=self.threads, compiled=self.compiled,
                           seed=self.state["seed"])  # fmt: skip
         learner.gate, learner.credit = snap.gate.copy(), self.state["credit"]
         if self.state["rng"]:
@@ -5363,6 +5372,7 @@ class Organism:
 
     def _publish(self, learner: Learner, loss: float, note: str, checkpoint: bool | None = None) -> None:
         """On disk first, then spoken from."""
+        learner.sync()
         self._unsaved = True
         if not math.isnan(loss):
             self.state["loss"] = loss
@@ -6390,8 +6400,7 @@ def _run_train(asking: _Asking, corpus: tuple[str, ...], stage: str | None, **op
     options |= dict(
         evaluate=options.pop("eval"), log_every=options["log_every"] or 50, save_every=options["save_every"] or 0
     )
-    kernels = "off" if overrides["learning.engine"] == "numpy" else _patient_kernels()
-    with asking.wake(overrides=overrides, kernels=kernels, stage=stage) as life:
+    with asking.wake(overrides=overrides, kernels=_patient_kernels(), stage=stage) as life:
         with _progress(asking, options) as show:
 
             def event(data: dict[str, Any]) -> None:

@@ -202,11 +202,11 @@ class _Segments:
                 self._forget()
 
     def _grow(self) -> None:
-        if 2 * self.used >= len(self.records):
+        if self.used + 2 >= len(self.records):  # as in `cut`
             self.records = np.concatenate([self.records, np.zeros_like(self.records)])
             self.slots = np.zeros(2 * len(self.slots), np.int32)
             index(self.slots, self.records, self.used)
-        if 2 * self.records[self.used, TEXT] >= len(self.text):
+        if self.records[self.used, TEXT] + SEGMENT_BYTES > len(self.text):
             self.text = np.concatenate([self.text, np.empty_like(self.text)])
 
     def _forget(self) -> None:
