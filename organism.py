@@ -2768,8 +2768,10 @@ class Decoder:
         self.program = body_program(shape, "speak")
         self.cache = aligned_zeros(self.program.cache)
         self.angles = rope_angles(2 * shape.context, shape.head_size)
+        self._speaker: Any = None
         if executor == "numba":
-            self._step = organ("kernels").Speaker(self).step
+            self._speaker = organ("kernels").Speaker(self)
+            self._step = self._speaker.step
         else:
             self.machine = Machine(body.arena.average, aligned_zeros(self.program.size), self.angles, np.zeros(1, np.int64), cache=self.cache)
 
@@ -2784,6 +2786,20 @@ class Decoder:
         out = self._step(token, view, self.position)
         self.position += 1
         return out
+
+    def generate(self, prompt: Sequence[int], count: int) -> np.ndarray:
+        """int64 [prompt + count], up to twice the context: the prompt and the likeliest tokens after it, for a body
+        without a field; from the beginning."""
+        assert not self.shape.on_field and len(prompt) + count <= 2 * self.shape.context
+        self.reset()
+        if self._speaker is not None:
+            return self._speaker.generate(prompt, count)
+        tokens = list(prompt)
+        for i in range(len(prompt) + count - 1):
+            best = int(self.feed(tokens[i], None).argmax())
+            if i + 1 >= len(prompt):
+                tokens.append(best)
+        return np.array(tokens, np.int64)
 
     def _step(self, token: int, view: FieldView | None, position: int) -> np.ndarray:
         m = self.machine

@@ -1,8 +1,8 @@
 """The tokenizer beside Hugging Face's `tokenizers`: megabytes a second, learning and encoding, one thread each.
 
-Usage: python benchmarks/tokenizer.py [--megabytes 10] [--rounds 3] [--merges 384 4000]
+Usage: python benchmarks/tokenizer.py [--megabytes 5] [--rounds 3] [--merges 384 4000]
 Both learn the same number of merges from Python's own library, and encode it by their own. Theirs is the byte-level
-configuration of GPT-2, given the text as documents, as lines and as one text, by each of its calls; its fastest counts.
+configuration of GPT-2, given the text as documents, as lines or as one text, by each of its calls; its fastest counts.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
-import tokenizers  # noqa: E402
-from common import table  # noqa: E402
+import tokenizers
+from common import median_seconds, table
 
-import organism as o  # noqa: E402
-from organs.kernels import tokenizer as twin  # noqa: E402
+import organism as o
+from organs.kernels import tokenizer as twin
 
 MIN_COUNT = o.TOKEN_MIN_COUNT
 
@@ -61,60 +61,62 @@ def we_learn(texts: list[bytes], merges: int) -> o.Tokenizer:
     return o.Tokenizer(twin.learn(texts, [], bare.vocabulary, merges, MIN_COUNT, o.character_classes()))
 
 
-def alternate(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each action; they take turns, so that a busy machine is busy for all."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds):
-        for name, action in actions.items():
-            began = time.perf_counter()
-            action()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+def compare(
+    ours: Callable[[], object], theirs: dict[str, Callable[[], object]], rounds: int
+) -> tuple[float, float, str]:
+    """Median seconds of ours, of their fastest, and its name. All of theirs run once, then the fastest and ours in turns."""
+    trial = {name: median_seconds(action, 1) for name, action in theirs.items()}
+    best = min(trial, key=lambda name: trial[name])
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):  # in turns, so that a busy machine is busy for both
+        seconds[0].append(median_seconds(ours, 1))
+        seconds[1].append(median_seconds(theirs[best], 1))
+    return statistics.median(seconds[0]), statistics.median(seconds[1]), best
 
 
-def compare(task: str, merges: int, megabytes: float, actions: dict[str, Callable[[], object]], rounds: int) -> list:
-    """A row of the table; the action named "ours" against the fastest other one."""
-    seconds = alternate(actions, rounds)
-    ours = seconds.pop("ours")
-    best = min(seconds, key=lambda name: seconds[name])
-    return [task, merges, megabytes / ours, megabytes / seconds[best], best, seconds[best] / ours]
+def compare_learning(texts: list[str], merges: int, rounds: int) -> tuple[float, float, str]:
+    whole, ours = "".join(texts), [text.encode() for text in texts]
+    forms = {"documents": texts, "lines": whole.splitlines(keepends=True)}
+    theirs = {name: lambda form=form: they_learn(form, merges) for name, form in forms.items()}
+    return compare(lambda: we_learn(ours, merges), theirs, rounds)
+
+
+def compare_encoding(texts: list[str], merges: int, rounds: int, cached: bool) -> tuple[float, float, str]:
+    """`cached`: both have met the text before; or both begin with an empty cache."""
+    whole = "".join(texts)
+    mine, state, data = we_learn([whole.encode()], merges), they_learn(texts, merges).to_str(), whole.encode()
+    kept = twin.Encoder(mine.merges, o.character_classes()), tokenizers.Tokenizer.from_str(state)
+    assert mine.decode(kept[0].encode(data)) == data
+
+    def theirs(call: str, form: list[str]) -> object:
+        tokenizer = kept[1] if cached else tokenizers.Tokenizer.from_str(state)
+        return [encoding.ids for encoding in getattr(tokenizer, call)(form)]
+
+    def ours() -> object:
+        return (kept[0] if cached else twin.Encoder(mine.merges, o.character_classes())).encode(data)
+
+    forms = {"documents": texts, "lines": whole.splitlines(keepends=True), "one text": [whole]}
+    calls = [(call, name) for call in ("encode_batch", "encode_batch_fast") for name in forms]
+    actions = {f"{call}, {name}": lambda call=call, name=name: theirs(call, forms[name]) for call, name in calls}
+    return compare(ours, actions, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=float, default=10)
+    parser.add_argument("--megabytes", type=float, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--merges", type=int, nargs="+", default=[384, 4000])
     asked = parser.parse_args()
     twin.warm()
     texts = corpus(int(asked.megabytes * 1e6))
-    whole, data, ours = "".join(texts), "".join(texts).encode(), [text.encode() for text in texts]
-    lines = whole.splitlines(keepends=True)
-    forms = {"documents": texts, "lines": lines, "one text": [whole]}
-    rows, megabytes = [], len(data) / 1e6
+    megabytes, rows = len("".join(texts).encode()) / 1e6, []
     for merges in asked.merges:
-        actions: dict[str, Callable[[], object]] = {"ours": lambda: we_learn(ours, merges)}
-        actions |= {name: lambda form=form: they_learn(form, merges) for name, form in forms.items()}
-        rows.append(compare("learn", merges, megabytes, actions, asked.rounds))
-
-        mine, theirs = we_learn(ours, merges), they_learn(texts, merges)
-        encoder = twin.Encoder(mine.merges, o.character_classes())
-        assert mine.decode(encoder.encode(data)) == data
-        actions = {"ours": lambda: encoder.encode(data)}  # warm, as theirs is: both remember what they met
-        for call in (theirs.encode_batch, theirs.encode_batch_fast):
-            for name, form in forms.items():
-                actions[f"{call.__name__}, {name}"] = lambda call=call, form=form: [e.ids for e in call(form)]
-        rows.append(compare("encode", merges, megabytes, actions, asked.rounds))
-        fresh = {"ours": lambda: twin.Encoder(mine.merges, o.character_classes()).encode(data)}
-        state = theirs.to_str()
-        fastest = {"documents": texts, "lines": lines}
-        fresh |= {
-            f"encode_batch_fast, {name}": lambda form=form: [
-                e.ids for e in tokenizers.Tokenizer.from_str(state).encode_batch_fast(form)
-            ]
-            for name, form in fastest.items()
-        }
-        rows.append(compare("encode, nothing cached", merges, megabytes, fresh, asked.rounds))
+        for task, (ours, theirs, best) in {
+            "learn": compare_learning(texts, merges, asked.rounds),
+            "encode": compare_encoding(texts, merges, asked.rounds, cached=True),
+            "encode, nothing cached": compare_encoding(texts, merges, asked.rounds, cached=False),
+        }.items():
+            rows.append([task, merges, megabytes / ours, megabytes / theirs, best, theirs / ours])
     head = ["task", "merges", "ours (MB/s)", "theirs (MB/s)", "their fastest", "ratio"]
     print(table(f"Tokenizer, {megabytes:.1f} MB of Python, one thread, medians of {asked.rounds}", head, rows))
     print("Must: 1.0 times theirs. Aim: 3 times.")

@@ -22,7 +22,7 @@ SAID = {"text", "source", "surprise_bits", "entropy_bits", "tokens", "seconds"}
 
 
 def environment(**more):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("ORGANISM_")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("ORGANISM_") or k == "ORGANISM_CACHE"}
     return kept | dict(PYTHONIOENCODING="utf-8", OUMNIX_DETERMINISTIC="1") | more
 
 
@@ -89,21 +89,6 @@ def test_train_takes_the_flags_of_the_design():
     text = run("train", "--help").stdout
     flags = "corpus steps seconds tokens epochs stage engine eval lr batch accum weight-decay max-grad-norm precision vocab field log-every save-every strip-tags"
     assert [flag for flag in flags.split() if f"--{flag} " not in text] == []
-
-
-def test_help_and_import_are_quick():
-    def best(*command):
-        times = []
-        for _ in range(3):
-            began = time.perf_counter()
-            subprocess.run(
-                [sys.executable, *command], capture_output=True, check=True, cwd=PROGRAM.parent, env=environment()
-            )
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    assert best("-c", "import organism") < 0.35
-    assert best(str(PROGRAM), "--help") < 0.5
 
 
 def test_importing_brings_no_more_than_numpy():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,6 +103,23 @@ def execute_batch(program, machines, sequences, length, micro):
         m.start, m.rows = s * length, m.sequences * length
         run(program, m)
         s += m.sequences
+    swap_mode(old)
+
+
+@njit(nogil=True, **FAST)
+def generate(program, machines, tokens, known, logits):
+    """Fill tokens [N] from `known` on with the likeliest token each: one program run a token, no Python between."""
+    old = swap_mode(FLUSH)
+    m = machines[0]
+    for i in range(len(tokens) - 1):
+        m.start, m.position = i, i
+        run(program, m)
+        if i + 1 >= known:
+            best = 0
+            for j in range(1, len(logits)):
+                if logits[j] > logits[best]:
+                    best = j
+            tokens[i + 1] = best
     swap_mode(old)
 
 
@@ -425,6 +443,16 @@ class Speaker:
         return self.logits.copy()
 
 
+    def generate(self, prompt: Sequence[int], count: int) -> np.ndarray:
+        """int64 [prompt + count]: the prompt and the likeliest tokens after it, for a body without a field."""
+        tokens = np.zeros(len(prompt) + count, np.int64)
+        tokens[: len(prompt)] = prompt
+        m = self.m.copy()
+        m["tokens"] = tokens.ctypes.data
+        generate(self.rows, m, tokens, len(prompt), self.logits)
+        return tokens
+
+
 def warm() -> None:
     """Compile, or load, every kernel and entry point."""
     for name in KERNELS:
@@ -440,4 +468,6 @@ def warm() -> None:
     measure(body, tokens, tokens, None)
     from organism import Decoder
 
-    Decoder(body, "numba").feed(0, None)
+    decoder = Decoder(body, "numba")
+    decoder.feed(0, None)
+    decoder.generate([0], 1)
