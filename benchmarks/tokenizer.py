@@ -11,7 +11,6 @@ import argparse
 import os
 import statistics
 import sysconfig
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def we_learn(texts: list[bytes], merges: int) -> o.Tokenizer:
 def compare(
     ours: Callable[[], object], theirs: dict[str, Callable[[], object]], rounds: int
 ) -> tuple[float, float, str]:
-    """Median seconds of ours, of their fastest, and its name. All of theirs run once, then the fastest and ours in turns."""
+    """Median seconds of ours and of their fastest, and its name. Theirs all run once, then the fastest and ours in turns."""
     trial = {name: median_seconds(action, 1) for name, action in theirs.items()}
     best = min(trial, key=lambda name: trial[name])
     seconds: tuple[list[float], list[float]] = ([], [])
