@@ -14,7 +14,7 @@ One literate module. Its chapters, in reading order:
      5. Body           a transformer that stands on the field
      6. Deltas         adapters and gamma, the difference from birth
      7. Voice          sampling, recall, streaming
-     8. Learning       buffer, experience, schedule, bursts, prequential evaluation
+     8. Learning       buffer, experience, schedule, prequential evaluation, compression
      9. Self           surprise, dissonance, and the verdicts of immunity
     10. Memory         memory.db: conversations, lived text, growth, events
     11. Life           homes, generations, and the Organism itself
@@ -110,9 +110,7 @@ class BodyConfig:
     stage: str = "embryo"  # what a newborn is: embryo, infant, child, adolescent, teen or adult (molequla §1.7)
     field: bool = True  # stand on the field; off: the plain graph, blended with n-gram counts (stack)
     context: int = 96  # tokens that attention sees (molequla §1.1)
-    head_types: tuple[
-        str, ...
-    ] = ()  # content, hybrid or rrpram, one a head; empty: half content, half hybrid (molequla §1.1)
+    head_types: tuple[str, ...] = ()  # content, hybrid or rrpram, one a head; empty: half content, half hybrid
     hybrid_alpha_init: float = 0.0  # logit of the pattern's share in a hybrid head; 0 is half (peers/torch_body.py)
     word_dropout: float = 0.1  # share of token embeddings left out in training on the field (stack)
 
@@ -126,9 +124,7 @@ class TokenizerConfig:
     full_merges: int = 384  # merges at full_bytes (molequla §1.3)
     full_bytes: int = 1_000_000  # bytes lived at which the vocabulary is full_merges large (issue LIVES)
     max_merges: int = 1024  # merges at most, however much is lived (chosen)
-    retrain: str = (
-        "double"  # reconsider the vocabulary each time the lived bytes have doubled; or "never" after the first
-    )
+    retrain: str = "double"  # reconsider the vocabulary when the lived bytes have doubled; or "never" after the first
 
 
 @dataclass(frozen=True)
@@ -155,9 +151,7 @@ class LearningConfig:
     rate_min: float = 0.1  # share of the rate left at the end of the cosine (molequla §1.2)
     warmup_steps: int = 30  # steps of linear warm-up after birth (chosen)
     horizon_steps: int = 50_000  # steps of the cosine, over the whole life (molequla §1.2)
-    weight_decay: float = (
-        1.0  # decoupled: each step takes rate · weight_decay of a matrix; .003 to .006 is right (stack)
-    )
+    weight_decay: float = 1.0  # decoupled: a step takes rate · weight_decay of a matrix; .003 to .006 is right (stack)
     beta1: float = 0.9  # decay of the gradient's mean (molequla §1.1)
     beta2: float = 0.99  # decay of the gradient's square (molequla §1.1)
     epsilon: float = 1e-8  # added to the root of the second moment (molequla §1.1)
@@ -188,18 +182,14 @@ class VoiceConfig:
     typical_p: float = 0.95  # mass kept of the most typical tokens; 1: all (molequla §1.6)
     min_tokens: int = 4  # tokens before the reply may end (molequla §1.6 has 16)
     max_tokens: int = 120  # tokens of a reply at most (molequla §1.6 has 180)
-    repetition_guard: int = (
-        4  # a reply ends when its last so many tokens repeat the ones before; 0: never (molequla §1.6)
-    )
+    repetition_guard: int = 4  # a reply ends when its last so many tokens repeat those before; 0: never (molequla §1.6)
     presence_penalty: float = 0.1  # nats off a token that was said in this reply (molequla §1.6)
     frequency_penalty: float = 0.1  # nats off it for each time it was said (molequla §1.6)
     entropy_low: float = 0.5  # nats below which it is too sure, and loosens (molequla §1.6)
     entropy_high: float = 1.5  # nats above which it is too unsure, and focuses (molequla §1.6)
     entropy_boost: float = 1.2  # factor on the temperature when too sure (molequla §1.6)
     entropy_focus: float = 0.8  # factor on the temperature when too unsure (molequla §1.6)
-    blend: str = (
-        "tree"  # last mix of body and field: "tree" (learned online) or "sigmoid" of the entropy (molequla §1.5)
-    )
+    blend: str = "tree"  # last mix of body and field: "tree" (learned online) or "sigmoid" of entropy (molequla §1.5)
     fade_k: float = 3.0  # steepness of the sigmoid blend (molequla §1.5)
     fade_threshold: float = 1.5  # nats at which the sigmoid blend is half and half (molequla §1.5)
     recall: int = 5  # remembered lines that may join a reply
@@ -3701,72 +3691,116 @@ class Score:
 
 
 class Prequential:
-    """One pass over data: every `STEP` tokens are predicted by averaged weights, then learned with one step of training.
+    """One pass over a text: every `STEP` tokens are predicted by averaged weights, then learned with one step of training.
 
-    The tokenizer grows by the policy of its chapter, from bytes already read; growth re-encodes and replays the past.
-    The settings are those of notes/stack.md, method (c).
+    All that it decides, it decides from bytes that it has read, and from how many there will be, which a header can
+    state: so the figure is the length of a code that `Compression` writes and reads. At the first token that reaches a
+    growth point of the vocabulary the chunk ends, the vocabulary grows, the past is replayed, and the rest of the text
+    is spelled anew from there. The settings are those of notes/stack.md, method (c).
     """
 
     STEP, BATCH = 48, 8
+    WINDOW = 1 << 14  # bytes that are encoded at a time, and between two points of a curve
 
     def __init__(self, learner: Learner, past: list[tuple[bytes, int]], train: bool = True):
-        self.learner, self.past, self.train, self.score = learner, past, train, Score()
-        self.read_bytes = sum(len(data) for data, _ in past)
+        self.learner, self.train, self.score = learner, train, Score()
+        self.past, self.lived = past, sum(len(data) for data, _ in past)
+        self.text = bytearray()  # what was read of the text
+        self.due = self._next_growth()
 
     def run(self, data: bytes, curve: Callable[[int, float], None] | None = None) -> Score:
-        began, position, part = time.perf_counter(), 0, 0
-        if self.learner.on_field and not self.past:  # the length is known, so the table is made for it at once
-            self.learner.rebuild(iter(()), wanted_table_mb(len(data) // 2, self.learner.config.field))
-        while position < len(data):
-            cut = self._next_cut(data, position)
-            self._piece(data[position:cut], part)
-            position, part = cut, part + 1
-            if curve:
-                curve(position, self.score.bits / position)
-            if position < len(data):
-                self._maybe_grow()
-        self._tokens(np.array([Tokenizer.EOS], np.int32))  # the end is counted
-        self.score.bytes, self.score.seconds = len(data), time.perf_counter() - began
-        self.learner.release()
-        return self.score
+        """Read all of the data. `curve` hears of bytes read and bits per byte so far."""
+        began, score = time.perf_counter(), self.score
+        score.bits += 8 * CODE_HEADER.size  # in which the end is counted: the header states the length
+        report = None if curve is None else lambda size: curve(size, score.bits / size)
+        self._walk(len(data), lambda: self._spelled(data), report)
+        score.bytes, score.seconds = len(data), time.perf_counter() - began
+        return score
 
-    def _next_cut(self, data: bytes, position: int) -> int:
-        """Pieces of 16 KB, and a piece that ends where the vocabulary may grow."""
-        policy = self.learner.config.tokenizer
-        ahead = [n - self.read_bytes for n in growth_points(policy) if n > self.read_bytes]
-        size = min([16_384, *ahead])
-        rest = data[position:]
-        return len(data) if len(rest) <= size else position + max(1, Tokenizer.boundary(rest, size))
+    def _spelled(self, data: bytes) -> Iterator[int]:
+        """The tokens of what was not read yet, in windows; where those end makes no difference to the tokens."""
+        for window in _token_windows(data[len(self.text) :], self.WINDOW):
+            yield from self.learner.tokenizer.encode(window).tolist()
 
-    def _piece(self, piece: bytes, part: int) -> None:
-        self.past.append((piece, part))
-        self.read_bytes += len(piece)
-        tokens = self.learner.encode(piece, part)
-        self._tokens(tokens)
+    # The walk, which a decoder can repeat.
 
-    def _tokens(self, tokens: np.ndarray) -> None:
+    def _walk(self, size: int, spell: Callable[[], Iterator[int]], report: Callable[[int], None] | None = None) -> None:
+        """Read a text of `size` bytes as the tokens of spell(), which is asked anew when the vocabulary has grown."""
         learner = self.learner
-        for i in range(0, len(tokens), self.STEP):
-            some = tokens[i : i + self.STEP]
-            bits, view = learner.read(some)
-            ready = learner.body.steps > 0 or not learner.on_field
-            log_p = learner.predict(some, view, bits, learn_gate=True) if ready else -bits * math.log(2)
-            learner.follow(some, view)
-            self.score.field_bits += float(bits.sum())
-            self.score.bits -= float(log_p.sum()) / math.log(2)
-            self.score.tokens += len(some)
-            if self.train and len(learner.tokenizer) > 259 and learner.experience.length > learner.body.context:
-                learner.train(1, self.STEP, batch=self.BATCH)
+        if learner.on_field and not self.past:  # the length is known, so the table is made for it at once
+            learner.rebuild(iter(()), wanted_table_mb(size // 2, learner.config.field))
+        begin = np.array([Tokenizer.BOS], np.int32)  # costs nothing: every text begins so
+        learner.follow(begin, learner.read(begin)[1])
+        tokens = spell()
+        while len(self.text) < size:
+            before = len(self.text) // self.WINDOW
+            self._read(self._chunk(tokens, size))
+            self._study()
+            ended = len(self.text) >= size
+            if report and (ended or len(self.text) // self.WINDOW > before):
+                report(len(self.text))
+            if not ended and self._grow():
+                tokens = spell()
+        learner.release()
+
+    def _chunk(self, tokens: Iterator[int], size: int) -> np.ndarray:
+        """The next STEP tokens; fewer where the text ends or the vocabulary is due to grow."""
+        chunk: list[int] = []
+        vocabulary, end = self.learner.tokenizer.vocabulary, min(size, self.due - self.lived)
+        for token in tokens:
+            chunk.append(token)
+            self.text += vocabulary[token]
+            if len(chunk) == self.STEP or len(self.text) >= end:
+                break
+        return np.array(chunk, np.int32)
+
+    def _read(self, tokens: np.ndarray) -> None:
+        """Predict tokens, and let field, experience and gate learn them."""
+        learner = self.learner
+        bits, view = learner.read(tokens)
+        log_p = learner.predict(tokens, view, bits, learn_gate=True) if self._body_speaks else -bits * math.log(2)
+        learner.follow(tokens, view)
+        self.score.field_bits += float(bits.sum())
+        self.score.bits -= float(log_p.sum()) / math.log(2)
+        self.score.tokens += len(tokens)
+
+    @property
+    def _body_speaks(self) -> bool:
+        """A body on the field that was never trained is the field."""
+        return self.learner.body.steps > 0 or not self.learner.on_field
+
+    def _study(self) -> None:
+        """One step of training after a chunk."""
+        learner = self.learner
+        if self.train and len(learner.tokenizer) > Tokenizer.BASE and learner.experience.length > learner.body.context:
+            learner.train(1, self.STEP, batch=self.BATCH)
         learner.experience.trim()
 
-    def _maybe_grow(self) -> None:
-        merges, field = wanted_merges(self.read_bytes, self.learner.config.tokenizer), self.learner.field
-        if merges > len(self.learner.tokenizer.merges):
-            self.learner.grow_vocabulary(merges, lambda: iter(self.past))
-        elif self.learner.on_field and self.learner.field.seen and not isinstance(self.learner.field, CooccurField):
-            wanted = wanted_table_mb(self.learner.field.seen, self.learner.config.field)
-            if wanted > self.learner.field.config.table_mb:
-                self.learner.rebuild(iter(self.past), wanted)
+    # Growing.
+
+    def _next_growth(self) -> int:
+        """Bytes in all, lived and read, at which the vocabulary is due to grow."""
+        read = self.lived + len(self.text)
+        return min((n for n in growth_points(self.learner.config.tokenizer) if n > read), default=sys.maxsize)
+
+    def _grow(self) -> bool:
+        """Grow what has become too small; True where the rest must be spelled anew."""
+        learner, read = self.learner, self.lived + len(self.text)
+        if read >= self.due:
+            merges, self.due = wanted_merges(read, learner.config.tokenizer), self._next_growth()
+            if merges > len(learner.tokenizer.merges) and learner.grow_vocabulary(merges, self._replay):
+                return True
+        if learner.on_field and not isinstance(learner.field, CooccurField):
+            wanted = wanted_table_mb(learner.field.seen, learner.config.field)
+            if wanted > learner.field.config.table_mb:
+                learner.rebuild(self._replay(), wanted)
+        return False
+
+    def _replay(self) -> Iterator[tuple[bytes, int]]:
+        """What was lived, and what was read of the text."""
+        yield from self.past
+        for part, piece in enumerate(_token_windows(bytes(self.text), self.WINDOW)):
+            yield piece, part
 
 
 def newborn_learner(config: Config, stage: str, *, engine: str, threads: int | None, seed: int, tokenizer: Tokenizer | None = None) -> Learner:
@@ -3777,6 +3811,308 @@ def newborn_learner(config: Config, stage: str, *, engine: str, threads: int | N
     plain = not body.on_field
     return Learner(config, tokenizer, fresh_field(tokenizer, config, None, compiled=compiled, plain=plain), body,
                    engine=engine, threads=threads, seed=seed)  # fmt: skip
+
+
+# --- Compression, which makes the figure a file: the walk above, token by token, before a range coder. ---
+
+
+class RangeEncoder:
+    """Turns choices into bytes, by their shares of a range (Martin 1979, "Range encoding"; carries as in Schindler's coder).
+
+    A choice is the part low…high of a whole number `total`, up to 2^32. `range` keeps 56 bits or more between two choices,
+    so that rounding costs under 2^-24 of a bit. The decoder below mirrors it.
+    """
+
+    WHOLE, LEAST = 1 << 64, 1 << 56
+
+    def __init__(self) -> None:
+        self.low, self.range, self.out = 0, self.WHOLE, bytearray()
+
+    def put(self, low: int, high: int, total: int) -> None:
+        """Write one choice."""
+        unit = self.range // total
+        self._raise(low * unit)
+        self.range = (high - low) * unit
+        while self.range < self.LEAST:
+            self.out.append(self.low >> 56)
+            self.low, self.range = self.low << 8 & self.WHOLE - 1, self.range << 8
+
+    def _raise(self, by: int) -> None:
+        """Move the lower end up; a carry runs back over bytes that were written."""
+        self.low += by
+        if self.low >= self.WHOLE:
+            self.low -= self.WHOLE
+            at = len(self.out) - 1
+            while self.out[at] == 255:
+                self.out[at] = 0
+                at -= 1
+            self.out[at] += 1
+
+    def finish(self) -> bytes:
+        """All bytes: the fewest that name a number in the range that is left, since a decoder reads zeros behind the end."""
+        count = next(n for n in range(9) if -self.low % (self.WHOLE >> 8 * n) < self.range)
+        self._raise(-self.low % (self.WHOLE >> 8 * count))
+        return bytes(self.out) + self.low.to_bytes(8, "big")[:count]
+
+
+class RangeDecoder:
+    """Gives back the choices that RangeEncoder was told, if asked with the same totals."""
+
+    def __init__(self, code: bytes):
+        self.code, self.at, self.range = code, 8, RangeEncoder.WHOLE
+        self.value = int.from_bytes(code[:8].ljust(8, b"\0"), "big")  # of the code, above the lower end of the range
+
+    def get(self, ends: np.ndarray) -> int:
+        """The next choice among [0, ends[0]), [ends[0], ends[1]) …; ends int64 ascending, the last is the total."""
+        unit = self.range // int(ends[-1])
+        choice = int(np.searchsorted(ends, min(self.value // unit, int(ends[-1]) - 1), side="right"))
+        low = int(ends[choice - 1]) if choice else 0
+        self.value -= low * unit
+        self.range = (int(ends[choice]) - low) * unit
+        while self.range < RangeEncoder.LEAST:
+            if self.at > len(self.code) + 8:  # an encoder never leaves so much out
+                raise OrganismError("The code ends before its text does.")
+            self.value = self.value << 8 | (self.code[self.at] if self.at < len(self.code) else 0)
+            self.at, self.range = self.at + 1, self.range << 8
+        return choice
+
+
+class Compression(Prequential):
+    """The same walk with each token predicted, coded and learned before the next: a decoder can do no other.
+
+    Encoder and decoder make the very same calls, so their floating-point numbers agree bit for bit; they differ from the
+    windows of `Prequential` in the last digits.
+    """
+
+    SCALE = float(1 << 31)  # of probabilities as whole numbers
+
+    def __init__(self, learner: Learner, past: list[tuple[bytes, int]] | None = None):
+        super().__init__(learner, past or [])
+        self.views: list[FieldView] = []  # of the present chunk
+        self.decoder: Decoder | None = None
+        self.weights: np.ndarray | None = None  # that the decoder reads: training may move them elsewhere
+        self.last, self.fed = Tokenizer.BOS, False  # the last token; whether the decoder knows what came before it
+
+    def encode(self, data: bytes, report: Callable[[int], None] | None = None) -> bytes:
+        """The code of the data."""
+        coder = RangeEncoder()
+        self._walk(len(data), lambda: self._put(coder, self._spelled(data)), report)
+        return coder.finish()
+
+    def decode(self, code: bytes, size: int, report: Callable[[int], None] | None = None) -> bytes:
+        """The data, of `size` bytes, whose code this is."""
+        coder = RangeDecoder(code)
+        self._walk(size, lambda: self._get(coder), report)
+        return bytes(self.text)
+
+    def _put(self, coder: RangeEncoder, tokens: Iterator[int]) -> Iterator[int]:
+        """Write each token as it passes."""
+        for token in tokens:
+            ends = self._ends()
+            coder.put(int(ends[token - 1]) if token else 0, int(ends[token]), int(ends[-1]))
+            self._take(token)
+            yield token
+
+    def _get(self, coder: RangeDecoder) -> Iterator[int]:
+        """Read token after token; whoever asks knows when to stop."""
+        while True:
+            token = coder.get(self._ends())
+            self._take(token)
+            yield token
+
+    # One token.
+
+    def _ends(self) -> np.ndarray:
+        """int64 [V]: the distribution of the next token in whole numbers, cumulative; every token has at least 1."""
+        p = self._distribution()
+        p[Tokenizer.BOS : Tokenizer.BASE] = 0  # no text has specials inside
+        total = p.sum()
+        if not 0 < total < math.inf:  # weights that went astray must not lose a text
+            p, total = np.ones(len(p)), float(len(p))
+        return np.cumsum((p * (self.SCALE / total)).astype(np.int64) + 1)
+
+    def _distribution(self) -> np.ndarray:
+        """float64 [V], not yet normalised: what `Learner.predict` says of one token, for all of them."""
+        learner = self.learner
+        if not learner.on_field:
+            self.p_body = _softmax(self._feed(None).astype(np.float64))
+            return self.p_body.copy()
+        view = learner.field.view()
+        self.views.append(view)
+        self.p_field = learner.field.dense()
+        if not self._body_speaks:
+            return self.p_field.copy()
+        self.p_body = _softmax(self._feed(view).astype(np.float64))
+        share = learner.gate.weight[learner.gate.bucket(view.scalars[0, 0])]
+        return share * self.p_body + (1 - share) * self.p_field
+
+    def _feed(self, view: FieldView | None) -> np.ndarray:
+        """float32 [V]: the body's logits after the last token; first, of a new chunk, as much of the past as
+        `Learner.predict` would show it."""
+        learner, body = self.learner, self.learner.body
+        if self.decoder is None or self.weights is not body.arena.average:
+            self.decoder, self.weights = Decoder(body, "numba" if learner.compiled else "numpy"), body.arena.average
+            self.fed = False
+        if not self.fed:
+            self.decoder.reset()
+            self.fed, back = True, min(max(body.context // 2, body.context - self.STEP), len(learner.past) - 1)
+            for i in range(back, 0, -1):
+                seen = None if view is None else learner.past_view[len(learner.past_view) - i]
+                self.decoder.feed(int(learner.past[-1 - i]), seen)
+        return self.decoder.feed(self.last, view)
+
+    def _take(self, token: int) -> None:
+        """Let field and gate learn a token that was just predicted; the rest of learning waits for the end of the chunk."""
+        learner = self.learner
+        self.last = token
+        if not learner.on_field:
+            return
+        learner.field.read([token])
+        if self._body_speaks:
+            body, base = (np.log(np.maximum(p[token : token + 1], 1e-300)) for p in (self.p_body, self.p_field))
+            learner.gate.mix(body, base, self.views[-1].scalars[:, 0])
+
+    def _read(self, tokens: np.ndarray) -> None:
+        """The end of a chunk: its tokens, predicted and learned one by one, become experience."""
+        learner, view = self.learner, FieldView.concat(self.views) if self.views else None
+        if view is None:
+            learner.read(tokens)
+        else:
+            learner.experience.append(tokens, view)
+        learner.follow(tokens, view)
+        self.views, self.fed = [], False
+
+
+CODE_MAGIC, CODE_FORMAT = b"\x8fORG", 1
+CODE_PATHS = ("reference", "portable", "avx2", "native")  # what computes; their numbers are in files, hence for ever
+CODE_HEADER = struct.Struct("<4sB3sBBHI2s2s2s2sQ8sI")  # CodeHeader, between magic and format and the checksum
+CODE_SETTINGS = ("learning.rate", "learning.rate_min", "learning.warmup_steps", "learning.horizon_steps", "learning.weight_decay",
+                 "learning.beta1", "learning.beta2", "learning.epsilon", "learning.max_grad_norm", "learning.average",
+                 "learning.experience_tokens")  # fmt: skip
+
+
+class CodeHeader(NamedTuple):
+    """What a decoder must know, and what must be the same there as where the code was made."""
+
+    version: bytes  # of the program, three numbers
+    stage: int  # place in STAGES
+    path: int  # place in CODE_PATHS
+    threads: int
+    seed: int
+    cpu: bytes  # from here on two bytes of a digest: a mistake is found, at the latest, by `check`
+    product: bytes
+    libraries: bytes
+    settings: bytes
+    length: int  # of the text
+    check: bytes  # digest of the text
+
+    @staticmethod
+    def of(data: bytes, config: Config, stage: str, threads: int, seed: int, compiled: bool) -> CodeHeader:
+        """The header of a text that is compressed here and now."""
+        if not (0 <= seed < 1 << 32 and 1 <= threads < 1 << 16):
+            raise UsageError(f"A compressed file keeps seeds below 2^32 and threads below 2^16, not {seed} and {threads}.")
+        here = surroundings(compiled)
+        return CodeHeader(_code_version(), list(STAGES).index(stage), CODE_PATHS.index(here["path"]), threads, seed,
+                          *(_code_digest(here[name], 2) for name in ("CPU", "product", "libraries")), _code_digest(_code_settings(config), 2),
+                          len(data), _code_digest(data, 8))  # fmt: skip
+
+    def pack(self, code: bytes) -> bytes:
+        """The whole file."""
+        import zlib
+
+        head = CODE_HEADER.pack(CODE_MAGIC, CODE_FORMAT, *self, 0)[:-4]
+        return head + struct.pack("<I", zlib.crc32(head + code)) + code
+
+    @staticmethod
+    def unpack(blob: bytes, name: str) -> tuple[CodeHeader, bytes]:
+        """(header, code) of a file; an OrganismError says what is wrong with it."""
+        import zlib
+
+        if blob[: len(CODE_MAGIC)] != CODE_MAGIC[: len(blob)] or not blob:
+            raise OrganismError(f"{name} is not a file that `organism compress` made.")
+        if len(blob) > len(CODE_MAGIC) and blob[len(CODE_MAGIC)] != CODE_FORMAT:
+            raise OrganismError(f"{name} has format {blob[len(CODE_MAGIC)]}, this program reads {CODE_FORMAT}: use the version that made it.")
+        head, code = blob[: CODE_HEADER.size], blob[CODE_HEADER.size :]
+        if len(head) < CODE_HEADER.size or CODE_HEADER.unpack(head)[-1] != zlib.crc32(head[:-4] + code):
+            raise OrganismError(f"{name} is truncated or altered, its checksum is wrong: fetch it again, or compress the original again.")
+        return CodeHeader(*CODE_HEADER.unpack(head)[2:-1]), code
+
+    def must_agree(self, here: CodeHeader, name: str) -> None:
+        """Raise an OrganismError where the code was made elsewhere, in a way that changes a single bit of a prediction."""
+        if self.version != here.version:
+            theirs, mine = (".".join(map(str, h.version)) for h in (self, here))
+            raise OrganismError(f"{name} was compressed by organism {theirs}, this is {mine}: use that version.")
+        if self.path != here.path:
+            theirs, mine = (CODE_PATHS[h.path] if h.path < len(CODE_PATHS) else f"number {h.path}" for h in (self, here))
+            how = "install numba and organs/ (pip install -e .)" if mine == "reference" else f"set ORGANISM_KERNELS={theirs}"
+            raise OrganismError(f"{name} was compressed on the CPU path {theirs!r}, this is {mine!r}: {how}.")
+        for what, theirs, mine in (("CPU", self.cpu, here.cpu), ("matrix product (BLAS)", self.product, here.product),
+                                   ("Python, NumPy, numba or C library", self.libraries, here.libraries)):  # fmt: skip
+            if theirs != mine:
+                raise OrganismError(f"{name} was compressed with another {what}, which rounds differently: decompress it where it was made.")
+        if self.settings != here.settings:
+            raise OrganismError(f"{name} was compressed with other settings of [body], [tokenizer], [field] or [learning]: use the same organism.toml.")
+
+
+def surroundings(compiled: bool) -> dict[str, str]:
+    """What decides the last bit of a prediction, besides the program: "path", "CPU", "product", "libraries"."""
+    import platform
+
+    features = getattr(getattr(np, "_core", None), "_multiarray_umath", None)
+    here = dict(path="reference", product="NumPy's", CPU=f"{platform.machine()} {getattr(features, '__cpu_features__', {})}",
+                libraries=f"Python {platform.python_version()} NumPy {np.__version__} {platform.libc_ver()}")  # fmt: skip
+    if compiled:
+        kernels = organ("kernels").identity()
+        here |= dict(path=kernels["path"], product=kernels["product"])
+        here |= {name: f"{here[name]} {kernels[name]}" for name in ("CPU", "libraries")}
+    return here
+
+
+def _code_version() -> bytes:
+    return bytes(int(n) & 255 for n in re.findall(r"\d+", __version__)[:3])
+
+
+def _code_digest(data: str | bytes, size: int) -> bytes:
+    return hashlib.blake2b(data.encode() if isinstance(data, str) else data, digest_size=size).digest()
+
+
+def _code_settings(config: Config) -> str:
+    """All settings that shape a newborn and how it learns; the stage is in the header by itself."""
+    sections = ("body.", "tokenizer.", "field.")
+    values = {k: v for k, v in config.items() if k in CODE_SETTINGS or k.startswith(sections) and k != "body.stage"}
+    return f"{__version__} {json.dumps(values)}"
+
+
+def compress(data: bytes, config: Config, *, stage: str, threads: int = 1, seed: int = 0, engine: str = "auto",
+             report: Callable[[int], None] | None = None) -> bytes:  # fmt: skip
+    """The content of a compressed file, which `decompress` makes data again. `report` hears of bytes read."""
+    learner = newborn_learner(config, stage, engine=engine, threads=threads, seed=seed)
+    header = CodeHeader.of(data, config, stage, threads, seed, learner.compiled)
+    return header.pack(Compression(learner).encode(data, report))
+
+
+def decompress(blob: bytes, config: Config, *, threads: int | None = None, seed: int | None = None, engine: str = "auto",
+               name: str = "The file", report: Callable[[int], None] | None = None) -> bytes:  # fmt: skip
+    """What `compress` was given. Stage, threads and seed come from the file, and must agree with those that are given.
+
+    Raises OrganismError where the file is not whole, or was made elsewhere.
+    """
+    header, code = CodeHeader.unpack(blob, name)
+    if CODE_PATHS[header.path : header.path + 1] == ("reference",):  # which runs everywhere
+        engine = "numpy"
+    stage = list(STAGES)[min(header.stage, len(STAGES) - 1)]
+    learner = newborn_learner(config, stage, engine=engine, threads=header.threads, seed=header.seed)
+    header.must_agree(CodeHeader.of(b"", config, stage, header.threads, header.seed, learner.compiled), name)
+    for what, theirs, mine in (("threads", header.threads, threads), ("seed", header.seed, seed)):
+        if mine is not None and mine != theirs:
+            raise OrganismError(f"{name} was compressed with --{what} {theirs}, not {mine}: leave out --{what}, the file knows it.")
+    try:
+        data = Compression(learner).decode(code, header.length, report)
+    except OrganismError as error:
+        raise OrganismError(f"{name} cannot be decoded here, although it is whole: use the machine and the program that made it.") from error
+    if len(data) != header.length or _code_digest(data, 8) != header.check:
+        raise OrganismError(f"{name} does not decode to what it was, although it is whole: use the machine and the program that made it.")
+    return data
 
 
 ################################################################################################
@@ -6035,6 +6371,7 @@ _TAKES: dict[str, tuple[Any, Any, dict]] = {  # (click's type and its arguments,
     "text": (None, "TEXT", {}),
     "path": (None, "PATH", {}),
     "paths": (None, "PATH", dict(multiple=True, required=True)),
+    "file": (None, "PATH", dict(required=True)),
     "switch": (None, None, dict(is_flag=True)),
     "count": (("IntRange", dict(min=1)), "N", {}),
     "count or 0": (("IntRange", dict(min=0)), "N", {}),
@@ -6097,7 +6434,7 @@ def _click_parameter(click: Any, name: str, takes: Any, help: str) -> Any:
     kind = getattr(click, kind[0])(**kind[1]) if kind else None
     if not name.startswith("-"):
         return click.Argument([name], type=kind)
-    return click.Option([name], type=kind, metavar=shown, help=help, **more)
+    return click.Option(name.split("/"), type=kind, metavar=shown, help=help, **more)
 
 
 def _run_command(run: Callable[..., None], **options: Any) -> None:
@@ -6305,8 +6642,11 @@ def _run_say(asking: _Asking, text: str) -> None:
     ("--prequential", "switch", "Predict each piece before learning it, on a working copy."),
     ("--blank", "switch", "Begin from a newborn that has read nothing, not even nonames.txt."),
     ("--curve", "switch", "Also print how bits per byte fall on the way."),
+    ("--stage", CONFIG_CHOICES["body.stage"], "What the newborn of --blank is (default: child)."),
 )
-def _run_eval(asking: _Asking, path: str, prequential: bool, blank: bool, curve: bool) -> None:
+def _run_eval(
+    asking: _Asking, path: str, prequential: bool, blank: bool, curve: bool, stage: str | None
+) -> None:
     """Measure bits per byte and perplexity of a file; the home never changes.
 
     organism eval book.txt --prequential --json
@@ -6319,38 +6659,42 @@ def _run_eval(asking: _Asking, path: str, prequential: bool, blank: bool, curve:
 
     show = point if curve else None
     if blank:  # needs no home, only its settings where there is one
-        asking.result(_newborn_score(asking, data, prequential, show))
+        asking.result(_newborn_score(asking, data, prequential, show, stage))
         return
+    if stage:
+        raise UsageError("--stage is for the newborn of --blank: an organism has a stage already.")
     with asking.wake(read_only=True, kernels=_patient_kernels()) as life:
         asking.result(life.evaluate(data, prequential=prequential, curve=show))
 
 
 def _newborn_score(
-    asking: _Asking, data: bytes, prequential: bool, curve: Callable[[int, float], None] | None
+    asking: _Asking, data: bytes, prequential: bool, curve: Callable[[int, float], None] | None, stage: str | None
 ) -> dict[str, Any]:
-    config, engine = Config.load(asking.folder), "numpy"
-    if _patient_kernels() == "wait":
-        engine = "auto"
-        if not kernels_ready():
-            asking.note("compiling kernels, once for this machine…")
-            organ("kernels").warm()
-    learner = newborn_learner(
-        config, config.learning.prequential_stage, engine=engine, threads=asking.threads, seed=asking.seed or 0
-    )
-    return (
-        Prequential(learner, []).run(data, curve).result(True)
-        if prequential
-        else frozen_score(learner, data, curve).result(False)
-    )
+    config, engine = Config.load(asking.folder), _newborn_engine(asking)
+    stage = stage or config.learning.prequential_stage
+    learner = newborn_learner(config, stage, engine=engine, threads=asking.threads, seed=asking.seed or 0)
+    if prequential:
+        return Prequential(learner, []).run(data, curve).result(True)
+    return frozen_score(learner, data, curve).result(False)
 
 
-def _whole_file(path: str) -> bytes:
+def _newborn_engine(asking: _Asking) -> str:
+    """What a newborn that must be quick computes with: compiled kernels, compiled now if need be, where there can be any."""
+    if _patient_kernels() != "wait":
+        return "numpy"
+    if not kernels_ready():
+        asking.note("compiling kernels, once for this machine…")
+        organ("kernels").warm()
+    return "auto"
+
+
+def _whole_file(path: str, may_be_empty: bool = False) -> bytes:
     """The bytes of a file, or of standard input for "-"."""
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
     except OSError as error:
         raise OrganismError(f"The file {path!r} cannot be read: {error.strerror}.") from error
-    if not data:
+    if not data and not may_be_empty:
         raise OrganismError(f"The file {path!r} is empty: there is nothing to measure.")
     return data
 
@@ -6363,6 +6707,75 @@ def _run_status(asking: _Asking) -> None:
     """
     with asking.wake(read_only=True) as life:
         asking.result(life.status())
+
+
+# --- compress, decompress ---
+
+
+@_command(
+    "compress",
+    ("file", "path", ""),
+    ("-o/--out", "file", "Where to write; what is there is replaced, once the new file is complete."),
+    ("--stage", CONFIG_CHOICES["body.stage"], "What the newborn is that predicts (default: child)."),
+)
+def _run_compress(asking: _Asking, file: str, out: str, stage: str | None) -> None:
+    """Compress a file to what `eval --prequential --blank` says it costs; this machine and version can decompress it.
+
+    organism compress book.txt -o book.organism
+    """
+    target, data, began = _writable(out, file), _whole_file(file, may_be_empty=True), time.perf_counter()
+    config, engine = Config.load(asking.folder), _newborn_engine(asking)
+    blob = compress(data, config, stage=stage or config.learning.prequential_stage, threads=asking.threads or 1,
+                    seed=asking.seed or 0, engine=engine, report=_bytes_read(asking, len(data)))  # fmt: skip
+    write_atomically(target, blob)
+    asking.result(_compressed_facts(len(data), len(blob), began))
+
+
+@_command(
+    "decompress",
+    ("file", "path", ""),
+    ("-o/--out", "file", "Where to write; what is there is replaced, once the new file is complete."),
+)
+def _run_decompress(asking: _Asking, file: str, out: str) -> None:
+    """Give back the file that `compress` was given: stage, seed and threads are in the compressed file.
+
+    organism decompress book.organism -o book.txt
+    """
+    target, blob, began = _writable(out, file), _whole_file(file, may_be_empty=True), time.perf_counter()
+    header, _ = CodeHeader.unpack(blob, repr(file))  # before kernels are compiled for nothing
+    data = decompress(blob, Config.load(asking.folder), threads=asking.threads, seed=asking.seed, name=repr(file),
+                      engine=_newborn_engine(asking), report=_bytes_read(asking, header.length))  # fmt: skip
+    write_atomically(target, data)
+    asking.result(_compressed_facts(len(data), len(blob), began))
+
+
+def _compressed_facts(size: int, compressed: int, began: float) -> dict[str, Any]:
+    return dict(bytes=size, compressed=compressed, bits_per_byte=8 * compressed / max(1, size),
+                seconds=round(time.perf_counter() - began, 3))  # fmt: skip
+
+
+def _writable(out: str, source: str) -> Path:
+    """OUT as a path to which a file can be written; found out before minutes of work, not after."""
+    path = Path(out).expanduser()
+    if path.is_dir():
+        raise OrganismError(f"The folder {out!r} cannot become a file: name a file in it.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OrganismError(f"The file {out!r} cannot be written: its folder does not exist or is read-only.")
+    if path.exists() and source != "-" and path.samefile(Path(source).expanduser()):
+        raise UsageError(f"The file {out!r} cannot be both read and written: give --out another name.")
+    return path
+
+
+def _bytes_read(asking: _Asking, size: int) -> Callable[[int], None]:
+    """A report for long texts: a line for each tenth."""
+    shown = [0]
+
+    def report(read: int) -> None:
+        if size > 200_000 and read * 10 // size > shown[0]:
+            shown[0] = read * 10 // size
+            asking.note(f"{read:,} of {size:,} bytes")
+
+    return report
 
 
 # --- train ---

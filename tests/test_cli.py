@@ -261,6 +261,7 @@ def at_a_terminal(home, script):
     """Drive the program at a terminal by [(text to wait for, text to type or a function)]; (what it showed, exit code)."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests may ignore it, and children inherit that
         os.execve(sys.executable, [sys.executable, str(PROGRAM), "--home", str(home)], environment(TERM="xterm"))
     shown, position = "", 0
 
@@ -458,10 +459,16 @@ def test_a_read_only_home(born, tmp_path):
     for folder in (tmp_path, *tmp_path.parents):
         if len(folder.parts) > 2:
             folder.chmod(0o755)
-    code = "import os, sys; os.setuid(65534); import organism as o; sys.exit(o.main())"
+    # As root first, in a home of its own: another user may not be allowed to read this Python's library.
+    code = (
+        "import os, sys, organism as o; from numba import njit; arguments = sys.argv; here = arguments.pop(); "
+        "o.main(['say', 'Hello.', '--home', here]); o.main(['quarantine', 'list', '--home', here]); "
+        "sys.stdout.flush(); os.setuid(65534); sys.exit(o.main(arguments[1:]))"
+    )
 
     def as_nobody(*arguments):
-        return subprocess.run([sys.executable, "-c", code, *arguments, "--home", str(tmp_path / "home")], capture_output=True, text=True,
+        mine = ["--home", str(tmp_path / "home"), str(tmp_path / "other")]
+        return subprocess.run([sys.executable, "-c", code, *arguments, *mine], capture_output=True, text=True,
                               cwd=PROGRAM.parent, env=environment(HOME=str(tmp_path), NUMBA_CACHE_DIR=str(tmp_path)))  # fmt: skip
 
     sentence(as_nobody("say", "Hello."), 1, "cannot be written")

@@ -43,6 +43,15 @@ def describe() -> list[tuple[str, str]]:
     return cache.describe()
 
 
+def identity() -> dict[str, str]:
+    """What decides the last bit of a result: "path", "CPU", "product" (of matrices), "libraries"."""
+    from importlib.metadata import version
+
+    ground = importlib.import_module("organs.kernels.ground")
+    libraries = f"numba {version('numba')} llvmlite {version('llvmlite')}"
+    return dict(path=cache.path_name(), CPU=cache.cpu(), product=ground.BLAS, libraries=libraries)
+
+
 def __getattr__(name: str) -> Any:
     """Gradients, Speaker and measure, from the executor, when they are first asked for."""
     if name in ("Gradients", "Speaker", "measure"):
