@@ -63,7 +63,7 @@ def we_learn(texts: list[bytes], merges: int) -> o.Tokenizer:
 def compare(
     ours: Callable[[], object], theirs: dict[str, Callable[[], object]], rounds: int
 ) -> tuple[float, float, str]:
-    """Median seconds of ours and of their fastest, and its name. Theirs all run once, then the fastest and ours in turns."""
+    """Median seconds of ours and of their fastest, and its name. Theirs all run once, then the fastest beside ours."""
     trial = {name: median_seconds(action, 1) for name, action in theirs.items()}
     best = min(trial, key=lambda name: trial[name])
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--merges", type=int, nargs="+", default=[384, 4000])
     asked = parser.parse_args()
     twin.warm()
+    o.character_classes()  # a table that is made once
     texts = corpus(int(asked.megabytes * 1e6))
     megabytes, rows = len("".join(texts).encode()) / 1e6, []
     for merges in asked.merges:
