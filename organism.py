@@ -48,6 +48,7 @@ import sys
 import threading
 import time
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -3685,13 +3686,16 @@ class Score:
     seconds: float = 0.0
 
     def result(self, prequential: bool) -> dict[str, Any]:
-        bpb = self.bits / max(1, self.bytes)
-        return dict(bytes=self.bytes, tokens=self.tokens, bits_per_byte=bpb, perplexity=2 ** (self.bits / max(1, self.tokens)),
-                    seconds=round(self.seconds, 3), prequential=prequential, field_bits_per_byte=self.field_bits / max(1, self.bytes))  # fmt: skip
+        """What `eval` reports."""
+        size, perplexity = max(1, self.bytes), 2 ** (self.bits / max(1, self.tokens))
+        return dict(
+            bytes=self.bytes, tokens=self.tokens, bits_per_byte=self.bits / size, perplexity=perplexity,
+            seconds=round(self.seconds, 3), prequential=prequential, field_bits_per_byte=self.field_bits / size,
+        )  # fmt: skip
 
 
 class Prequential:
-    """One pass over a text: every `STEP` tokens are predicted by averaged weights, then learned with one step of training.
+    """One pass over a text: every `STEP` tokens are predicted by averaged weights, then learned, with a step of training.
 
     All that it decides, it decides from bytes that it has read, and from how many there will be, which a header can
     state: so the figure is the length of a code that `Compression` writes and reads. At the first token that reaches a
@@ -3803,7 +3807,9 @@ class Prequential:
             yield piece, part
 
 
-def newborn_learner(config: Config, stage: str, *, engine: str, threads: int | None, seed: int, tokenizer: Tokenizer | None = None) -> Learner:
+def newborn_learner(
+    config: Config, stage: str, *, engine: str, threads: int | None, seed: int, tokenizer: Tokenizer | None = None
+) -> Learner:
     """A learner that has read nothing."""
     tokenizer = tokenizer or Tokenizer()
     compiled = engine != "numpy" and kernels_ready()
@@ -3817,10 +3823,10 @@ def newborn_learner(config: Config, stage: str, *, engine: str, threads: int | N
 
 
 class RangeEncoder:
-    """Turns choices into bytes, by their shares of a range (Martin 1979, "Range encoding"; carries as in Schindler's coder).
+    """Turns choices into bytes, by their shares of a range (Martin 1979, "Range encoding"; carries as Schindler's coder).
 
-    A choice is the part low…high of a whole number `total`, up to 2^32. `range` keeps 56 bits or more between two choices,
-    so that rounding costs under 2^-24 of a bit. The decoder below mirrors it.
+    A choice is the part low…high of a whole number `total`, up to 2^32. `range` has 56 bits or more between two choices,
+    so that rounding costs next to nothing. The decoder below mirrors it.
     """
 
     WHOLE, LEAST = 1 << 64, 1 << 56
@@ -3849,10 +3855,14 @@ class RangeEncoder:
             self.out[at] += 1
 
     def finish(self) -> bytes:
-        """All bytes: the fewest that name a number in the range that is left, since a decoder reads zeros behind the end."""
+        """All bytes; the last are the fewest that name a number in the range: a decoder reads zeros behind the end."""
         count = next(n for n in range(9) if -self.low % (self.WHOLE >> 8 * n) < self.range)
         self._raise(-self.low % (self.WHOLE >> 8 * count))
         return bytes(self.out) + self.low.to_bytes(8, "big")[:count]
+
+
+class CodeEnds(Exception):
+    """More was asked of a code than there is."""
 
 
 class RangeDecoder:
@@ -3871,7 +3881,7 @@ class RangeDecoder:
         self.range = (int(ends[choice]) - low) * unit
         while self.range < RangeEncoder.LEAST:
             if self.at > len(self.code) + 8:  # an encoder never leaves so much out
-                raise OrganismError("The code ends before its text does.")
+                raise CodeEnds
             self.value = self.value << 8 | (self.code[self.at] if self.at < len(self.code) else 0)
             self.at, self.range = self.at + 1, self.range << 8
         return choice
@@ -3880,8 +3890,8 @@ class RangeDecoder:
 class Compression(Prequential):
     """The same walk with each token predicted, coded and learned before the next: a decoder can do no other.
 
-    Encoder and decoder make the very same calls, so their floating-point numbers agree bit for bit; they differ from the
-    windows of `Prequential` in the last digits.
+    Encoder and decoder make the very same calls, so their floating-point numbers agree bit for bit. From those of
+    `Prequential`, which predicts whole windows, they differ in the last digits.
     """
 
     SCALE = float(1 << 31)  # of probabilities as whole numbers
@@ -3962,7 +3972,7 @@ class Compression(Prequential):
         return self.decoder.feed(self.last, view)
 
     def _take(self, token: int) -> None:
-        """Let field and gate learn a token that was just predicted; the rest of learning waits for the end of the chunk."""
+        """Let field and gate learn a token that was just predicted; other learning waits for the end of the chunk."""
         learner = self.learner
         self.last = token
         if not learner.on_field:
@@ -3985,10 +3995,13 @@ class Compression(Prequential):
 
 CODE_MAGIC, CODE_FORMAT = b"\x8fORG", 1
 CODE_PATHS = ("reference", "portable", "avx2", "native")  # what computes; their numbers are in files, hence for ever
-CODE_HEADER = struct.Struct("<4sB3sBBHI2s2s2s2sQ8sI")  # CodeHeader, between magic and format and the checksum
-CODE_SETTINGS = ("learning.rate", "learning.rate_min", "learning.warmup_steps", "learning.horizon_steps", "learning.weight_decay",
-                 "learning.beta1", "learning.beta2", "learning.epsilon", "learning.max_grad_norm", "learning.average",
-                 "learning.experience_tokens")  # fmt: skip
+CODE_HEADER = struct.Struct("<4sB3sBBHI2s2s2s2sQ8sI")  # magic, format, CodeHeader, CRC-32 of all the rest of the file
+CODE_THREADS = 1024  # at most
+CODE_SETTINGS = tuple(
+    f"learning.{key}"
+    for key in "rate rate_min warmup_steps horizon_steps weight_decay beta1 beta2 epsilon max_grad_norm average "
+    "experience_tokens".split()
+)
 
 
 class CodeHeader(NamedTuple):
@@ -4009,49 +4022,55 @@ class CodeHeader(NamedTuple):
     @staticmethod
     def of(data: bytes, config: Config, stage: str, threads: int, seed: int, compiled: bool) -> CodeHeader:
         """The header of a text that is compressed here and now."""
-        if not (0 <= seed < 1 << 32 and 1 <= threads < 1 << 16):
-            raise UsageError(f"A compressed file keeps seeds below 2^32 and threads below 2^16, not {seed} and {threads}.")
-        here = surroundings(compiled)
-        return CodeHeader(_code_version(), list(STAGES).index(stage), CODE_PATHS.index(here["path"]), threads, seed,
-                          *(_code_digest(here[name], 2) for name in ("CPU", "product", "libraries")), _code_digest(_code_settings(config), 2),
-                          len(data), _code_digest(data, 8))  # fmt: skip
+        if seed >= 1 << 32 or threads > CODE_THREADS:
+            raise UsageError(f"Compression takes a --seed below 2^32 and at most {CODE_THREADS} --threads.")
+        here = surroundings(compiled) | dict(settings=_code_settings(config))
+        digests = (_code_digest(here[name], 2) for name in ("CPU", "product", "libraries", "settings"))
+        path = CODE_PATHS.index(here["path"])
+        return CodeHeader(
+            _code_version(), list(STAGES).index(stage), path, threads, seed, *digests, len(data), _code_digest(data, 8)
+        )
 
     def pack(self, code: bytes) -> bytes:
         """The whole file."""
-        import zlib
-
         head = CODE_HEADER.pack(CODE_MAGIC, CODE_FORMAT, *self, 0)[:-4]
         return head + struct.pack("<I", zlib.crc32(head + code)) + code
 
     @staticmethod
     def unpack(blob: bytes, name: str) -> tuple[CodeHeader, bytes]:
         """(header, code) of a file; an OrganismError says what is wrong with it."""
-        import zlib
-
-        if blob[: len(CODE_MAGIC)] != CODE_MAGIC[: len(blob)] or not blob:
+        if not blob or blob[:4] != CODE_MAGIC[: len(blob)]:
             raise OrganismError(f"{name} is not a file that `organism compress` made.")
-        if len(blob) > len(CODE_MAGIC) and blob[len(CODE_MAGIC)] != CODE_FORMAT:
-            raise OrganismError(f"{name} has format {blob[len(CODE_MAGIC)]}, this program reads {CODE_FORMAT}: use the version that made it.")
+        if len(blob) > 4 and blob[4] != CODE_FORMAT:
+            raise OrganismError(
+                f"{name} has format {blob[4]}, this program reads {CODE_FORMAT}: use the version that made it."
+            )
         head, code = blob[: CODE_HEADER.size], blob[CODE_HEADER.size :]
-        if len(head) < CODE_HEADER.size or CODE_HEADER.unpack(head)[-1] != zlib.crc32(head[:-4] + code):
-            raise OrganismError(f"{name} is truncated or altered, its checksum is wrong: fetch it again, or compress the original again.")
-        return CodeHeader(*CODE_HEADER.unpack(head)[2:-1]), code
+        if len(head) == CODE_HEADER.size:
+            *fields, checksum = CODE_HEADER.unpack(head)
+            header = CodeHeader(*fields[2:])
+            possible = header.stage < len(STAGES) and 0 < header.threads <= CODE_THREADS
+            if possible and checksum == zlib.crc32(head[:-4] + code):
+                return header, code
+        raise OrganismError(
+            f"{name} is truncated or altered, its checksum is wrong: fetch it again, or compress the original again."
+        )
 
     def must_agree(self, here: CodeHeader, name: str) -> None:
-        """Raise an OrganismError where the code was made elsewhere, in a way that changes a single bit of a prediction."""
-        if self.version != here.version:
-            theirs, mine = (".".join(map(str, h.version)) for h in (self, here))
-            raise OrganismError(f"{name} was compressed by organism {theirs}, this is {mine}: use that version.")
-        if self.path != here.path:
-            theirs, mine = (CODE_PATHS[h.path] if h.path < len(CODE_PATHS) else f"number {h.path}" for h in (self, here))
-            how = "install numba and organs/ (pip install -e .)" if mine == "reference" else f"set ORGANISM_KERNELS={theirs}"
-            raise OrganismError(f"{name} was compressed on the CPU path {theirs!r}, this is {mine!r}: {how}.")
-        for what, theirs, mine in (("CPU", self.cpu, here.cpu), ("matrix product (BLAS)", self.product, here.product),
-                                   ("Python, NumPy, numba or C library", self.libraries, here.libraries)):  # fmt: skip
-            if theirs != mine:
-                raise OrganismError(f"{name} was compressed with another {what}, which rounds differently: decompress it where it was made.")
-        if self.settings != here.settings:
-            raise OrganismError(f"{name} was compressed with other settings of [body], [tokenizer], [field] or [learning]: use the same organism.toml.")
+        """Raise an OrganismError where something differs that may change the last bit of a prediction."""
+        paths = [CODE_PATHS[h.path] if h.path < len(CODE_PATHS) else f"number {h.path}" for h in (self, here)]
+        remedy = f"set ORGANISM_KERNELS={paths[0]}" if here.path else "pip install -e ."
+        version, where = ".".join(map(str, self.version)), "decompress it where it was made"
+        for differs, what, do in (
+            (self.version != here.version, f"by organism {version}, this is {__version__}", "use that version"),
+            (self.path != here.path, f"on the CPU path {paths[0]!r}, this is {paths[1]!r}", remedy),
+            (self.cpu != here.cpu, "on another CPU, which rounds differently", where),
+            (self.product != here.product, "with another matrix product (BLAS), which rounds differently", where),
+            (self.libraries != here.libraries, "with another Python, NumPy, numba or C library", where),
+            (self.settings != here.settings, "with other settings", "use the same organism.toml and variables"),
+        ):
+            if differs:
+                raise OrganismError(f"{name} was compressed {what}: {do}.")
 
 
 def surroundings(compiled: bool) -> dict[str, str]:
@@ -4059,8 +4078,9 @@ def surroundings(compiled: bool) -> dict[str, str]:
     import platform
 
     features = getattr(getattr(np, "_core", None), "_multiarray_umath", None)
-    here = dict(path="reference", product="NumPy's", CPU=f"{platform.machine()} {getattr(features, '__cpu_features__', {})}",
-                libraries=f"Python {platform.python_version()} NumPy {np.__version__} {platform.libc_ver()}")  # fmt: skip
+    cpu = f"{platform.machine()} {getattr(features, '__cpu_features__', {})}"
+    libraries = f"Python {platform.python_version()} NumPy {np.__version__} {platform.libc_ver()}"
+    here = dict(path="reference", product="NumPy's", CPU=cpu, libraries=libraries)
     if compiled:
         kernels = organ("kernels").identity()
         here |= dict(path=kernels["path"], product=kernels["product"])
@@ -4069,7 +4089,8 @@ def surroundings(compiled: bool) -> dict[str, str]:
 
 
 def _code_version() -> bytes:
-    return bytes(int(n) & 255 for n in re.findall(r"\d+", __version__)[:3])
+    """Three numbers; what follows them, as in 1.2.3.dev4, is in the digest of the settings."""
+    return bytes(min(int(n), 255) for n in re.findall(r"\d+", __version__)[:3])
 
 
 def _code_digest(data: str | bytes, size: int) -> bytes:
@@ -4083,35 +4104,40 @@ def _code_settings(config: Config) -> str:
     return f"{__version__} {json.dumps(values)}"
 
 
-def compress(data: bytes, config: Config, *, stage: str, threads: int = 1, seed: int = 0, engine: str = "auto",
-             report: Callable[[int], None] | None = None) -> bytes:  # fmt: skip
+def compress(
+    data: bytes, config: Config, *, stage: str, threads: int = 1, seed: int = 0, engine: str = "auto",
+    report: Callable[[int], None] | None = None,
+) -> bytes:  # fmt: skip
     """The content of a compressed file, which `decompress` makes data again. `report` hears of bytes read."""
+    header = CodeHeader.of(data, config, stage, threads, seed, engine != "numpy" and kernels_ready())
     learner = newborn_learner(config, stage, engine=engine, threads=threads, seed=seed)
-    header = CodeHeader.of(data, config, stage, threads, seed, learner.compiled)
     return header.pack(Compression(learner).encode(data, report))
 
 
-def decompress(blob: bytes, config: Config, *, threads: int | None = None, seed: int | None = None, engine: str = "auto",
-               name: str = "The file", report: Callable[[int], None] | None = None) -> bytes:  # fmt: skip
+def decompress(
+    blob: bytes, config: Config, *, threads: int | None = None, seed: int | None = None, engine: str = "auto",
+    name: str = "The file", report: Callable[[int], None] | None = None,
+) -> bytes:  # fmt: skip
     """What `compress` was given. Stage, threads and seed come from the file, and must agree with those that are given.
 
     Raises OrganismError where the file is not whole, or was made elsewhere.
     """
     header, code = CodeHeader.unpack(blob, name)
-    if CODE_PATHS[header.path : header.path + 1] == ("reference",):  # which runs everywhere
+    if header.path == CODE_PATHS.index("reference"):  # which runs everywhere
         engine = "numpy"
-    stage = list(STAGES)[min(header.stage, len(STAGES) - 1)]
-    learner = newborn_learner(config, stage, engine=engine, threads=header.threads, seed=header.seed)
-    header.must_agree(CodeHeader.of(b"", config, stage, header.threads, header.seed, learner.compiled), name)
+    stage, compiled = list(STAGES)[header.stage], engine != "numpy" and kernels_ready()
+    header.must_agree(CodeHeader.of(b"", config, stage, header.threads, header.seed, compiled), name)
     for what, theirs, mine in (("threads", header.threads, threads), ("seed", header.seed, seed)):
         if mine is not None and mine != theirs:
-            raise OrganismError(f"{name} was compressed with --{what} {theirs}, not {mine}: leave out --{what}, the file knows it.")
+            raise OrganismError(f"{name} was compressed with --{what} {theirs}, not {mine}: leave --{what} out.")
+    learner = newborn_learner(config, stage, engine=engine, threads=header.threads, seed=header.seed)
+    wrong = f"{name} does not decode to what it was, although it is whole: use the machine and program that made it."
     try:
         data = Compression(learner).decode(code, header.length, report)
-    except OrganismError as error:
-        raise OrganismError(f"{name} cannot be decoded here, although it is whole: use the machine and the program that made it.") from error
+    except CodeEnds as error:
+        raise OrganismError(wrong) from error
     if len(data) != header.length or _code_digest(data, 8) != header.check:
-        raise OrganismError(f"{name} does not decode to what it was, although it is whole: use the machine and the program that made it.")
+        raise OrganismError(wrong)
     return data
 
 

@@ -30,7 +30,8 @@ multiple of 16) and D = 64 rows of scratch:
                  (hashes of words and indentation, the last eight bytes), costs float64 [2] (of the last token in nats, and
                  their running mean)
     scratch      hashes uint64 [C] (the contexts of the next token), guess int64 [2, G] (leaf position that each match
-                 model, then each context expects, or -1; its confidence), buckets int64 [groups, C] (of each group of
+                 model, then each context expects, or -1; its confidence), trusted float32 [G] (what its map makes of
+                 that confidence, stretched), buckets int64 [groups, C] (of each group of
                  nodes met), keys uint64 [groups, C], inputs float32 [D, I], rows int64 [D, S+2] (weight sets chosen, row
                  of `final`, second row of `apm`), dots float32 [D, S+2] (each selector's answer, the mix, the mix as a
                  probability), path int64 [2, D] (nodes from the root to a token, and turns)
@@ -195,7 +196,7 @@ def _cell(successors, hashed):
 
 
 @inlined
-def _expect(rank, successors, history, registers, hashes, guess):
+def _expect(rank, curves, successors, maps, history, registers, hashes, guess, trusted):
     """Where the matches and the contexts' last tokens lead, and how far each is to be trusted."""
     matches = guess.shape[1] - len(hashes)
     for k in range(matches):
@@ -209,6 +210,8 @@ def _expect(rank, successors, history, registers, hashes, guess):
         known = (entry >> u32(24)) == u32(hashes[c] & u64(0xFF)) and (entry & u32(0xFF0000)) != u32(0)
         guess[0, matches + c] = rank[np.int64(entry & u32(0xFFFF))] if known else -1
         guess[1, matches + c] = np.int64((entry >> u32(16)) & u32(0xFF))
+    for g in range(guess.shape[1]):
+        trusted[g] = curves[STRETCH, np.int64(maps[len(hashes) + g, guess[1, g]] >> u32(20))]
 
 
 @inlined
@@ -283,11 +286,11 @@ def _seen(slot):
 
 
 @inlined
-def _evaluate(nodes, curves, sets, table, maps, weights, final, apm, guess, buckets, inputs, rows, dots, node, depth, i, group, previous):
+def _evaluate(nodes, curves, sets, table, maps, weights, final, apm, guess, trusted, buckets, inputs, rows, dots, node, depth, i, group, previous):
     """Probability that the token lies in the right half of `node`; leaves its workings in row i of the scratch."""
     contexts, depth = buckets.shape[1], min(depth, DEPTH_SETS - 1)
     seen = _slot_inputs(curves, table, maps, buckets, inputs, nodes[node, LOCAL], i, group)
-    rows[i, 0] = _guess_inputs(nodes, curves, maps, guess, inputs, node, i, contexts)
+    rows[i, 0] = _guess_inputs(nodes, guess, trusted, inputs, node, i, contexts)
     rows[i, 1] = sets[1] + node
     rows[i, 2] = sets[2] + seen * DEPTH_SETS + depth
     rows[i, 3] = sets[3] + previous
@@ -316,12 +319,11 @@ def _slot_inputs(curves, table, maps, buckets, inputs, local, i, group):
 
 
 @inlined
-def _guess_inputs(nodes, curves, maps, guess, inputs, node, i, contexts):
+def _guess_inputs(nodes, guess, trusted, inputs, node, i, contexts):
     """One input for each guess that leads below this node; returns the row of the match selector."""
     low, mid, high, match_set = nodes[node, LOW], nodes[node, MID], nodes[node, HIGH], 0
     for g in range(guess.shape[1]):
-        stretched = curves[STRETCH, np.int64(maps[contexts + g, guess[1, g]] >> u32(20))]
-        signed = stretched if guess[0, g] >= mid else -stretched
+        signed = trusted[g] if guess[0, g] >= mid else -trusted[g]
         inputs[i, 3 * contexts + g] = signed if low <= guess[0, g] < high else f32(0)
     inputs[i, 3 * contexts + guess.shape[1]] = f32(0.3)  # bias
     for k in range(guess.shape[1] - contexts - 1, -1, -1):
@@ -436,10 +438,16 @@ def _fetch_path(nodes, rank, table, successors, hashes, token):
         _prefetch(successors, c * successors.shape[1] + _cell(successors, hashes[c]))
     while node >= 0:
         if depth % LEVELS == 0:
-            for c in range(len(hashes)):
-                _prefetch(table, _line(table, _key(hashes[c], node)))
+            _fetch_group(table, hashes, node)
         node = np.int64(nodes[node, LEFT + np.int64(rank[token] >= nodes[node, MID])])
         depth += 1
+
+
+@inlined
+def _fetch_group(table, hashes, node):
+    """Ask for the cache lines of the group of nodes that begins at `node`."""
+    for c in range(len(hashes)):
+        _prefetch(table, _line(table, _key(hashes[c], node)))
 
 
 @inlined
@@ -494,6 +502,7 @@ def read(
     """
     matches, contexts, width = len(match_table), len(successors), cut_starts.shape[1]
     hashes, guess = np.zeros(contexts, np.uint64), np.zeros((2, matches + contexts), np.int64)
+    trusted = np.zeros(matches + contexts, np.float32)
     buckets, keys = np.zeros((max(width, DEPTHS), contexts), np.int64), np.zeros((max(width, DEPTHS), contexts), np.uint64)
     inputs, path = np.zeros((DEPTHS, weights.shape[1]), np.float32), np.zeros((2, DEPTHS), np.int64)
     rows, dots = np.zeros((DEPTHS, len(sets) + 1), np.int64), np.zeros((DEPTHS, len(sets) + 1), np.float32)
@@ -501,7 +510,7 @@ def read(
     _set_contexts(hashes, history, registers, rolling)
     for i in range(max(len(tokens), len(cut_starts))):
         previous = np.int64(_past(history, registers[POSITION], 1))
-        _expect(rank, successors, history, registers, hashes, guess)
+        _expect(rank, curves, successors, maps, history, registers, hashes, guess, trusted)
         learning, steps, node, token = i < len(tokens), 0, np.int64(0), np.int64(0)
         if i < len(cut_starts):  # split the heaviest range until all are light, or the width is used up
             at, masses, count, groups = cut_starts[i], cut_masses[i], 1, 0
@@ -515,10 +524,14 @@ def read(
                     _locate(table, hashes, node, buckets, keys, groups)
                     ordinal[node] = groups
                     groups += 1
-                right = _evaluate(nodes, curves, sets, table, maps, weights, final, apm, guess, buckets, inputs, rows, dots,
+                right = _evaluate(nodes, curves, sets, table, maps, weights, final, apm, guess, trusted, buckets, inputs, rows, dots,
                                   node, ranges[1, best], 0, ordinal[nodes[node, GROUP]], previous)  # fmt: skip
                 _split(nodes, at, masses, ranges, best, right, count)
                 count += 1
+                for half in range(best, best + 2):  # where a half begins a group, its buckets will be needed soon
+                    child = ranges[0, half]
+                    if child >= 0 and masses[half] >= floor and nodes[child, LOCAL] == 1:
+                        _fetch_group(table, hashes, child)
             _describe(registers, costs, matches, guess, masses, ranges, count, scalars, i)
         if not learning:
             break
@@ -528,7 +541,7 @@ def read(
             group = depth // LEVELS
             if depth % LEVELS == 0:
                 _locate(table, hashes, path[0, depth], buckets, keys, group)
-            right = _evaluate(nodes, curves, sets, table, maps, weights, final, apm, guess, buckets, inputs, rows, dots,
+            right = _evaluate(nodes, curves, sets, table, maps, weights, final, apm, guess, trusted, buckets, inputs, rows, dots,
                               path[0, depth], depth, depth, group, previous)  # fmt: skip
             p *= right if path[1, depth] else 1 - right
         bits[i], costs[0] = -math.log2(p), -math.log(p)
@@ -560,17 +573,18 @@ def dense(
     """Probability of every token, unpruned: out float64 [V], in token order. Parents come before children."""
     matches, contexts = len(match_table), len(successors)
     hashes, guess = np.zeros(contexts, np.uint64), np.zeros((2, matches + contexts), np.int64)
+    trusted = np.zeros(matches + contexts, np.float32)
     buckets, keys = np.zeros((len(nodes), contexts), np.int64), np.zeros((len(nodes), contexts), np.uint64)
     inputs = np.zeros((1, weights.shape[1]), np.float32)
     rows, dots = np.zeros((1, len(sets) + 1), np.int64), np.zeros((1, len(sets) + 1), np.float32)
     masses, depths = np.ones(len(nodes)), np.zeros(len(nodes), np.int64)
     _set_contexts(hashes, history, registers, rolling)
-    _expect(rank, successors, history, registers, hashes, guess)
+    _expect(rank, curves, successors, maps, history, registers, hashes, guess, trusted)
     previous = np.int64(_past(history, registers[POSITION], 1))
     for node in range(len(nodes)):
         if nodes[node, LOCAL] == 1:
             _locate(table, hashes, node, buckets, keys, node)
-        right = _evaluate(nodes, curves, sets, table, maps, weights, final, apm, guess, buckets, inputs, rows, dots,
+        right = _evaluate(nodes, curves, sets, table, maps, weights, final, apm, guess, trusted, buckets, inputs, rows, dots,
                           node, depths[node], 0, nodes[node, GROUP], previous)  # fmt: skip
         for turn in range(2):
             mass, child = masses[node] * (right if turn else 1 - right), nodes[node, LEFT + turn]
