@@ -3006,14 +3006,16 @@ class Recollection:
 def recollect(memory: Memory, text: str, limit: int, before: int | None = None) -> list[Recollection]:
     """Remembered sentences that may answer a text, best first. What the user said outranks what was read; a question
     that was read stands for the answer that followed it."""
-    found = []
+    found, asked = [], stems_of(text)
     for hit in memory.search(text, limit=4 * limit, before=before):
         line = hit.text.strip()
+        if not hit.answer and stems_of(line) <= asked:
+            continue  # it says nothing that was not in the question
         if hit.kind == "message":
             if hit.role == "user" and not is_question(line):
                 found.append(Recollection(seen_from_here(line), hit.score + 0.25, "told"))
         elif hit.answer:  # a question much like this one: how alike both ways
-            likeness = len(stems_of(text) & stems_of(line)) / max(1, len(stems_of(text) | stems_of(line)))
+            likeness = len(asked & stems_of(line)) / max(1, len(asked | stems_of(line)))
             found.append(Recollection(hit.answer, likeness * min(1.0, hit.score), "read"))
         elif not line.startswith("H:"):
             found.append(Recollection(line.removeprefix("A:").strip(), 0.7 * hit.score, "read"))
@@ -3082,7 +3084,11 @@ class Voice:
         return float(costs.sum()) / max(1, len(question.encode()) + 4)
 
     def suggest(self, question: str, recalled: Sequence[Recollection], times: int = 3) -> None:
-        """Teach the overlay that the best recollections answer this question; the best is heard last and most."""
+        """Teach the overlay that the best recollections answer this question; the best is heard last and most.
+
+        To be called when the conversation so far was heard: what comes last weighs most, and what it said itself a moment
+        ago must not drown what it was told.
+        """
         for n, memory in enumerate(reversed(recalled)):
             for _ in range(times if n == len(recalled) - 1 else 1):
                 self.hear(f"H: {question}\nA: {memory.answer}\n")
@@ -3338,7 +3344,7 @@ def _turn_text(turn: Any) -> bytes:
 
 
 class QuantumBuffer:
-    """Ready when (bytes or novelty) suffice and the last burst is `cooldown` seconds ago (spec molequla §1.8).
+    """Ready when (bytes or novelty) suffice and the last burst is `cooldown` seconds ago (spec molequla §1.8), or asked.
 
     Novelty is measured against what was lived: how much dearer the new text is, in the field's bits per byte, than
     text usually was, as a share (0: as expected, 0.5: twice as dear).
@@ -3347,6 +3353,7 @@ class QuantumBuffer:
     def __init__(self, config: LearningConfig):
         self.config, self.bytes, self.bits, self.last_burst = config, 0, 0.0, -math.inf
         self.usual = 2.5  # bits per byte of what it usually hears
+        self.asked = False  # somebody asked it to learn now
 
     def feed(self, data: bytes, bits: float) -> None:
         """Count text that waits, and what it cost the field (bits; 0 where unknown)."""
@@ -3360,12 +3367,12 @@ class QuantumBuffer:
 
     def ready(self, now: float) -> bool:
         enough = self.bytes >= self.config.buffer_bytes or (self.bytes > 0 and self.novelty >= self.config.buffer_novelty)
-        return enough and now - self.last_burst >= self.config.cooldown
+        return self.asked or (enough and now - self.last_burst >= self.config.cooldown)
 
     def reset(self, now: float) -> None:
         if self.bytes:
             self.usual += 0.1 * (self.bits / self.bytes - self.usual) if self.bits else 0.0
-        self.bytes, self.bits, self.last_burst = 0, 0.0, now
+        self.bytes, self.bits, self.last_burst, self.asked = 0, 0.0, now, False
 
 
 def learning_rate(step: int, config: LearningConfig) -> float:
@@ -5554,9 +5561,10 @@ class Organism:
         surprise = voice.surprise(text)
         recalled = recollect(self.memory, text, self.config.voice.recall, before=asked)
         strong = [r for r in recalled if r.match >= RECALL_STRONG][:1]
+        lines = dict.fromkeys(f"{'H' if m.role == 'user' else 'A'}: {_one_line(m.text)[:HISTORY_CHARS]}\n" for m in history)
+        voice.hear("".join(lines))  # each line once: an answer that it gave twice is no truer for it
         voice.suggest(text, strong or [r for r in recalled if r.match >= 0.5][:2], times=4 if strong else 2)
-        lines = [f"{'H' if m.role == 'user' else 'A'}: {_one_line(m.text)[:HISTORY_CHARS]}\n" for m in history]
-        prompt = "".join(lines) + f"H: {_one_line(text)}\nA:"
+        prompt = f"H: {_one_line(text)}\nA:"
         temperature = self.config.voice.temperature * (0.3 if strong else 1.0)
         reply = voice.speak(prompt, temperature)
         reply.surprise_bits = surprise
@@ -5627,6 +5635,7 @@ class Organism:
         for piece in Reader([path]).pieces():
             self.memory.queue(piece.source, piece.data)
             total += len(piece.data)
+        self.buffer.asked = True
         self._wake_up.set()
         return total
 
