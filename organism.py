@@ -3372,7 +3372,7 @@ class QuantumBuffer:
     def reset(self, now: float) -> None:
         if self.bytes:
             self.usual += 0.1 * (self.bits / self.bytes - self.usual) if self.bits else 0.0
-        self.bytes, self.bits, self.last_burst, self.asked = 0, 0.0, now, False
+        self.bytes, self.bits, self.last_burst = 0, 0.0, now
 
 
 def learning_rate(step: int, config: LearningConfig) -> float:
@@ -5729,7 +5729,7 @@ class Organism:
             self._set_speaking(0)
             learner.credit = max(0.0, learner.credit - per_step)
             self._count_training(learner, per_step)
-            if self._stop.is_set() or time.perf_counter() - began > seconds:
+            if self._stop.is_set() or time.perf_counter() - began > seconds or (self.buffer.asked and not fresh):
                 break
         return float(np.mean(losses)) if losses else math.nan
 
@@ -5872,7 +5872,7 @@ class Organism:
                 self.buffer.feed(row.text, float(bits.sum()))
         per_step = self.config.learning.batch * self.config.learning.accum * self.published.body.context
         if self.buffer.ready(time.monotonic()) or (self.learner.credit >= per_step and not self._speaking):
-            self._busy = True
+            self._busy, self.buffer.asked = True, False  # who asks from now on means the next burst
             with self._lock:
                 self._burst()
             self.buffer.reset(time.monotonic())
