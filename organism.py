@@ -1139,7 +1139,7 @@ def logits(x: Tensor, table: Place) -> Tensor:
 
 def field_logits(x: Tensor, head: Place, gain: Place) -> Tensor:
     """x @ headᵀ + gain · ln p_field."""
-    return x.tape.record("field_logits", head.shape[0], x, [head, gain], scratch=padded(head.shape[0]) + 2 * MOST_RANGES, inner=x.width)
+    return x.tape.record("field_logits", head.shape[0], x, [head, gain], scratch=padded(head.shape[0] + 8) + 2 * MOST_RANGES, inner=x.width)
 
 
 ################################################################################################

@@ -69,7 +69,8 @@ def main() -> None:
         told = organism("chat", "--json", home=home, text="\n".join(f for f, _, _ in facts) + "\n/quit\n")
         assert told.returncode == 0, told.stderr
         asked = organism("chat", "--json", home=home, text="\n".join(q for _, q, _ in facts) + "\n/quit\n")
-        replies = [json.loads(line)["text"] for line in asked.stdout.splitlines()]
+        lines = asked.stdout.splitlines()[: len(facts)]  # /quit has its line too
+        replies = [json.loads(line)["text"] for line in lines]
     right = 0
     for (_, question, answer), reply in zip(facts, replies, strict=True):
         good = answer.lower() in reply.lower()

@@ -105,9 +105,9 @@ def view_masses(m, source, masses):
     """
     width = m.width
     starts, bits = halves(m.starts, source * width, width), halves(m.logmass, source * width, width)
-    count = i8(1)
-    while count < width and starts[count] < m.vocabulary:
-        count += 1
+    count = width
+    while count > 1 and starts[count - 1] >= m.vocabulary:
+        count -= 1
     for k in range(count):
         masses[k] = half(bits[k])
     for k in range(count, padded(count)):
@@ -169,7 +169,11 @@ def field_input_back(r, m):
 
 @njit(**HELP)
 def spread(m, source, masses, widths, out):
-    """out[leaf position] = ln p of every token in a row of the view; masses and widths are work space."""
+    """out[leaf position] = ln p of every token in a row of the view; masses and widths are work space.
+
+    Ranges are filled eight numbers at a time: what is written beyond a range's end is overwritten by the next one, and
+    behind the last there is room.
+    """
     count, starts = view_masses(m, source, masses), halves(m.starts, source * m.width, m.width)
     cumulative, shares = doubles(m.cumulative, m.vocabulary + 1), floats(m.shares, 0, m.vocabulary)
     for k in range(count):
@@ -179,12 +183,16 @@ def spread(m, source, masses, widths, out):
     for k in range(padded(count)):
         widths[k] = masses[k] - log(widths[k])
     for k in range(count):
-        level, first, end = widths[k], i8(starts[k]), range_end(m, starts, k, count)
-        if end - first == 1:
-            out[first] = masses[k]
+        level, j, end = widths[k], i8(starts[k]), range_end(m, starts, k, count)
+        if end - j == 1:
+            out[j] = masses[k] - shares[j]  # exactly its mass, after the sum below
         else:
-            for j in range(first, end):
-                out[j] = level + shares[j]
+            while j < end:
+                for x in range(8):
+                    out[j + x] = level
+                j += 8
+    for j in range(m.vocabulary):
+        out[j] += shares[j]
 
 
 # --- Norm, products, SwiGLU. ---
@@ -510,7 +518,7 @@ def field_loss_back(r, m):
 def _field_loss(r, m, learn):
     """Logits lie in leaf order, in which the field's ranges are runs: head rows are put in that order first, and their
     gradient back out of it last."""
-    V, C, ld, inverse = r.vocabulary, r.inner, padded(r.vocabulary + 1), f4(m.inverse)
+    V, C, ld, inverse = r.vocabulary, r.inner, padded(r.vocabulary + 8), f4(m.inverse)
     logits = m.activations + 4 * r.scratch
     fields, scaled = logits + 4 * LOGIT_ROWS * ld, logits + 8 * LOGIT_ROWS * ld
     space = scaled + 4 * LOGIT_ROWS * C
@@ -607,8 +615,8 @@ def field_logits(r, m):
     """For one row."""
     V, C = r.outer, r.inner
     _head(r, m, V, m.activations + 4 * r.out)
-    out, a, f = floats(m.activations, r.out, V), floats(m.activations, r.x, C), floats(m.activations, r.scratch, V)
-    space = m.activations + 4 * (r.scratch + padded(V))
+    out, a, f = floats(m.activations, r.out, V), floats(m.activations, r.x, C), floats(m.activations, r.scratch, padded(V + 8))
+    space = m.activations + 4 * (r.scratch + padded(V + 8))
     masses, widths = floats(space, 0, padded(m.width)), floats(space, padded(m.width), padded(m.width))
     gain, leaf, source = floats(m.parameters, r.weight2, C + FIELD_SCALARS + 1), ints(m.leaf, V), view_row(m, 0)
     spread(m, source, masses, widths, f)
