@@ -3702,7 +3702,7 @@ class Score:
 
 
 class Prequential:
-    """One pass over a text: every `STEP` tokens are predicted by averaged weights, then learned, with a step of training.
+    """One pass over a text: each `STEP` tokens are predicted by averaged weights, then learned with a step of training.
 
     All that it decides, it decides from bytes that it has read, and from how many there will be, which a header can
     state: so the figure is the length of a code that `Compression` writes and reads. At the first token that reaches a
@@ -3830,9 +3830,9 @@ def newborn_learner(
 
 
 class RangeEncoder:
-    """Turns choices into bytes, by their shares of a range (Martin 1979, "Range encoding"; carries as Schindler's coder).
+    """Turns choices into bytes, by their shares of a range (Martin 1979, "Range encoding"; carries as in Schindler's).
 
-    A choice is the part low…high of a whole number `total`, up to 2^32. `range` has 56 bits or more between two choices,
+    A choice is the part low…high of a whole number `total`, up to 2^32. `range` has at least 56 bits between choices,
     so that rounding costs next to nothing. The decoder below mirrors it.
     """
 
