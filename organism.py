@@ -2575,6 +2575,7 @@ class Body:
             elif kind != "head":
                 array[:] = rng.standard_normal(place.shape, np.float32) * np.float32(spread)
         self.arena.average[:] = self.arena.parameters
+        self.birth = self.arena["embedding"].copy()  # never written to; gamma is the difference from it
 
     @property
     def on_field(self) -> bool:
@@ -2635,6 +2636,7 @@ class Body:
                     target[old:] = source[first]
                 elif name == "embedding":
                     target[old:] = source[last] if self.on_field else (source[first] + source[last]) / 2
+        self.birth = np.concatenate([self.birth, arena["embedding"][old:]])
         self.shape, self.arena = shape, arena
 
     # State.
@@ -2642,6 +2644,7 @@ class Body:
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays by "ARRAY/NAME", and what else from_state needs, as JSON can hold it."""
         arrays = {f"{array}/{name}": self.arena.view(array, name) for array in Arena.ARRAYS for name in self.arena.places}
+        arrays["birth/embedding"] = self.birth
         return arrays, dict(stage=self.stage, steps=self.steps, shape=dataclasses.asdict(self.shape))
 
     @staticmethod
@@ -2657,6 +2660,7 @@ class Body:
                 if given is None or given.shape != place.shape:
                     raise OrganismError(f"The body's checkpoint does not fit its shape: {array}/{name} is {getattr(given, 'shape', 'missing')}, not {place.shape}.")
                 body.arena.view(array, name)[:] = given
+        body.birth = np.array(arrays["birth/embedding"])
         return body
 
 
@@ -3558,7 +3562,7 @@ class Learner:
         """Let field and experience read tokens [n]; returns the field's cost of each in bits [n] and the views."""
         if not self.on_field:
             if isinstance(self.field, CooccurField) and self.field.seen < PLAIN_FIELD_TOKENS:
-                self.field.read(tokens)
+                self.field.read(tokens, costs=False)
             self.experience.append(tokens, None)
             return np.zeros(len(tokens)), None
         costs, view = self.field.read(tokens, views=True)
@@ -3637,28 +3641,68 @@ class Learner:
         grown = Tokenizer(self.tokenizer.merges)
         if grown.learn((data for data, _ in past()), merges) == 0:
             return False
-        old_vocabulary = len(self.tokenizer)
-        self.release()
-        self.tokenizer = grown
-        self.body.grow_vocabulary(grown, old_vocabulary)
-        self.rebuild(past())
+        self.expand(grown, past())
         return True
 
+    def expand(self, tokenizer: Tokenizer, past: Iterable[tuple[bytes, int]]) -> None:
+        """Go over to a tokenizer that has more merges than the present one."""
+        self.release()
+        with self._whole():
+            old, self.tokenizer, self.body = len(self.tokenizer), tokenizer, self.body.copy()
+            self.body.grow_vocabulary(tokenizer, old)
+            self.rebuild(past)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is replaced inside is replaced altogether, or, when something comes between (Ctrl-C), not at all."""
+        names = ("tokenizer", "body", "field", "experience", "past", "past_view")
+        before = {name: getattr(self, name) for name in names}
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+
     def rebuild(self, past: Iterable[tuple[bytes, int]], table_mb: int | None = None) -> None:
-        """Make field and experience anew from the past, an iterable of (data, part) in the order of learning."""
-        rows = [self.encode(data, part) for data, part in past]
+        """Make field and experience anew from the past, an iterable of (data, part) in the order of learning.
+
+        The field reads all of it; the experience, whose views cost most, gets what it has room for.
+        """
+        with self._whole():
+            self._rebuild([self.encode(data, part) for data, part in past], table_mb)
+
+    def _rebuild(self, rows: list[np.ndarray], table_mb: int | None) -> None:
         counts = np.bincount(np.concatenate(rows), minlength=len(self.tokenizer)) if rows else None
         self.field = fresh_field(self.tokenizer, self.config, counts, compiled=self.compiled,
                                  table_mb=max(table_mb or 0, getattr(self.field.config, "table_mb", 0)), seen=sum(map(len, rows)), plain=not self.on_field)  # fmt: skip
         self.experience = self._new_experience()
         self.past, self.past_view = np.full(1, Tokenizer.BOS, np.int32), None
-        for tokens in rows:
-            _, view = self.read(tokens)
-            self.experience.trim()
-            self.follow(tokens, view)
+        kept = spread_rows([len(tokens) for tokens in rows], self.experience.capacity)
+        for number, tokens in enumerate(rows):
+            if number in kept:
+                _, view = self.read(tokens)
+                self.follow(tokens, view)
+            elif self.on_field:
+                self.field.read(tokens)
 
 
-PLAIN_FIELD_TOKENS = 500_000  # a body without a field blends with n-gram counts of at most so many tokens
+PLAIN_FIELD_TOKENS = 100_000  # a body without a field blends with n-gram counts of at most so many tokens
+
+
+def spread_rows(sizes: Sequence[int], capacity: int) -> set[int]:
+    """Numbers of the rows that are kept where all would be too many: the newest, and others evenly from before."""
+    kept, room, last = set(), capacity, len(sizes)
+    while last and room > (0 if sum(sizes) <= capacity else 3 * capacity // 4):
+        last -= 1
+        room -= sizes[last]
+        kept.add(last)
+    share, owed = max(0, room) / max(1, sum(sizes[:last])), 0.0
+    for number in range(last):
+        owed += share * sizes[number]
+        if owed >= sizes[number]:
+            kept.add(number)
+            owed -= sizes[number]
+    return kept
 
 
 def _by_length(windows: list[tuple[int, int]], most: int = 32) -> Iterator[list[tuple[int, int]]]:
@@ -5482,7 +5526,7 @@ class Organism:
         if stage and stage != self.state["stage"]:
             raise UsageError(f"The organism in {self.home.path} is at stage {self.state['stage']!r}, not {stage!r}: choose another --home, or leave --stage out.")
         tokenizer = Tokenizer.from_state(self.state["tokenizer"])
-        body, self._birth_embedding = self._load_body(generation.path, tokenizer)
+        body = self._load_body(generation.path)
         field = self._load_field(generation.path, tokenizer, body)
         gate = Gate().load(self.state["gate"])
         self.published = Snapshot(tokenizer, field, body, gate, generation.number, self.compiled)
@@ -5497,7 +5541,6 @@ class Organism:
         if stage not in STAGES:
             raise UsageError(f"There is no stage {stage!r}: choose one of {', '.join(STAGES)}.")
         body = Body(stage, len(tokenizer), self.config.body, seed)
-        self._birth_embedding = body.arena["embedding"].copy()
         self.state = dict(format=STATE_FORMAT, seed=seed, stage=stage, field_seq=0, lived_bytes=0, training_tokens=0,
                           training_flops=0.0, loss=None, reading={}, credit=0.0, rng=None, learned=0)  # fmt: skip
         self.home.birth(dict(born=time.time(), seed=seed, stage=stage, parent=None, corpus=hashlib.sha256(text).hexdigest()))
@@ -5509,12 +5552,10 @@ class Organism:
         self._publish_files(self.published, dict(keep=True))
         self.memory.event("birth", dict(stage=stage, seed=seed, vocab=len(tokenizer)))
 
-    def _load_body(self, folder: Path, tokenizer: Tokenizer) -> tuple[Body, np.ndarray]:
+    def _load_body(self, folder: Path) -> Body:
         from safetensors.numpy import load_file
 
-        arrays = load_file(folder / "body.safetensors")
-        birth = arrays.pop("birth/embedding")
-        return Body.from_state(self.state["body"], arrays, self.config.body), birth
+        return Body.from_state(self.state["body"], load_file(folder / "body.safetensors"), self.config.body)
 
     def _load_field(self, folder: Path, tokenizer: Tokenizer, body: Body) -> Field | CooccurField:
         """The field's checkpoint and what was lived since, or everything lived, replayed."""
@@ -5741,10 +5782,7 @@ class Organism:
         """A larger vocabulary or a larger field table, once enough was lived; both replay the past."""
         merges = wanted_merges(self.state["lived_bytes"], self.config.tokenizer)
         if merges > len(learner.tokenizer.merges):
-            old = len(learner.tokenizer)
             if learner.grow_vocabulary(merges, self._past):
-                rows = learner.body.arena["embedding"][old:]
-                self._birth_embedding = np.concatenate([self._birth_embedding, rows])
                 self._field_dirty = True
                 self.memory.event("vocabulary", dict(size=len(learner.tokenizer)))
                 return True
@@ -5780,7 +5818,6 @@ class Organism:
         from safetensors.numpy import save
 
         arrays, meta = snapshot.body.state()
-        arrays = dict(arrays) | {"birth/embedding": self._birth_embedding}
         files: dict[str, Any] = {"body.safetensors": save({k: np.ascontiguousarray(v) for k, v in arrays.items()})}
         if learner is not None and learner.on_field and not isinstance(learner.field, CooccurField):
             files["field.npz"] = _npz(learner.field.state())
@@ -5931,7 +5968,7 @@ class Organism:
         return learner, past
 
     def gamma(self) -> Gamma:
-        return Gamma.of(self.published.body.arena["embedding"], self._birth_embedding)
+        return Gamma.of(self.published.body.arena["embedding"], self.published.body.birth)
 
     def status(self) -> dict[str, Any]:
         snap, gamma, counts = self.published, self.gamma(), self.memory.counts()
@@ -6070,14 +6107,9 @@ class Schooling:
         learner = life.learner
         ahead = itertools.islice(self.reader.pieces(), 64) if "-" not in self.reader.files else iter(())
         sample = [(p.data, p.part) for p in ahead]
-        old = len(learner.tokenizer)
         grown = Tokenizer(learner.tokenizer.merges)
         grown.learn([d for d, _ in itertools.chain(life._past(), sample)], merges)
-        learner.release()
-        learner.tokenizer = grown
-        learner.body.grow_vocabulary(grown, old)
-        life._birth_embedding = np.concatenate([life._birth_embedding, learner.body.arena["embedding"][old:]])
-        learner.rebuild(life._past())
+        learner.expand(grown, life._past())
         life._field_dirty = True
 
     def _school(self) -> None:
@@ -6755,6 +6787,8 @@ def _run_status(asking: _Asking) -> None:
 )
 def _run_compress(asking: _Asking, file: str, out: str, stage: str | None) -> None:
     """Compress a file to what `eval --prequential --blank` says it costs; this machine and version can decompress it.
+
+    Works with one thread unless --threads says more; decompression takes as many.
 
     organism compress book.txt -o book.organism
     """
