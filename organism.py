@@ -38,7 +38,6 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import shutil
 import signal
@@ -50,7 +49,7 @@ import time
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +83,9 @@ def organ(name: str):
         return importlib.import_module(package)
     except ImportError as error:
         hint = f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
-        raise OrganismError(f"The organ '{name}' needs {error.name or package}, which is not installed: {hint}") from error
+        raise OrganismError(
+            f"The organ '{name}' needs {error.name or package}, which is not installed: {hint}"
+        ) from error
 
 
 def kernels_ready() -> bool:
@@ -450,9 +451,7 @@ def _config_type(like: object) -> str:
 def _config_template() -> str:
     """organism.toml of a newborn: every setting with its meaning, commented out."""
     lines, last = (
-        [
-            "# Settings of this organism; remove a `# ` to change one. ORGANISM_SECTION_KEY and flags outrank them."
-        ],
+        ["# Settings of this organism; remove a `# ` to change one. ORGANISM_SECTION_KEY and flags outrank them."],
         "",
     )
     for name, value, meaning in settings_table():
@@ -627,7 +626,9 @@ class Tensor:
     def __matmul__(self, weight: Place) -> Tensor:
         inner, outer = weight.shape
         assert inner == self.width, f"a product of {self.width} columns with a matrix of {weight.shape}"
-        return self.tape.record("linear", outer, self, weights=[weight], inner=inner, scratch_back=inner * outer, scale=1.0)
+        return self.tape.record(
+            "linear", outer, self, weights=[weight], inner=inner, scratch_back=inner * outer, scale=1.0
+        )
 
     def __rmul__(self, factor: float) -> Tensor:
         self._product().fields["scale"] *= factor
@@ -749,7 +750,16 @@ class _Planner:
             if r.y is not None and not self.training and not left[id(r.y)]:
                 r.out.value = r.y.value  # nobody will miss y: the sum may lie over it
             if not (self.training and OPS[r.op].loss):  # a loss runs once, forward and backward together
-                self._emit(r.op, r, r.scratch, r.fields, x=r.x and r.x.value, y=r.y and r.y.value, out=r.out.value, saved=r.saved)
+                self._emit(
+                    r.op,
+                    r,
+                    r.scratch,
+                    r.fields,
+                    x=r.x and r.x.value,
+                    y=r.y and r.y.value,
+                    out=r.out.value,
+                    saved=r.saved,
+                )
 
     def _backward(self, r: _Record) -> None:
         op, x, y, d_out = OPS[r.op], r.x, r.y, r.out.grad
@@ -1091,7 +1101,9 @@ def embed(tape: Tape, table: Place) -> Tensor:
 
 def field_input(x: Tensor, expected: Place, scalars: Place) -> Tensor:
     """x plus what the field expects next: expected [V, C], scalars [6, C]."""
-    return x.tape.record("field_input", x.width, x, weights=[expected, scalars], scratch=MOST_RANGES, scratch_back=MOST_RANGES)
+    return x.tape.record(
+        "field_input", x.width, x, weights=[expected, scalars], scratch=MOST_RANGES, scratch_back=MOST_RANGES
+    )
 
 
 def rms_norm(x: Tensor, gain: Place) -> Tensor:
@@ -1110,9 +1122,13 @@ def attention(x: Tensor, heads: int, size: int, hybrid: int, pure: int, alpha: P
     numbers = dict(inner=x.width, heads=heads, size=size, hybrid=hybrid, pure=pure)
     if tape.length == 1:
         begins, tape.cache = tape.cache, tape.cache + 2 * tape.context * 2 * heads * size
-        return tape.record("attention_step", heads * size, x, weights, scratch=padded(tape.context) + LANES, cache=begins, **numbers)
+        return tape.record(
+            "attention_step", heads * size, x, weights, scratch=padded(tape.context) + LANES, cache=begins, **numbers
+        )
     row = padded(tape.length)
-    return tape.record("attention", heads * size, x, weights, saved=heads * row, scratch_back=tape.length * (row + size), **numbers)
+    return tape.record(
+        "attention", heads * size, x, weights, saved=heads * row, scratch_back=tape.length * (row + size), **numbers
+    )
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -1123,13 +1139,17 @@ def swiglu(x: Tensor) -> Tensor:
 def cross_entropy(x: Tensor, table: Place) -> Tensor:
     """ln p of the machine's targets with the tied head `table` [V, C]; the end of a tape."""
     size = LOGIT_ROWS * (table.shape[0] + 2 * LANES + x.width) + table.size
-    return x.tape.record("cross_entropy", 0, x, [table], scratch=size, scratch_back=size, inner=x.width, vocabulary=table.shape[0])
+    return x.tape.record(
+        "cross_entropy", 0, x, [table], scratch=size, scratch_back=size, inner=x.width, vocabulary=table.shape[0]
+    )
 
 
 def field_loss(x: Tensor, head: Place, gain: Place) -> Tensor:
     """ln p of the machine's targets on the field: head [V, C], gain [C + 7] (of x, of the six scalars, bias)."""
     size = LOGIT_ROWS * (2 * (head.shape[0] + 2 * LANES) + x.width) + 2 * MOST_RANGES + 3 * head.size
-    return x.tape.record("field_loss", 0, x, [head, gain], scratch=size, scratch_back=size, inner=x.width, vocabulary=head.shape[0])
+    return x.tape.record(
+        "field_loss", 0, x, [head, gain], scratch=size, scratch_back=size, inner=x.width, vocabulary=head.shape[0]
+    )
 
 
 def logits(x: Tensor, table: Place) -> Tensor:
@@ -1139,7 +1159,14 @@ def logits(x: Tensor, table: Place) -> Tensor:
 
 def field_logits(x: Tensor, head: Place, gain: Place) -> Tensor:
     """x @ headᵀ + gain · ln p_field."""
-    return x.tape.record("field_logits", head.shape[0], x, [head, gain], scratch=padded(head.shape[0] + 8) + 2 * MOST_RANGES, inner=x.width)
+    return x.tape.record(
+        "field_logits",
+        head.shape[0],
+        x,
+        [head, gain],
+        scratch=padded(head.shape[0] + 8) + 2 * MOST_RANGES,
+        inner=x.width,
+    )
 
 
 ################################################################################################
@@ -1278,7 +1305,9 @@ class Tokenizer:
     def _append(self, merges: Iterable[Sequence[int]]) -> None:
         for a, b in merges:
             if not (0 <= min(a, b) and max(a, b) < len(self) and self.vocabulary[a] and self.vocabulary[b]):
-                raise OrganismError(f"A tokenizer cannot merge tokens {a} and {b}: it has {len(self)}, three of them special.")
+                raise OrganismError(
+                    f"A tokenizer cannot merge tokens {a} and {b}: it has {len(self)}, three of them special."
+                )
             self.merges.append((int(a), int(b)))
             self.vocabulary.append(self.vocabulary[a] + self.vocabulary[b])
         self._cache = _SegmentCache({pair: rank for rank, pair in enumerate(self.merges)})
@@ -1342,7 +1371,9 @@ class Tokenizer:
             return 0
         before = len(self.merges)
         if kernels_ready():
-            learned = _token_kernels().learn(texts, self.merges, self.vocabulary, merges, TOKEN_MIN_COUNT, character_classes())
+            learned = _token_kernels().learn(
+                texts, self.merges, self.vocabulary, merges, TOKEN_MIN_COUNT, character_classes()
+            )
         else:
             learned = _MergeLearner(self, _token_counts(texts)).learn(merges)
         self._append(learned)
@@ -1529,7 +1560,9 @@ class FieldTree:
     def __init__(self, vocabulary: list[bytes], weights: np.ndarray | None = None):
         size = len(vocabulary)
         if not 2 <= size <= MAX_VOCABULARY:
-            raise OrganismError(f"A field needs between 2 and {MAX_VOCABULARY} tokens, not {size}: lower tokenizer.max_merges.")
+            raise OrganismError(
+                f"A field needs between 2 and {MAX_VOCABULARY} tokens, not {size}: lower tokenizer.max_merges."
+            )
         self.weights = np.zeros(size) if weights is None else np.asarray(weights, np.float64)
         if self.weights.shape != (size,) or not np.all(np.isfinite(self.weights)) or self.weights.min() < 0:
             raise ValueError(f"weights of {size} tokens must be {size} finite numbers >= 0, not {self.weights.shape}")
@@ -1645,7 +1678,9 @@ def _field_view(starts: np.ndarray, mass: np.ndarray, scalars: np.ndarray, tree:
     """Round the ranges of a cut (mass: float [N, K], 0 where unused) to what a view keeps."""
     with np.errstate(divide="ignore"):
         logmass = np.where(mass > 0, np.log(mass), 0.0)
-    return FieldView(starts.astype(np.uint16), np.maximum(logmass, -60000.0).astype(np.float16), scalars.astype(np.float16), tree)
+    return FieldView(
+        starts.astype(np.uint16), np.maximum(logmass, -60000.0).astype(np.float16), scalars.astype(np.float16), tree
+    )
 
 
 # --- Tables of the mixer: constants that both twins compute with, and the arrays that learn. ---
@@ -1703,7 +1738,9 @@ def _field_tables(tree: FieldTree, config: FieldConfig) -> _FieldTables:
     visits = np.arange(1024)
     rates = [65536 / (np.minimum(visits, config.count_limit) + 1.6), 65536 / (visits + 1.5)]
     mixer_rates = np.maximum(config.mixer_floor, 0.02 / np.sqrt(visits + 1)).astype(np.float32)
-    return _FieldTables(curves, np.array(rates, np.int64), mixer_rates, _field_transitions(), np.cumsum(rows).astype(np.int64))
+    return _FieldTables(
+        curves, np.array(rates, np.int64), mixer_rates, _field_transitions(), np.cumsum(rows).astype(np.int64)
+    )
 
 
 def _field_aligned(size: int, dtype: type) -> np.ndarray:
@@ -1865,7 +1902,12 @@ class _FieldReference:
         if self.contexts > 6:
             h += [1, order[6], word + word2 * 5, _field_mix(indent, recent & 0xFF)]
             h += [recent & (1 << 8 * k) - 1 for k in range(1, 6)]
-            h += [expected, _field_mix(word1, self.past(1)), _field_mix(word, indent), _field_mix(expected, self.past(1))]
+            h += [
+                expected,
+                _field_mix(word1, self.past(1)),
+                _field_mix(word, indent),
+                _field_mix(expected, self.past(1)),
+            ]
         self.hashes = [_field_mix(x & _FIELD_MASK, 1000 + c) * _FIELD_HASH2 & _FIELD_MASK for c, x in enumerate(h)]
 
     def expected(self) -> int:
@@ -1921,7 +1963,10 @@ class _FieldReference:
             candidate = int(cells[cell])
             if (at == 0 or length < minimum) and 0 < candidate and position - candidate < size - 65:
                 same = 0
-                while same < min(32, candidate) and history[(candidate - 1 - same) % size] == history[(position - 1 - same) % size]:
+                while (
+                    same < min(32, candidate)
+                    and history[(candidate - 1 - same) % size] == history[(position - 1 - same) % size]
+                ):
                     same += 1
                 if same >= minimum:
                     at, length, misses = candidate, same, 0
@@ -2002,7 +2047,9 @@ class _FieldReference:
         maps = state.apm[node], state.apm[len(self.nodes) + hashed % (len(state.apm) - len(self.nodes))]
         corrected = [float(curve[left] * (1 - share) + curve[left + 1] * share) for curve in maps]
         p = min(max(0.35 * mixed + 0.2 * corrected[0] + 0.45 * corrected[1], 5e-5), 1 - 5e-5)
-        self.workings = dict(p=p, x=x, rows=rows, dots=dots, second=second, mixed=mixed, left=left, share=share, maps=maps)
+        self.workings = dict(
+            p=p, x=x, rows=rows, dots=dots, second=second, mixed=mixed, left=left, share=share, maps=maps
+        )
         return self.workings
 
     def guess_inputs(self, node: int, x: np.ndarray) -> int:
@@ -2064,7 +2111,10 @@ class _FieldReference:
             at, mass, node, depth = heaviest
             (left, left_p), (right, right_p) = self.children(node, depth, buckets)
             place = ranges.index(heaviest)
-            halves = [(at, mass * left_p, left, depth + 1), (int(self.nodes[node, 1]), mass * right_p, right, depth + 1)]
+            halves = [
+                (at, mass * left_p, left, depth + 1),
+                (int(self.nodes[node, 1]), mass * right_p, right, depth + 1),
+            ]
             ranges[place : place + 1] = halves
         starts[: len(ranges)] = [r[0] for r in ranges]
         masses[: len(ranges)] = [r[1] for r in ranges]
@@ -2073,7 +2123,9 @@ class _FieldReference:
         scalars[:] = _field_scalars([r[1] for r in ranges], top, length, *self.state.costs)
 
 
-def _field_scalars(masses: list[float], top: float, match_length: int | None, last_cost: float, recent_cost: float) -> list[float]:
+def _field_scalars(
+    masses: list[float], top: float, match_length: int | None, last_cost: float, recent_cost: float
+) -> list[float]:
     """The six scalars beside a view, scaled to about ±1: what is known of how sure the field is. Costs in nats."""
     entropy = -sum(mass * math.log(mass) for mass in masses if mass > 0)
     return [entropy / 2 - 1, 2 * top - 1, math.log1p(match_length or 0) - 1, float(match_length is not None),
@@ -2090,7 +2142,9 @@ class Field:
     in bits, probabilities are plain numbers. One thread may use a field at a time; a copy is independent.
     """
 
-    def __init__(self, vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray | None = None, engine: str = "auto"):
+    def __init__(
+        self, vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray | None = None, engine: str = "auto"
+    ):
         self.config, self.tree = config, FieldTree(vocabulary, weights)
         self.tables = _field_tables(self.tree, config)
         self.arrays = _field_state(self.tree, self.tables, config)
@@ -2107,14 +2161,19 @@ class Field:
 
     # Reading and learning.
 
-    def read(self, tokens, views: bool = False, learn: bool = True, costs: bool = True) -> tuple[np.ndarray, FieldView | None]:
+    def read(
+        self, tokens, views: bool = False, learn: bool = True, costs: bool = True
+    ) -> tuple[np.ndarray, FieldView | None]:
         """Predict, then learn, each of the tokens [N]: cost of each in bits float64 [N], and the views before each.
 
         learn=False moves contexts and matches past the tokens and learns nothing. (costs: for CooccurField's sake.)
         """
         tokens = self._checked(tokens)
         bits, rows = np.zeros(len(tokens)), len(tokens) if views else 0
-        parts = [self._read_part(tokens[i : i + 65536], views, learn, bits[i : i + 65536]) for i in range(0, len(tokens), 65536)]
+        parts = [
+            self._read_part(tokens[i : i + 65536], views, learn, bits[i : i + 65536])
+            for i in range(0, len(tokens), 65536)
+        ]
         if not views:
             return bits, None
         return bits, FieldView.concat(parts) if parts else self._empty_view(rows)
@@ -2129,7 +2188,18 @@ class Field:
     def _read_part(self, tokens: np.ndarray, views: bool, learn: bool, bits: np.ndarray) -> FieldView | None:
         self._make_room(len(tokens))
         starts, mass, scalars = self._blank_cuts(len(tokens) if views else 0)
-        self._twin.read(*self._tree_arrays(), *self.tables, *self.arrays, tokens, learn, bits, self.config.view_floor, starts, mass, scalars)
+        self._twin.read(
+            *self._tree_arrays(),
+            *self.tables,
+            *self.arrays,
+            tokens,
+            learn,
+            bits,
+            self.config.view_floor,
+            starts,
+            mass,
+            scalars,
+        )
         return _field_view(starts, mass, scalars, self.tree) if views else None
 
     def _blank_cuts(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -2178,7 +2248,18 @@ class Field:
         """The pruned distribution of the next token, one row, with boosts."""
         starts, mass, scalars = self._blank_cuts(1)
         nothing = np.zeros(0, np.int64)
-        self._twin.read(*self._tree_arrays(), *self.tables, *self.arrays, nothing, False, np.zeros(0), self.config.view_floor, starts, mass, scalars)
+        self._twin.read(
+            *self._tree_arrays(),
+            *self.tables,
+            *self.arrays,
+            nothing,
+            False,
+            np.zeros(0),
+            self.config.view_floor,
+            starts,
+            mass,
+            scalars,
+        )
         if self.boosts.any():
             mass = self._boosted(starts, mass)
         return _field_view(starts, mass, scalars, self.tree)
@@ -2228,7 +2309,9 @@ class Field:
                     settings=np.frombuffer(settings.encode(), np.uint8))  # fmt: skip
 
     @classmethod
-    def from_state(cls, vocabulary: list[bytes], config: FieldConfig, arrays: dict[str, np.ndarray], engine: str = "auto") -> Field:
+    def from_state(
+        cls, vocabulary: list[bytes], config: FieldConfig, arrays: dict[str, np.ndarray], engine: str = "auto"
+    ) -> Field:
         """The field that `state` described; what shapes its arrays comes from there, not from config."""
         settings = json.loads(bytes(np.asarray(arrays["settings"], np.uint8)))
         made = cls(vocabulary, dataclasses.replace(config, **settings), arrays["tree_weights"], engine)
@@ -2238,7 +2321,9 @@ class Field:
                 made.arrays = made.arrays._replace(history=given.copy())
                 continue
             if given.shape != mine.shape or given.dtype != mine.dtype:
-                raise OrganismError(f"The field's checkpoint does not fit its vocabulary: {name} is {given.shape}, not {mine.shape}.")
+                raise OrganismError(
+                    f"The field's checkpoint does not fit its vocabulary: {name} is {given.shape}, not {mine.shape}."
+                )
             mine[...] = given
         made.boosts[:] = arrays["boosts"]
         return made
@@ -2260,11 +2345,15 @@ def _field_twin(engine: str):
 class ReferenceField(Field):
     """The field on the readable twin: slow, and the oracle of the kernel's tests."""
 
-    def __init__(self, vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray | None = None, engine: str = "numpy"):
+    def __init__(
+        self, vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray | None = None, engine: str = "numpy"
+    ):
         super().__init__(vocabulary, config, weights, "numpy")
 
 
-def make_field(vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray | None, compiled: bool) -> Field | CooccurField:
+def make_field(
+    vocabulary: list[bytes], config: FieldConfig, weights: np.ndarray | None, compiled: bool
+) -> Field | CooccurField:
     """The context mixer where kernels are compiled, n-gram counts where they are not."""
     return Field(vocabulary, config, weights, "numba") if compiled else CooccurField(vocabulary, config, weights)
 
@@ -2279,7 +2368,15 @@ class CooccurField:
     then p = (1 - share) · p_last + share · (how often t was near the last five tokens). The interface is Field's. (molequla §1.5)
     """
 
-    ORDERS = (1, 2, 3, 4, 6, 10, 16)  # molequla ends at 4; a young vocabulary is bytes, and recall must find its way there
+    ORDERS = (
+        1,
+        2,
+        3,
+        4,
+        6,
+        10,
+        16,
+    )  # molequla ends at 4; a young vocabulary is bytes, and recall must find its way there
     NEAR = 5
     STRENGTH = 2.0  # observations that the shorter context is worth (chosen on nonames.txt)
     SHARE = 0.03  # of co-occurrence; molequla's .3 is worse by far as a predictor (the same)
@@ -2295,7 +2392,9 @@ class CooccurField:
         self.seen = 0
         self.last_costs = [0.0, 2.0]  # nats: of the last token, and the running mean
 
-    def read(self, tokens, views: bool = False, learn: bool = True, costs: bool = True) -> tuple[np.ndarray, FieldView | None]:
+    def read(
+        self, tokens, views: bool = False, learn: bool = True, costs: bool = True
+    ) -> tuple[np.ndarray, FieldView | None]:
         """As Field.read. costs=False counts all at once, several times faster, and returns zeros."""
         tokens = Field._checked(self, tokens).tolist()
         bits, rows = np.zeros(len(tokens)), []
@@ -2414,7 +2513,11 @@ class CooccurField:
         made = cls(vocabulary, config, arrays["tree_weights"])
         for name in ("near_totals", "boosts"):
             getattr(made, name)[:] = arrays[name]
-        made.recent, made.seen, made.last_costs = arrays["recent"].tolist(), int(arrays["seen"]), arrays["last_costs"].tolist()
+        made.recent, made.seen, made.last_costs = (
+            arrays["recent"].tolist(),
+            int(arrays["seen"]),
+            arrays["last_costs"].tolist(),
+        )
         targets = [("near", made.near)] + [(f"counts{n}", counts) for n, counts in zip(cls.ORDERS, made.counts)]
         for name, counter in targets + [(f"contexts{n}", contexts) for n, contexts in zip(cls.ORDERS, made.contexts)]:
             counter.update({tuple(row[:-1]): row[-1] for row in arrays[name].tolist()})
@@ -2471,7 +2574,9 @@ class BodyShape:
         size = STAGES[stage]
         types = config.head_types or ("content",) * (size.heads - size.heads // 2) + ("hybrid",) * (size.heads // 2)
         if len(types) != size.heads:
-            raise UsageError(f"body.head_types names {len(types)} heads, but stage {stage!r} has {size.heads}: name each, or none.")
+            raise UsageError(
+                f"body.head_types names {len(types)} heads, but stage {stage!r} has {size.heads}: name each, or none."
+            )
         return BodyShape(*size, hybrid=types.count("hybrid"), pure=types.count("rrpram"), context=config.context,
                          vocabulary=vocabulary, on_field=config.field, operators=("attention",) * size.layers)  # fmt: skip
 
@@ -2598,7 +2703,9 @@ class Body:
 
     # Measuring.
 
-    def log_probs(self, x: np.ndarray, y: np.ndarray, view: FieldView | None, compiled: bool | None = None) -> np.ndarray:
+    def log_probs(
+        self, x: np.ndarray, y: np.ndarray, view: FieldView | None, compiled: bool | None = None
+    ) -> np.ndarray:
         """float32 [B, T]: ln p of each target y after the tokens x [B, T] (T up to the context), by the averaged weights;
         view: the B·T rows of the field's distribution for y, of a body on the field."""
         compiled = kernels_ready() if compiled is None else compiled
@@ -2643,7 +2750,9 @@ class Body:
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays by "ARRAY/NAME", and what else from_state needs, as JSON can hold it."""
-        arrays = {f"{array}/{name}": self.arena.view(array, name) for array in Arena.ARRAYS for name in self.arena.places}
+        arrays = {
+            f"{array}/{name}": self.arena.view(array, name) for array in Arena.ARRAYS for name in self.arena.places
+        }
         arrays["birth/embedding"] = self.birth
         return arrays, dict(stage=self.stage, steps=self.steps, shape=dataclasses.asdict(self.shape))
 
@@ -2658,7 +2767,9 @@ class Body:
             for name, place in body.arena.places.items():
                 given = arrays.get(f"{array}/{name}")
                 if given is None or given.shape != place.shape:
-                    raise OrganismError(f"The body's checkpoint does not fit its shape: {array}/{name} is {getattr(given, 'shape', 'missing')}, not {place.shape}.")
+                    raise OrganismError(
+                        f"The body's checkpoint does not fit its shape: {array}/{name} is {getattr(given, 'shape', 'missing')}, not {place.shape}."
+                    )
                 body.arena.view(array, name)[:] = given
         body.birth = np.array(arrays["birth/embedding"])
         return body
@@ -2682,7 +2793,9 @@ def _part_rows(tokenizer: Tokenizer, old: int, side: int) -> np.ndarray:
 class Trainer:
     """Trains a body, one step of AdamW a call, on the engine "numba", "numpy", "torch" or "auto" (numba where compiled)."""
 
-    def __init__(self, body: Body, config: LearningConfig, engine: str = "auto", threads: int | None = None, seed: int = 0):
+    def __init__(
+        self, body: Body, config: LearningConfig, engine: str = "auto", threads: int | None = None, seed: int = 0
+    ):
         self.body, self.config, self.seed = body, config, seed
         if engine == "auto":
             engine = "numba" if kernels_ready() else "numpy"
@@ -2700,7 +2813,9 @@ class Trainer:
     def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None, rate: float) -> float:
         """One step on tokens x and targets y [B, T] with the view of their B·T rows; returns the mean loss in nats."""
         x, y = _as_tokens(x, y)
-        if self.body.on_field and self.body.config.word_dropout > 0:  # chance that depends on the step alone resumes exactly
+        if (
+            self.body.on_field and self.body.config.word_dropout > 0
+        ):  # chance that depends on the step alone resumes exactly
             rng = np.random.Generator(np.random.PCG64([self.seed, self.body.steps]))
             x = np.where(rng.random(x.shape) < self.body.config.word_dropout, -1, x)
         loss = self.gradients.step(x, y, view, rate, self.body.steps + 1)
@@ -2768,7 +2883,13 @@ class Decoder:
             self._speaker = organ("kernels").Speaker(self)
             self._step = self._speaker.step
         else:
-            self.machine = Machine(body.arena.average, aligned_zeros(self.program.size), self.angles, np.zeros(1, np.int64), cache=self.cache)
+            self.machine = Machine(
+                body.arena.average,
+                aligned_zeros(self.program.size),
+                self.angles,
+                np.zeros(1, np.int64),
+                cache=self.cache,
+            )
 
     def reset(self) -> None:
         """Forget what was fed."""
@@ -2897,7 +3018,13 @@ class SamplingChain:
         config, q = self.config, _softmax(log_p / self.temperature)
         entropy = _entropy(q)
         self.entropies.append(entropy)
-        factor = config.entropy_boost if entropy < config.entropy_low else config.entropy_focus if entropy > config.entropy_high else 1.0
+        factor = (
+            config.entropy_boost
+            if entropy < config.entropy_low
+            else config.entropy_focus
+            if entropy > config.entropy_high
+            else 1.0
+        )
         return q if factor == 1.0 else _softmax(log_p / (self.temperature * factor))
 
     def _filtered(self, q: np.ndarray) -> np.ndarray:
@@ -3110,9 +3237,14 @@ class Voice:
         distribution = self._prefill(reply, tokenizer.encode(prompt))
         stream, produced = TextStream(stops), []
         never = [Tokenizer.BOS, Tokenizer.PAD]
-        breaks = [Tokenizer.EOS, *(i for i, b in enumerate(tokenizer.vocabulary) if b and any(s.encode() in b for s in stops))]
+        breaks = [
+            Tokenizer.EOS,
+            *(i for i, b in enumerate(tokenizer.vocabulary) if b and any(s.encode() in b for s in stops)),
+        ]
         while len(produced) < voice.max_tokens and not stream.stopped:
-            token = chain.choose(distribution(), produced, never + breaks if len(produced) < voice.min_tokens else never)
+            token = chain.choose(
+                distribution(), produced, never + breaks if len(produced) < voice.min_tokens else never
+            )
             if token == Tokenizer.EOS:
                 break
             produced.append(token)
@@ -3370,7 +3502,9 @@ class QuantumBuffer:
         return max(0.0, 1.0 - self.usual / dear) if dear > 0 else 0.0
 
     def ready(self, now: float) -> bool:
-        enough = self.bytes >= self.config.buffer_bytes or (self.bytes > 0 and self.novelty >= self.config.buffer_novelty)
+        enough = self.bytes >= self.config.buffer_bytes or (
+            self.bytes > 0 and self.novelty >= self.config.buffer_novelty
+        )
         return self.asked or (enough and now - self.last_burst >= self.config.cooldown)
 
     def reset(self, now: float) -> None:
@@ -3421,7 +3555,9 @@ class Experience:
             self._allocate(max(end, min(2 * len(self.tokens), self.capacity + 64 * self.BLOCK)))
         self.tokens[self.length : end] = tokens
         if view is not None:
-            for mine, new in zip((self.starts, self.logmass, self.scalars), (view.starts, view.logmass, view.scalars), strict=True):
+            for mine, new in zip(
+                (self.starts, self.logmass, self.scalars), (view.starts, view.logmass, view.scalars), strict=True
+            ):
                 mine[self.length : end] = new
         self.length = end
 
@@ -3432,7 +3568,9 @@ class Experience:
         blocks = self.length // self.BLOCK
         old = blocks * 3 // 4
         kept = np.sort(self.rng.permutation(old)[: old // 2])
-        rows = np.concatenate([(kept[:, None] * self.BLOCK + np.arange(self.BLOCK)).ravel(), np.arange(old * self.BLOCK, self.length)])
+        rows = np.concatenate(
+            [(kept[:, None] * self.BLOCK + np.arange(self.BLOCK)).ravel(), np.arange(old * self.BLOCK, self.length)]
+        )
         for array in (self.tokens, self.starts, self.logmass, self.scalars):
             if len(array):
                 array[: len(rows)] = array[rows]
@@ -3472,7 +3610,9 @@ class Experience:
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
         """Put back what `state` gave; the tree must be the one that the views were cut from."""
-        view = None if self.tree is None else FieldView(arrays["starts"], arrays["logmass"], arrays["scalars"], self.tree)
+        view = (
+            None if self.tree is None else FieldView(arrays["starts"], arrays["logmass"], arrays["scalars"], self.tree)
+        )
         self.length = 0
         self.append(arrays["tokens"], view)
 
@@ -3497,9 +3637,15 @@ class Gate:
         nats = (np.asarray(entropy_scalar, np.float64) + 1) * 2
         return np.clip((nats * 2.2).astype(np.int64), 0, self.BUCKETS - 1)
 
-    def mix(self, log_body: np.ndarray, log_field: np.ndarray, entropy_scalar: np.ndarray, learn: bool = True) -> np.ndarray:
+    def mix(
+        self, log_body: np.ndarray, log_field: np.ndarray, entropy_scalar: np.ndarray, learn: bool = True
+    ) -> np.ndarray:
         """ln p of what came, for n positions in order; learns from each after it was predicted. All arrays [n]."""
-        body, base, out = np.exp(log_body.astype(np.float64)), np.exp(log_field.astype(np.float64)), np.empty(len(log_body))
+        body, base, out = (
+            np.exp(log_body.astype(np.float64)),
+            np.exp(log_field.astype(np.float64)),
+            np.empty(len(log_body)),
+        )
         for i, k in enumerate(self.bucket(entropy_scalar).tolist()):
             g = self.weight[k]
             p = g * body[i] + (1 - g) * base[i]
@@ -3578,14 +3724,18 @@ class Learner:
         learning = self.config.learning
         losses = []
         for _ in range(steps):
-            size = batch or learning.batch * learning.accum  # the engine works through it in micro-batches: gradients add up
+            size = (
+                batch or learning.batch * learning.accum
+            )  # the engine works through it in micro-batches: gradients add up
             x, y, view = self.experience.windows(size, length or self.body.context, fresh, self.rng)
             losses.append(self.step(x, y, view))
         return float(np.mean(losses)) if losses else math.nan
 
     def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> float:
         if self.trainer is None:
-            self.trainer = Trainer(self.body, self.config.learning, engine=self.engine, threads=self.threads, seed=self.seed)
+            self.trainer = Trainer(
+                self.body, self.config.learning, engine=self.engine, threads=self.threads, seed=self.seed
+            )
         return float(self.trainer.step(x, y, view, learning_rate(self.body.steps, self.config.learning)))
 
     def sync(self) -> None:
@@ -3601,7 +3751,9 @@ class Learner:
 
     # Predicting.
 
-    def predict(self, tokens: np.ndarray, view: FieldView | None, field_bits: np.ndarray, learn_gate: bool) -> np.ndarray:
+    def predict(
+        self, tokens: np.ndarray, view: FieldView | None, field_bits: np.ndarray, learn_gate: bool
+    ) -> np.ndarray:
         """ln p of each of the tokens [n], from the body (averaged weights) in windows that reach back, and the gate."""
         self.sync()
         context, half = self.body.context, self.body.context // 2
@@ -5524,7 +5676,9 @@ class Organism:
         since = sum(len(row.text) for row in self.memory.lived(after_seq=self.state["seq"]))
         self.state["lived_bytes"] += since  # settled, but not yet published when it fell asleep
         if stage and stage != self.state["stage"]:
-            raise UsageError(f"The organism in {self.home.path} is at stage {self.state['stage']!r}, not {stage!r}: choose another --home, or leave --stage out.")
+            raise UsageError(
+                f"The organism in {self.home.path} is at stage {self.state['stage']!r}, not {stage!r}: choose another --home, or leave --stage out."
+            )
         tokenizer = Tokenizer.from_state(self.state["tokenizer"])
         body = self._load_body(generation.path)
         field = self._load_field(generation.path, tokenizer, body)
@@ -5543,7 +5697,9 @@ class Organism:
         body = Body(stage, len(tokenizer), self.config.body, seed)
         self.state = dict(format=STATE_FORMAT, seed=seed, stage=stage, field_seq=0, lived_bytes=0, training_tokens=0,
                           training_flops=0.0, loss=None, reading={}, credit=0.0, rng=None, learned=0)  # fmt: skip
-        self.home.birth(dict(born=time.time(), seed=seed, stage=stage, parent=None, corpus=hashlib.sha256(text).hexdigest()))
+        self.home.birth(
+            dict(born=time.time(), seed=seed, stage=stage, parent=None, corpus=hashlib.sha256(text).hexdigest())
+        )
         pieces = [(SEED_CORPUS, piece, part) for part, piece in enumerate(_cut_pieces(text))]
         self.memory.add_lived(pieces, burst_id=0)
         self.state["lived_bytes"] = len(text)
@@ -5573,7 +5729,9 @@ class Organism:
         if not body.on_field:
             rows = list(itertools.takewhile(_within(PLAIN_FIELD_TOKENS), rows))
         counts = np.bincount(np.concatenate(rows), minlength=len(tokenizer)) if rows else None
-        field = fresh_field(tokenizer, self.config, counts, compiled=self.compiled, seen=sum(map(len, rows)), plain=not body.on_field)
+        field = fresh_field(
+            tokenizer, self.config, counts, compiled=self.compiled, seen=sum(map(len, rows)), plain=not body.on_field
+        )
         for tokens in rows:
             field.read(tokens)
         return field
@@ -5602,7 +5760,9 @@ class Organism:
         surprise = voice.surprise(text)
         recalled = recollect(self.memory, text, self.config.voice.recall, before=asked)
         strong = [r for r in recalled if r.match >= RECALL_STRONG][:1]
-        lines = dict.fromkeys(f"{'H' if m.role == 'user' else 'A'}: {_one_line(m.text)[:HISTORY_CHARS]}\n" for m in history)
+        lines = dict.fromkeys(
+            f"{'H' if m.role == 'user' else 'A'}: {_one_line(m.text)[:HISTORY_CHARS]}\n" for m in history
+        )
         voice.hear("".join(lines))  # each line once: an answer that it gave twice is no truer for it
         voice.suggest(text, strong or [r for r in recalled if r.match >= 0.5][:2], times=4 if strong else 2)
         prompt = f"H: {_one_line(text)}\nA:"
@@ -5649,7 +5809,10 @@ class Organism:
         data = replies[0].data
         source = {"field": "from the field alone (what I have read, counted)", "body": "from my body alone",
                   "blend": "from my body, which stands on the field"}[data["source"]]  # fmt: skip
-        recalled = {"told": " I leaned on something that you told me.", "read": " I leaned on something that I have read."}
+        recalled = {
+            "told": " I leaned on something that you told me.",
+            "read": " I leaned on something that I have read.",
+        }
         return (
             f"My last reply came {source}. Your words cost me {data['surprise_bits']:.2f} bits per byte"
             f" (usually {self.surprise.baseline:.2f}), and I chose each of {data['tokens']} tokens at {data['entropy_bits']:.2f} bits of doubt."
@@ -5696,7 +5859,9 @@ class Organism:
     def _make_learner(self) -> Learner:
         snap = self.published
         if self.compiled and isinstance(snap.field, CooccurField) and snap.body.on_field:
-            snap = dataclasses.replace(snap, field=self._replayed_field(snap.tokenizer, snap.body), compiled=True, _decoder=None)
+            snap = dataclasses.replace(
+                snap, field=self._replayed_field(snap.tokenizer, snap.body), compiled=True, _decoder=None
+            )
             self.published = snap
         learner = Learner(self.config, snap.tokenizer, snap.field.copy(), snap.body.copy(), engine=self.config.learning.engine,
                           threads=self.threads, compiled=self.compiled,
@@ -5714,7 +5879,10 @@ class Organism:
         generation = self.home.latest(verify=False)
         path = generation.path / "experience.npz" if generation else None
         if learner.on_field and path and path.exists() and not isinstance(learner.field, CooccurField):
-            with np.load(path, allow_pickle=False) as arrays, np.load(path.with_name("field.npz"), allow_pickle=False) as saved:
+            with (
+                np.load(path, allow_pickle=False) as arrays,
+                np.load(path.with_name("field.npz"), allow_pickle=False) as saved,
+            ):
                 learner.field = Field.from_state(learner.tokenizer.vocabulary, self.config.field, dict(saved))
                 learner.experience = learner._new_experience()
                 learner.experience.load(dict(arrays))
@@ -5753,13 +5921,24 @@ class Organism:
         learner.credit += fresh * self._replay
         loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
         rows = [(row.source, row.text, 0 if row.source != "chat" else 1) for row, _ in accepted]
-        self.memory.settle([row.id for row in pending], rows, [(row.source, row.text, v) for row, v in refused], burst_id=self.published.number + 1)
+        self.memory.settle(
+            [row.id for row in pending],
+            rows,
+            [(row.source, row.text, v) for row, v in refused],
+            burst_id=self.published.number + 1,
+        )
         self.state["lived_bytes"] += sum(len(row.text) for row, _ in accepted)
         self.state["learned"] += len(accepted)
         self._maybe_grow(learner)
         learner.experience.trim()
         self._publish(learner, loss, "burst")
-        return accepted[-1][1] if accepted else refused[-1][1] if refused else Verdict("accept", "nothing", "there was nothing to learn")
+        return (
+            accepted[-1][1]
+            if accepted
+            else refused[-1][1]
+            if refused
+            else Verdict("accept", "nothing", "there was nothing to learn")
+        )
 
     def _spend_credit(self, learner: Learner, fresh: int, seconds: float, at_least: int) -> float:
         """Train until the credit is spent or time is up; mean loss in nats."""
@@ -5801,10 +5980,14 @@ class Organism:
         self._unsaved = True
         if not math.isnan(loss):
             self.state["loss"] = loss
-        snapshot = Snapshot(learner.tokenizer, learner.field.copy(), learner.body.copy(), learner.gate.copy(), compiled=self.compiled)
+        snapshot = Snapshot(
+            learner.tokenizer, learner.field.copy(), learner.body.copy(), learner.gate.copy(), compiled=self.compiled
+        )
         self.state |= dict(credit=learner.credit, rng=learner.rng.bit_generator.state)
         due = time.time() - self._last_checkpoint > self.config.life.checkpoint_seconds
-        self._publish_files(snapshot, {}, learner if checkpoint or self._field_dirty or (checkpoint is None and due) else None)
+        self._publish_files(
+            snapshot, {}, learner if checkpoint or self._field_dirty or (checkpoint is None and due) else None
+        )
         self.published = snapshot
         gamma = self.gamma()
         self.memory.growth(step=learner.body.steps, vocab_size=len(learner.tokenizer), n_params=learner.body.n_params, n_deltas=0,
@@ -5826,7 +6009,13 @@ class Organism:
             self._last_checkpoint, self._field_dirty, self._unsaved = time.time(), False, False
         elif self.state["field_seq"]:
             files |= {"field.npz": "keep", "experience.npz": "keep"}
-        self.state |= dict(seq=self.memory.last_seq(), body=meta, stage=snapshot.body.stage, tokenizer=snapshot.tokenizer.state(), gate=snapshot.gate.state())
+        self.state |= dict(
+            seq=self.memory.last_seq(),
+            body=meta,
+            stage=snapshot.body.stage,
+            tokenizer=snapshot.tokenizer.state(),
+            gate=snapshot.gate.state(),
+        )
         snapshot.number = self.home.publish(files, self.state | extra)
         if self.state["field_seq"]:
             self.memory.evict(self.config.learning.store_mb * 2**20, self.state["field_seq"])
@@ -5926,7 +6115,9 @@ class Organism:
 
     # Training in the foreground.
 
-    def train(self, paths: Sequence[str], *, on_event: Callable[[dict], None] | None = None, **options: Any) -> dict[str, Any]:
+    def train(
+        self, paths: Sequence[str], *, on_event: Callable[[dict], None] | None = None, **options: Any
+    ) -> dict[str, Any]:
         """The headless loop over files of any size; see `Schooling` for the options. Returns the last event."""
         with self._lock:
             return Schooling(self, paths, on_event or (lambda event: None), **options).run()
@@ -6060,7 +6251,9 @@ class Schooling:
                  evaluate: str | None = None, log_every: int = 50, save_every: int = 0, strip_tags: bool = False):  # fmt: skip
         self.life, self.on_event = life, on_event
         self.limits = dict(steps=steps, seconds=seconds, tokens=tokens)
-        self.epochs = epochs if epochs is not None else (None if any(v is not None for v in self.limits.values()) else 1)
+        self.epochs = (
+            epochs if epochs is not None else (None if any(v is not None for v in self.limits.values()) else 1)
+        )
         self.vocab, self.eval_path, self.log_every, self.save_every = vocab, evaluate, max(1, log_every), save_every
         self.reader = Reader(paths, strip_tags)
         self.steps = self.tokens = self.refused = self.read_bytes = self.read_tokens = 0
@@ -6101,7 +6294,9 @@ class Schooling:
         life, merges = self.life, vocab - 259
         have = len(life.published.tokenizer.merges)
         if merges < have:
-            raise UsageError(f"--vocab {vocab} is less than the {have + 259} tokens it has: a vocabulary only ever expands.")
+            raise UsageError(
+                f"--vocab {vocab} is less than the {have + 259} tokens it has: a vocabulary only ever expands."
+            )
         if merges == have:
             return
         learner = life.learner
@@ -6204,7 +6399,9 @@ class Schooling:
         self.losses.append(loss)
         self.life._count_training(learner, self._step_tokens)
         if not math.isfinite(loss):
-            raise OrganismError(f"The loss became {loss} at step {learner.body.steps}: nothing of this was saved; try a lower --lr.")
+            raise OrganismError(
+                f"The loss became {loss} at step {learner.body.steps}: nothing of this was saved; try a lower --lr."
+            )
         if self.steps <= 100 or self.steps % self.log_every == 0:
             self.on_event(dict(event="step", step=learner.body.steps, tokens=self.tokens, loss=loss,
                                bpb=loss / math.log(2) / self.bytes_per_token, lr=learning_rate(learner.body.steps - 1, self.life.config.learning),
@@ -6711,9 +6908,7 @@ def _run_say(asking: _Asking, text: str) -> None:
     ("--curve", "switch", "Also print how bits per byte fall on the way."),
     ("--stage", CONFIG_CHOICES["body.stage"], "What the newborn of --blank is (default: child)."),
 )
-def _run_eval(
-    asking: _Asking, path: str, prequential: bool, blank: bool, curve: bool, stage: str | None
-) -> None:
+def _run_eval(asking: _Asking, path: str, prequential: bool, blank: bool, curve: bool, stage: str | None) -> None:
     """Measure bits per byte and perplexity of a file; the home never changes.
 
     organism eval book.txt --prequential --json

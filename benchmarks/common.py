@@ -24,7 +24,13 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> 
 
 
 def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 @contextmanager
@@ -33,7 +39,9 @@ def fresh_home() -> Iterator[Path]:
         yield Path(folder) / "home"
 
 
-def organism(*arguments: str, home: Path | None = None, cache: Path | None = None, text: str | None = None) -> subprocess.CompletedProcess:
+def organism(
+    *arguments: str, home: Path | None = None, cache: Path | None = None, text: str | None = None
+) -> subprocess.CompletedProcess:
     """Run the command line of this checkout."""
     environment = dict(os.environ)
     if home:

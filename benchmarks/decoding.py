@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 from common import ROOT, fresh_home, table
 
 from organism import STAGES, Body, BodyConfig, Decoder, Organism
@@ -74,12 +73,30 @@ def main() -> None:
         decoder = Decoder(Body(stage, VOCABULARY, BodyConfig(field=False)), "numba")
         body = peer.Body(*STAGES[stage])
         ours(decoder), theirs(peer, body)
-        pairs = [(statistics.median(ours(decoder) for _ in range(5)), theirs(peer, body)) for _ in range(options.rounds)]
+        pairs = [
+            (statistics.median(ours(decoder) for _ in range(5)), theirs(peer, body)) for _ in range(options.rounds)
+        ]
         ratio = statistics.median(a / b for a, b in pairs)
-        rows.append((stage, statistics.median(b for _, b in pairs), statistics.median(a for a, _ in pairs), ratio, MUST.get(stage, "–"), AIM.get(stage, "–")))
+        rows.append(
+            (
+                stage,
+                statistics.median(b for _, b in pairs),
+                statistics.median(a for a, _ in pairs),
+                ratio,
+                MUST.get(stage, "–"),
+                AIM.get(stage, "–"),
+            )
+        )
         print(rows[-1], flush=True)
-    print(table("Decoding, one thread", ["stage", "PyTorch (tokens/s)", "organism (tokens/s)", "ratio", "must", "aim"], rows))
-    said = [(stage, voice(stage), must, aim) for stage, must, aim in (("embryo", 1000.0, 5000.0), ("adolescent", 700.0, 2500.0))]
+    print(
+        table(
+            "Decoding, one thread", ["stage", "PyTorch (tokens/s)", "organism (tokens/s)", "ratio", "must", "aim"], rows
+        )
+    )
+    said = [
+        (stage, voice(stage), must, aim)
+        for stage, must, aim in (("embryo", 1000.0, 5000.0), ("adolescent", 700.0, 2500.0))
+    ]
     print(table("The whole voice", ["stage", "tokens/s", "must", "aim"], said))
 
 

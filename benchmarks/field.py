@@ -44,7 +44,10 @@ def main() -> None:
         full = FieldConfig(table_mb=128)
         light = dataclasses.replace(full, contexts="lite", table_mb=32)
         pass_over(data[:50_000], full), pass_over(data[:50_000], light)
-        for label, config, speed, limit in (("full", full, 100_000, MUST.get(name, "–")), ("light, 32 MB", light, 250_000, "4 % behind")):
+        for label, config, speed, limit in (
+            ("full", full, 100_000, MUST.get(name, "–")),
+            ("light, 32 MB", light, 250_000, "4 % behind"),
+        ):
             bpb, rate = pass_over(data, config)
             rows.append((name, label, f"{bpb:.4f}", limit, rate, speed))
             print(rows[-1], flush=True)

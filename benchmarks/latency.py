@@ -13,7 +13,13 @@ from common import ROOT, fresh_home, percentile, table
 
 from organism import Organism
 
-QUESTIONS = ["Hello.", "What do you know about the sea?", "My cat sleeps all day.", "Tell me a story.", "Why is the sky blue?"]
+QUESTIONS = [
+    "Hello.",
+    "What do you know about the sea?",
+    "My cat sleeps all day.",
+    "Tell me a story.",
+    "Why is the sky blue?",
+]
 
 
 def first_token(life: Organism, question: str) -> float:
@@ -28,7 +34,10 @@ def first_token(life: Organism, question: str) -> float:
 
 def measure(stage: str, rounds: int = 60) -> tuple[list[float], list[float], int]:
     """First-token times idle and while training; and the steps trained meanwhile."""
-    with fresh_home() as home, Organism(home, stage=stage, kernels="wait", overrides={"learning.cooldown": 0.0}) as life:
+    with (
+        fresh_home() as home,
+        Organism(home, stage=stage, kernels="wait", overrides={"learning.cooldown": 0.0}) as life,
+    ):
         life.learn_now("It rains in the hills, and the river rises.")
         idle = [first_token(life, QUESTIONS[i % len(QUESTIONS)]) for i in range(rounds)]
         text = b"".join(p.read_bytes() for p in sorted(Path(ROOT).glob("*.txt")))
@@ -53,8 +62,30 @@ def main() -> None:
         idle, busy, steps = measure(stage)
         p_idle, p_busy = percentile(idle, 0.95) * 1e3, percentile(busy, 0.95) * 1e3
         must = 150 if stage == "embryo" else 300
-        rows.append((stage, percentile(idle, 0.5) * 1e3, p_idle, percentile(busy, 0.5) * 1e3, p_busy, p_busy / p_idle, steps, f"{must} ms and 3 ×", "50 ms"))
-    head = ["stage", "idle median (ms)", "idle p95", "training median", "training p95", "ratio of p95", "steps meanwhile", "must", "aim"]
+        rows.append(
+            (
+                stage,
+                percentile(idle, 0.5) * 1e3,
+                p_idle,
+                percentile(busy, 0.5) * 1e3,
+                p_busy,
+                p_busy / p_idle,
+                steps,
+                f"{must} ms and 3 ×",
+                "50 ms",
+            )
+        )
+    head = [
+        "stage",
+        "idle median (ms)",
+        "idle p95",
+        "training median",
+        "training p95",
+        "ratio of p95",
+        "steps meanwhile",
+        "must",
+        "aim",
+    ]
     print(table("Time to the first token", head, rows))
 
 

@@ -81,7 +81,9 @@ def bits_per_byte(home: Path, path: Path) -> float:
 
 def tell(home: Path, lines: list[str], seconds: float) -> None:
     command = [sys.executable, str(ROOT / "organism.py"), "chat", "--json"]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ, ORGANISM_HOME=str(home)))
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ, ORGANISM_HOME=str(home))
+    )
     assert child.stdin and child.stdout
     for line in lines:
         child.stdin.write(line + "\n")
@@ -108,7 +110,9 @@ def main() -> None:
             after = bits_per_byte(home, path)
             rows.append((subject, before, after, f"{100 * (1 - after / before):.1f} %", "15 %", "30 %"))
     less = statistics.median(1 - row[2] / row[1] for row in rows)
-    print(table("It learns from a conversation", ["subject", "before (bits/byte)", "after", "less", "must", "aim"], rows))
+    print(
+        table("It learns from a conversation", ["subject", "before (bits/byte)", "after", "less", "must", "aim"], rows)
+    )
     print(f"median: {100 * less:.1f} % less")
 
 

@@ -17,7 +17,9 @@ from common import ROOT, fresh_home, resident_mb, table
 
 def chat_mb(home: Path, seconds: float) -> float:
     command = [sys.executable, str(ROOT / "organism.py"), "chat", "--json"]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ, ORGANISM_HOME=str(home)))
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ, ORGANISM_HOME=str(home))
+    )
     assert child.stdin and child.stdout
     for line in ("Hello.", "I live beside a river.", "What do you know about rivers?"):
         child.stdin.write(line + "\n")
@@ -31,7 +33,16 @@ def chat_mb(home: Path, seconds: float) -> float:
 
 
 def train_mb(home: Path, path: Path, seconds: float) -> float:
-    command = [sys.executable, str(ROOT / "organism.py"), "train", "--corpus", str(path), "--seconds", str(seconds), "--json"]
+    command = [
+        sys.executable,
+        str(ROOT / "organism.py"),
+        "train",
+        "--corpus",
+        str(path),
+        "--seconds",
+        str(seconds),
+        "--json",
+    ]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ, ORGANISM_HOME=str(home)))
     peak = 0.0
     while child.poll() is None:
@@ -58,7 +69,13 @@ def main() -> None:
             while stream.tell() < options.gigabytes * 2**30:
                 stream.write(block)
         train = train_mb(home, path, options.seconds)
-    print(table("Resident memory", ["what", "peak (MB)", "must"], [("embryo chat", chat, "220"), (f"train on {options.gigabytes:g} GB", train, "500")]))
+    print(
+        table(
+            "Resident memory",
+            ["what", "peak (MB)", "must"],
+            [("embryo chat", chat, "220"), (f"train on {options.gigabytes:g} GB", train, "500")],
+        )
+    )
 
 
 if __name__ == "__main__":

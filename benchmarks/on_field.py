@@ -28,9 +28,26 @@ def main() -> None:
             data, began = Path(path).read_bytes()[: options.bytes], time.perf_counter()
             result = life.evaluate(data, prequential=True, blank=True, stage=options.stage)
             field, both = result["field_bits_per_byte"], result["bits_per_byte"]
-            rows.append((name, len(data), f"{field:.4f}", f"{both:.4f}", f"{100 * (1 - both / field):.2f} %", time.perf_counter() - began, "3 %", "6 %"))
+            rows.append(
+                (
+                    name,
+                    len(data),
+                    f"{field:.4f}",
+                    f"{both:.4f}",
+                    f"{100 * (1 - both / field):.2f} %",
+                    time.perf_counter() - began,
+                    "3 %",
+                    "6 %",
+                )
+            )
             print(rows[-1], flush=True)
-    print(table("Body on the field", ["text", "bytes", "field alone (bits/byte)", "body on the field", "less", "seconds", "must", "aim"], rows))
+    print(
+        table(
+            "Body on the field",
+            ["text", "bytes", "field alone (bits/byte)", "body on the field", "less", "seconds", "must", "aim"],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "text"
             path.write_bytes(Path(source).read_bytes()[: options.bytes])
-            arguments = ["eval", str(path), "--prequential", "--blank", "--json"] + (["--stage", options.stage] if options.stage else [])
+            arguments = ["eval", str(path), "--prequential", "--blank", "--json"] + (
+                ["--stage", options.stage] if options.stage else []
+            )
             finished = organism(*arguments, home=Path(folder) / "home")
             assert finished.returncode == 0, finished.stderr
             result = json.loads(finished.stdout.splitlines()[-1])

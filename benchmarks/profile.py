@@ -82,7 +82,14 @@ def training(stage: str, tokenizer: Tokenizer, tokens: np.ndarray, view) -> dict
     gradients.step(x, y, seen, 1e-4, 1)
     m = gradients.machines
     kept = show_view(m, seen)
-    m["sequences"], m["length"], m["rows"], m["start"], m["position"], m["inverse"] = MICRO, LENGTH, x.size, 0, 0, 1 / x.size
+    m["sequences"], m["length"], m["rows"], m["start"], m["position"], m["inverse"] = (
+        MICRO,
+        LENGTH,
+        x.size,
+        0,
+        0,
+        1 / x.size,
+    )
     spent = by_kernel(gradients.program, gradients.arguments[0], m, 5)
     del kept
     whole = min(seconds(lambda: gradients.step(x, y, seen, 1e-4, 2)) for _ in range(5))
@@ -117,7 +124,9 @@ def main() -> None:
         spent = training(stage, tokenizer, tokens, view)
         total = sum(spent.values())
         rate = 6 * body.n_params * MICRO * LENGTH / total / 1e9
-        steps.append((stage, f"{MICRO * LENGTH / total:,.0f}", f"{rate:.1f}", f"{100 * rate / flops:.0f} %", shares(spent)))
+        steps.append(
+            (stage, f"{MICRO * LENGTH / total:,.0f}", f"{rate:.1f}", f"{100 * rate / flops:.0f} %", shares(spent))
+        )
         spent = speaking(stage, tokenizer, tokens, view)
         total = sum(spent.values())
         moved = 4 * (body.n_params - body.arena["embedding"].size - body.arena["expected"].size) / total / 1e9

@@ -13,7 +13,6 @@ import math
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 from common import ROOT, fresh_home, table
 
@@ -58,7 +57,9 @@ def main() -> None:
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0.0, help="let it train in the background for so long before it is asked")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="let it train in the background for so long before it is asked"
+    )
     options = parser.parse_args()
     import organism as module
 
@@ -81,7 +82,10 @@ def main() -> None:
                 print("H:", question, "\nA:", reply)
         bits = score(options.llama_python, options.model, [r for r in replies if r])
         ratios.append(bits / base)
-        print(f"seed {seed}: replies {bits:.3f}, held-out lines {base:.3f} bits per byte, ratio {bits / base:.3f}", flush=True)
+        print(
+            f"seed {seed}: replies {bits:.3f}, held-out lines {base:.3f} bits per byte, ratio {bits / base:.3f}",
+            flush=True,
+        )
     assert not math.isnan(ratios[0])
     print(table("It can be read", ["replies", "held-out lines (bits/byte)", "ratio, median", "must", "aim"],
                 [(len(questions) * options.seeds, base, statistics.median(ratios), "2.0", "1.4")]))  # fmt: skip

@@ -31,7 +31,9 @@ def train(path: Path, *options: str) -> tuple[dict, float]:
     """(the last event, peak resident MB) of one run on a fresh home."""
     with fresh_home() as home:
         command = [sys.executable, str(ROOT / "organism.py"), "train", "--corpus", str(path), "--json", *options]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ, ORGANISM_HOME=str(home)))
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=dict(os.environ, ORGANISM_HOME=str(home))
+        )
         assert child.stdout
         last, peak = "{}", 0.0
         for line in child.stdout:
@@ -42,9 +44,21 @@ def train(path: Path, *options: str) -> tuple[dict, float]:
 
 def wall(path: Path, seconds: str) -> list[tuple]:
     rows = []
-    for label, field, must, aim in (("adolescent, field off", "off", 0.9, 0.97), ("adolescent, field on", "on", 0.75, 0.9)):
+    for label, field, must, aim in (
+        ("adolescent, field off", "off", 0.9, 0.97),
+        ("adolescent, field on", "on", 0.75, 0.9),
+    ):
         done, _ = train(path, "--seconds", seconds, "--stage", "adolescent", "--field", field)
-        rows.append((label, done["tokens_per_s"], done["wall_tokens_per_s"], done["wall_tokens_per_s"] / done["tokens_per_s"], must, aim))
+        rows.append(
+            (
+                label,
+                done["tokens_per_s"],
+                done["wall_tokens_per_s"],
+                done["wall_tokens_per_s"] / done["tokens_per_s"],
+                must,
+                aim,
+            )
+        )
     return rows
 
 
@@ -56,7 +70,9 @@ def neighbour(path: Path, seconds: str) -> list[tuple]:
         busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         beside, _ = train(path, *options)
         busy.kill()
-        rows.append((stage, idle["tokens_per_s"], beside["tokens_per_s"], beside["tokens_per_s"] / idle["tokens_per_s"], 0.45))
+        rows.append(
+            (stage, idle["tokens_per_s"], beside["tokens_per_s"], beside["tokens_per_s"] / idle["tokens_per_s"], 0.45)
+        )
     return rows
 
 

@@ -83,13 +83,28 @@ def main() -> None:
             other = theirs(peer, stage, batch)
             for step in (mine, mine, other, other):
                 step()
-            pairs = [(tokens_per_s(mine, batch, options.seconds), tokens_per_s(other, batch, options.seconds)) for _ in range(options.rounds)]
+            pairs = [
+                (tokens_per_s(mine, batch, options.seconds), tokens_per_s(other, batch, options.seconds))
+                for _ in range(options.rounds)
+            ]
             close()
             k = list(STAGES).index(stage)
             ratio = statistics.median(a / b for a, b in pairs)
-            rows.append((stage, batch, statistics.median(b for _, b in pairs), statistics.median(a for a, _ in pairs), ratio, MUST[batch][k], AIM[batch][k]))
+            rows.append(
+                (
+                    stage,
+                    batch,
+                    statistics.median(b for _, b in pairs),
+                    statistics.median(a for a, _ in pairs),
+                    ratio,
+                    MUST[batch][k],
+                    AIM[batch][k],
+                )
+            )
             print(rows[-1], flush=True)
-    print(table("Training", ["stage", "batch", "PyTorch (tokens/s)", "organism (tokens/s)", "ratio", "must", "aim"], rows))
+    print(
+        table("Training", ["stage", "batch", "PyTorch (tokens/s)", "organism (tokens/s)", "ratio", "must", "aim"], rows)
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Nothing acknowledged is lost: `kill -9` at random instants of chat and training.
 
-    pytest tests/test_durability.py                 a few kills
-    pytest tests/test_durability.py -m soak         one hundred (make soak)
+pytest tests/test_durability.py                 a few kills
+pytest tests/test_durability.py -m soak         one hundred (make soak)
 """
 
 import json
@@ -22,7 +22,9 @@ PROGRAM = str(Path(o.__file__).resolve())
 
 
 def start(home, *arguments, **pipes):
-    environment = dict(os.environ, ORGANISM_HOME=str(home), ORGANISM_LEARNING_COOLDOWN="0", ORGANISM_LIFE_CHECKPOINT_SECONDS="2")
+    environment = dict(
+        os.environ, ORGANISM_HOME=str(home), ORGANISM_LEARNING_COOLDOWN="0", ORGANISM_LIFE_CHECKPOINT_SECONDS="2"
+    )
     return subprocess.Popen([sys.executable, PROGRAM, *arguments], env=environment, stderr=subprocess.DEVNULL, **pipes)
 
 

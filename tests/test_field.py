@@ -32,7 +32,10 @@ def greedy(data: bytes) -> list[int]:
     """Longest tokens first: a tokenizer good enough for tests."""
     tokens, at = [256], 0
     while at < len(data):
-        best = max((t for t, word in enumerate(VOCABULARY) if word and data.startswith(word, at)), key=lambda t: len(VOCABULARY[t]))
+        best = max(
+            (t for t, word in enumerate(VOCABULARY) if word and data.startswith(word, at)),
+            key=lambda t: len(VOCABULARY[t]),
+        )
         tokens.append(best)
         at += len(VOCABULARY[best])
     return tokens + [257]
@@ -55,14 +58,21 @@ def test_the_tree_is_a_partition_in_byte_order_that_balances_weights():
     tree = o.FieldTree(VOCABULARY, weights)
     assert [VOCABULARY[t] for t in tree.leaf] == sorted(VOCABULARY)
     assert np.array_equal(tree.leaf[tree.rank], np.arange(len(VOCABULARY)))
-    assert tree.share.sum() == pytest.approx(1) and tree.share[tree.rank[5]] / tree.share[tree.rank[1]] == pytest.approx(5.2 / 1.2)
+    assert tree.share.sum() == pytest.approx(1) and tree.share[tree.rank[5]] / tree.share[
+        tree.rank[1]
+    ] == pytest.approx(5.2 / 1.2)
     low, mid, high, left, right, group, local = tree.nodes.T
     leaves = sorted(-1 - child for child in np.concatenate([left, right]) if child < 0)
     assert leaves == list(range(len(VOCABULARY)))
     for node, child in itertools.chain(enumerate(left), enumerate(right)):
         if child >= 0:
             assert child > node and low[node] <= low[child] and high[child] <= high[node]
-            assert local[child] == 1 and group[child] == child or local[child] // 2 == local[node] and group[child] == group[node]
+            assert (
+                local[child] == 1
+                and group[child] == child
+                or local[child] // 2 == local[node]
+                and group[child] == group[node]
+            )
     weight = lambda a, b: tree.cumulative[b] - tree.cumulative[a]
     big = [n for n in range(len(low)) if high[n] - low[n] > 20]
     assert all(0.3 < weight(low[n], mid[n]) / weight(low[n], high[n]) < 0.7 for n in big)
@@ -141,7 +151,9 @@ def test_any_stream_can_be_read_in_any_parts(tokens, cut):
     costs = whole.read(tokens)[0]
     split = np.concatenate([parts.read(tokens[:cut])[0], parts.read(tokens[cut:])[0]])
     one = np.array([single.learn(t) for t in tokens])
-    assert np.array_equal(costs, split) and np.array_equal(costs, one) and np.all(costs > 0) and np.all(np.isfinite(costs))
+    assert (
+        np.array_equal(costs, split) and np.array_equal(costs, one) and np.all(costs > 0) and np.all(np.isfinite(costs))
+    )
     same(whole, parts)
     same(whole, single)
     assert whole.dense().sum() == pytest.approx(1)
@@ -194,7 +206,9 @@ def test_a_copy_is_independent(kind):
     twin.boost([9])
     for name, array in f.state().items():
         assert np.array_equal(array, before[name]), name
-    assert np.array_equal(f.read(TOKENS[50:])[0], f.__class__.from_state(VOCABULARY, CONFIG, before).read(TOKENS[50:])[0])
+    assert np.array_equal(
+        f.read(TOKENS[50:])[0], f.__class__.from_state(VOCABULARY, CONFIG, before).read(TOKENS[50:])[0]
+    )
 
 
 def test_ids_outside_the_vocabulary_never_reach_the_kernel():
@@ -225,7 +239,9 @@ def test_observing_moves_contexts_and_learns_nothing(kind):
     f = field(kind)
     f.read(np.tile(TOKENS, 3))
     before = f.state()
-    tables = {k: v.copy() for k, v in before.items() if k in ("table", "maps", "weights", "match_table", "counts1", "counts4")}
+    tables = {
+        k: v.copy() for k, v in before.items() if k in ("table", "maps", "weights", "match_table", "counts1", "counts4")
+    }
     for token in TOKENS[:20]:
         f.observe(token)
     assert all(np.array_equal(f.state()[k], v) for k, v in tables.items()) and f.seen == 3 * len(TOKENS)
@@ -329,7 +345,9 @@ def test_the_kernel_equals_the_reference(contexts):
     b, views_b = slow.read(tokens, views=True)
     assert np.allclose(a, b, rtol=2e-3, atol=1e-4), f"largest difference {np.abs(a - b).max()} bits"
     assert np.allclose(fast.dense(), slow.dense(), rtol=5e-3)
-    assert np.allclose(views_a.dense_log(), views_b.dense_log(), atol=0.1) and np.allclose(views_a.scalars, views_b.scalars, atol=0.02)
+    assert np.allclose(views_a.dense_log(), views_b.dense_log(), atol=0.1) and np.allclose(
+        views_a.scalars, views_b.scalars, atol=0.02
+    )
     for name in ("table", "match_table", "registers", "rolling", "history", "visits"):
         assert np.array_equal(getattr(fast.arrays, name), getattr(slow.arrays, name)), name
     for name in ("maps", "weights", "final", "apm", "costs"):
@@ -363,7 +381,9 @@ def test_counting_at_once_counts_the_same_as_token_by_token():
     for part in np.array_split(TOKENS, 7):
         a.read(part)
         b.read(part, costs=False)
-    assert a.counts == b.counts and a.contexts == b.contexts and a.near == b.near and np.array_equal(a.dense(), b.dense())
+    assert (
+        a.counts == b.counts and a.contexts == b.contexts and a.near == b.near and np.array_equal(a.dense(), b.dense())
+    )
     assert all(sum(c.values()) == sum(t.values()) for c, t in zip(a.counts, a.contexts))
 
 

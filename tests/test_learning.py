@@ -31,7 +31,13 @@ def test_a_line_without_end_is_read_in_bounded_pieces(tmp_path):
 
 
 def test_jsonl_gives_documents_and_reports_malformed_lines(tmp_path, caplog):
-    lines = ['{"text": "One."}', "{broken", '{"content": "Two."}', "[1, 2]", '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}']
+    lines = [
+        '{"text": "One."}',
+        "{broken",
+        '{"content": "Two."}',
+        "[1, 2]",
+        '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}',
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
     pieces, reader = read(tmp_path / "d.jsonl")
     assert [p.data for p in pieces] == [b"One.", b"Two.", b"H: Hi\nA: Yo\n"] and all(p.part == 0 for p in pieces)

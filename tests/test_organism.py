@@ -69,7 +69,9 @@ def test_evaluation_never_changes_the_home(life, tmp_path):
     life.learn_now("It rains in the hills.")
 
     def digest():
-        return sorted((p, p.stat().st_mtime_ns, p.stat().st_size) for p in (tmp_path / "home" / "body").rglob("*") if p.is_file())
+        return sorted(
+            (p, p.stat().st_mtime_ns, p.stat().st_size) for p in (tmp_path / "home" / "body").rglob("*") if p.is_file()
+        )
 
     before, messages = digest(), len(life.memory.messages())
     life.evaluate("Some other text.")
@@ -96,7 +98,11 @@ def test_what_waits_survives_and_is_learned_later(tmp_path, tiny):
         assert life.status()["waiting"] == 2
         life.learn_now("Third.")
         assert life.status()["waiting"] == 0
-        assert [r.text for r in life.memory.lived()][-3:] == [b"First text to learn.", b"Second, as bytes \xff.", b"Third."]
+        assert [r.text for r in life.memory.lived()][-3:] == [
+            b"First text to learn.",
+            b"Second, as bytes \xff.",
+            b"Third.",
+        ]
 
 
 @pytest.mark.parametrize("field", [True, False])
@@ -104,7 +110,9 @@ def test_same_seed_same_weights(tmp_path, tiny, field):
     (tmp_path / "text.txt").write_text(TINY * 3)
     arenas = []
     for name in "ab":
-        with o.Organism(tmp_path / name, seed=7, threads=1, kernels="wait", overrides={"body.field": field, "learning.batch": 4}) as life:
+        with o.Organism(
+            tmp_path / name, seed=7, threads=1, kernels="wait", overrides={"body.field": field, "learning.batch": 4}
+        ) as life:
             life.train([str(tmp_path / "text.txt")], steps=6)
             arenas.append(life.published.body.arena.parameters.copy())
     assert np.array_equal(*arenas) and np.isfinite(arenas[0]).all()
@@ -117,7 +125,9 @@ def test_training_reports_its_steps_and_resumes_where_it_was(tmp_path, tiny):
     with o.Organism(tmp_path / "home", seed=7, threads=1, kernels="wait", overrides=overrides) as life:
         done = life.train([str(tmp_path / "text.txt")], steps=5, on_event=events.append)
     assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5]
-    assert done["event"] == "done" and done["steps"] == 5 and done["tokens"] == 5 * 4 * 96 and done["refused_bytes"] == 0
+    assert (
+        done["event"] == "done" and done["steps"] == 5 and done["tokens"] == 5 * 4 * 96 and done["refused_bytes"] == 0
+    )
     assert json.loads(json.dumps(done)) == done
     with o.Organism(tmp_path / "home", threads=1, kernels="wait", overrides=overrides) as life:
         assert life.published.body.steps == 5
@@ -130,7 +140,9 @@ def test_training_in_two_halves_gives_the_weights_of_one(tmp_path, tiny):
     arenas = []
     for name, parts in (("one", [8]), ("two", [5, 3])):
         for steps in parts:
-            with o.Organism(tmp_path / name, seed=7, threads=1, kernels="wait", overrides={"learning.batch": 4}) as life:
+            with o.Organism(
+                tmp_path / name, seed=7, threads=1, kernels="wait", overrides={"learning.batch": 4}
+            ) as life:
                 life.train([str(tmp_path / "text.txt")], steps=steps)
                 arena = life.published.body.arena.parameters.copy()
         arenas.append(arena)
@@ -147,7 +159,9 @@ def test_a_stage_is_chosen_at_birth_and_kept(tmp_path, tiny):
 
 
 def test_the_background_learns_while_it_talks(tmp_path, tiny):
-    with o.Organism(tmp_path / "home", seed=1, threads=1, kernels="wait", overrides={"learning.cooldown": 0.0, "learning.batch": 4}) as life:
+    with o.Organism(
+        tmp_path / "home", seed=1, threads=1, kernels="wait", overrides={"learning.cooldown": 0.0, "learning.batch": 4}
+    ) as life:
         life.start()
         deadline = o.time.monotonic() + 60
         _ = life.say("The glimmerfish lives in Tarvenholm, where silver moss grows.").text
@@ -179,6 +193,11 @@ def test_the_prequential_figure_ignores_the_future(tmp_path, tiny):
     with o.Organism(tmp_path / "home", seed=1, threads=1, kernels="wait") as life:
         for rest in (b"abc def " * 3000, b"xyz uvw " * 3000):
             points = []
-            life.evaluate(first + b"\n" + b"." * 11_000 + rest, prequential=True, blank=True, curve=lambda n, b, p=points: p.append((n, b)))
+            life.evaluate(
+                first + b"\n" + b"." * 11_000 + rest,
+                prequential=True,
+                blank=True,
+                curve=lambda n, b, p=points: p.append((n, b)),
+            )
             curves.append(points)
     assert curves[0][0] == curves[1][0] and curves[0][-1] != curves[1][-1]

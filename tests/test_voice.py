@@ -34,7 +34,13 @@ def test_the_narrowest_filters_leave_the_likeliest_token(filters):
     assert {sampler.choose(p, []) for _ in range(20)} == {int(p.argmax())}
 
 
-@given(seed=st.integers(0, 500), k=st.integers(1, 60), top_p=st.floats(0.05, 1), min_p=st.floats(0, 0.9), typical=st.floats(0.05, 1))
+@given(
+    seed=st.integers(0, 500),
+    k=st.integers(1, 60),
+    top_p=st.floats(0.05, 1),
+    min_p=st.floats(0, 0.9),
+    typical=st.floats(0.05, 1),
+)
 @settings(max_examples=60, deadline=None)
 def test_filters_keep_a_distribution_and_respect_their_bounds(seed, k, top_p, min_p, typical):
     p = distribution(seed)

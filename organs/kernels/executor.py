@@ -15,11 +15,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import njit, types
 
+from organism import Arena, Program, aligned_zeros, body_program, rope_angles
 from organs.kernels.ground import (
-    FAST, FLUSH, HELP, TILED, ZERO, atomic_add, atomic_load, f4, f8, i8, longs, pause, swap_mode, usleep,
+    FAST,
+    FLUSH,
+    HELP,
+    TILED,
+    ZERO,
+    atomic_add,
+    atomic_load,
+    f4,
+    f8,
+    i8,
+    longs,
+    pause,
+    swap_mode,
+    usleep,
 )  # fmt: skip
 from organs.kernels.operations import BUFFERS, KERNELS, MACHINE, NUMBERS, ROW, address, call
-from organism import Arena, Program, aligned_zeros, body_program, rope_angles
 
 if TYPE_CHECKING:
     from organism import Body, Decoder, FieldView, LearningConfig
@@ -125,7 +138,20 @@ def generate(program, machines, tokens, known, logits):
 
 # --- The team. ---
 
-_COUNTS = ("posted", "arrived", "round", "next", "threads", "length", "micro", "sequences", "decayed", "update", "shared", "stop")
+_COUNTS = (
+    "posted",
+    "arrived",
+    "round",
+    "next",
+    "threads",
+    "length",
+    "micro",
+    "sequences",
+    "decayed",
+    "update",
+    "shared",
+    "stop",
+)
 _RATES = ("rate", "decay", "beta1", "beta2", "correct1", "correct2", "epsilon", "clip", "average")
 TEAM = np.dtype([(n, i8) for n in _COUNTS] + [(n, f8) for n in _RATES] + [("norm", f8)], align=True)
 POSTED, ARRIVED, ROUND, NEXT = (8 * _COUNTS.index(n) for n in ("posted", "arrived", "round", "next"))
@@ -326,7 +352,9 @@ class Gradients:
         self.arguments = rows, self.machines, self.team, self.arrays, self.G, self.norms, self.yield_flag
         self.wake, self.helpers = threading.Semaphore(0), []
         for t in range(1, self.threads):
-            helper = threading.Thread(target=_help, args=(self.arguments, self.team, self.wake, t), name=f"organism-helper-{t}", daemon=True)
+            helper = threading.Thread(
+                target=_help, args=(self.arguments, self.team, self.wake, t), name=f"organism-helper-{t}", daemon=True
+            )
             helper.start()
             self.helpers.append(helper)
 
@@ -402,8 +430,14 @@ def measure(body: Body, x: np.ndarray, y: np.ndarray, view: FieldView | None) ->
     """float32 [B, T]: ln p of every target, by the averaged weights; see organism.Body.log_probs."""
     shape, (B, T) = body.shape, x.shape
     program = body_program(shape, "measure", MICRO)
-    out, activations, angles = np.zeros(x.shape, np.float32), _work_space(program.size), rope_angles(shape.context, shape.head_size)
-    m = machine_of(parameters=body.arena.average, activations=activations, angles=angles, tokens=x, targets=y, log_probs=out)
+    out, activations, angles = (
+        np.zeros(x.shape, np.float32),
+        _work_space(program.size),
+        rope_angles(shape.context, shape.head_size),
+    )
+    m = machine_of(
+        parameters=body.arena.average, activations=activations, angles=angles, tokens=x, targets=y, log_probs=out
+    )
     m["positions"], m["inverse"] = shape.context, 1.0
     kept = show_view(m, view)
     execute_batch(records_of(program), m, B, T, MICRO)
@@ -441,7 +475,6 @@ class Speaker:
         execute(self.rows, self.m)
         del kept
         return self.logits.copy()
-
 
     def generate(self, prompt: Sequence[int], count: int) -> np.ndarray:
         """int64 [prompt + count]: the prompt and the likeliest tokens after it, for a body without a field."""

@@ -286,7 +286,27 @@ def _seen(slot):
 
 
 @inlined
-def _evaluate(nodes, curves, sets, table, maps, weights, final, apm, guess, trusted, buckets, inputs, rows, dots, node, depth, i, group, previous):
+def _evaluate(
+    nodes,
+    curves,
+    sets,
+    table,
+    maps,
+    weights,
+    final,
+    apm,
+    guess,
+    trusted,
+    buckets,
+    inputs,
+    rows,
+    dots,
+    node,
+    depth,
+    i,
+    group,
+    previous,
+):
     """Probability that the token lies in the right half of `node`; leaves its workings in row i of the scratch."""
     contexts, depth = buckets.shape[1], min(depth, DEPTH_SETS - 1)
     seen = _slot_inputs(curves, table, maps, buckets, inputs, nodes[node, LOCAL], i, group)
@@ -465,7 +485,12 @@ def _split(nodes, starts, masses, ranges, best, right, count):
     """Put both halves of range `best` in its place; ranges int64 [2, K]: node (or -1 - leaf) and depth."""
     node, depth, mass = ranges[0, best], ranges[1, best] + 1, masses[best]
     for k in range(count, best + 1, -1):
-        starts[k], masses[k], ranges[0, k], ranges[1, k] = starts[k - 1], masses[k - 1], ranges[0, k - 1], ranges[1, k - 1]
+        starts[k], masses[k], ranges[0, k], ranges[1, k] = (
+            starts[k - 1],
+            masses[k - 1],
+            ranges[0, k - 1],
+            ranges[1, k - 1],
+        )
     masses[best], ranges[0, best], ranges[1, best] = mass * (1 - right), nodes[node, LEFT], depth
     starts[best + 1], masses[best + 1] = nodes[node, MID], mass * right
     ranges[0, best + 1], ranges[1, best + 1] = nodes[node, RIGHT], depth
@@ -503,7 +528,10 @@ def read(
     matches, contexts, width = len(match_table), len(successors), cut_starts.shape[1]
     hashes, guess = np.zeros(contexts, np.uint64), np.zeros((2, matches + contexts), np.int64)
     trusted = np.zeros(matches + contexts, np.float32)
-    buckets, keys = np.zeros((max(width, DEPTHS), contexts), np.int64), np.zeros((max(width, DEPTHS), contexts), np.uint64)
+    buckets, keys = (
+        np.zeros((max(width, DEPTHS), contexts), np.int64),
+        np.zeros((max(width, DEPTHS), contexts), np.uint64),
+    )
     inputs, path = np.zeros((DEPTHS, weights.shape[1]), np.float32), np.zeros((2, DEPTHS), np.int64)
     rows, dots = np.zeros((DEPTHS, len(sets) + 1), np.int64), np.zeros((DEPTHS, len(sets) + 1), np.float32)
     ranges, ordinal = np.zeros((2, width), np.int64), np.zeros(len(nodes), np.int64)
@@ -599,6 +627,8 @@ def warm() -> None:
     from organism import Field, FieldConfig
 
     for contexts in ("full", "lite"):
-        field = Field([bytes([i]) for i in range(256)] + [b""] * 3, FieldConfig(contexts=contexts, table_mb=1), engine="numba")
+        field = Field(
+            [bytes([i]) for i in range(256)] + [b""] * 3, FieldConfig(contexts=contexts, table_mb=1), engine="numba"
+        )
         field.read(np.arange(65, 90), views=True)
         field.dense()

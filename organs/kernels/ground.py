@@ -22,7 +22,13 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 ONE, ZERO, LOWEST = f4(1), f4(0), f4(-1e30)
 
 _f, _d, _i, _l = types.float32, types.float64, types.int32, types.int64
-FLOAT, INT, WORD, BYTES, VOID = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer(), ir.VoidType()
+FLOAT, INT, WORD, BYTES, VOID = (
+    ir.FloatType(),
+    ir.IntType(32),
+    ir.IntType(64),
+    ir.IntType(8).as_pointer(),
+    ir.VoidType(),
+)
 
 
 # --- Instructions, as functions. ---
@@ -245,7 +251,13 @@ def choose_blas() -> tuple[str, bool, object]:
             pass
     product = cfunc(_SGEMM, **FAST)(_own_cblas)
     llvmlite.binding.add_symbol("organism_sgemm", product.address)
-    return "our own product (NumPy brings no OpenBLAS that can be called)" if wish != "own" else "our own product (ORGANISM_BLAS)", False, product
+    return (
+        "our own product (NumPy brings no OpenBLAS that can be called)"
+        if wish != "own"
+        else "our own product (ORGANISM_BLAS)",
+        False,
+        product,
+    )
 
 
 BLAS, TILED, _alive = choose_blas()  # before any cached kernel is loaded: it looks for the symbol
@@ -254,7 +266,9 @@ BLAS, TILED, _alive = choose_blas()  # before any cached kernel is loaded: it lo
 @njit(forceinline=True, **HELP)
 def gemm(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
     """c [m, n] = beta · c + alpha · op(a) [m, k] @ op(b) [k, n], by address; ld: numbers from row to row."""
-    _sgemm(i4(101), i4(112 if ta else 111), i4(112 if tb else 111), m, n, k, f4(alpha), a, lda, b, ldb, f4(beta), c, ldc)
+    _sgemm(
+        i4(101), i4(112 if ta else 111), i4(112 if tb else 111), m, n, k, f4(alpha), a, lda, b, ldb, f4(beta), c, ldc
+    )
 
 
 TILE_M, TILE_N, TILE_K = 48, 128, 128
@@ -296,7 +310,11 @@ def matvec(x, w, y, inner, outer, scale):
         a0, a1, a2, a3 = scale * xs[k], scale * xs[k + 1], scale * xs[k + 2], scale * xs[k + 3]
         a4, a5, a6, a7 = scale * xs[k + 4], scale * xs[k + 5], scale * xs[k + 6], scale * xs[k + 7]
         w0, w1, w2 = floats(w, k * outer, outer), floats(w, (k + 1) * outer, outer), floats(w, (k + 2) * outer, outer)
-        w3, w4, w5 = floats(w, (k + 3) * outer, outer), floats(w, (k + 4) * outer, outer), floats(w, (k + 5) * outer, outer)
+        w3, w4, w5 = (
+            floats(w, (k + 3) * outer, outer),
+            floats(w, (k + 4) * outer, outer),
+            floats(w, (k + 5) * outer, outer),
+        )
         w6, w7 = floats(w, (k + 6) * outer, outer), floats(w, (k + 7) * outer, outer)
         for j in range(outer):
             ys[j] += ((a0 * w0[j] + a1 * w1[j]) + (a2 * w2[j] + a3 * w3[j])) + (

@@ -16,8 +16,34 @@ from llvmlite import ir
 from numba import cfunc, njit, types
 
 from organs.kernels.ground import (
-    BYTES, FAST, HELP, LOWEST, ONE, VOID, WORD, ZERO, doubles, exp, exponentials, f4, f8, floats, gemm, half, halves, i8,
-    instruction, ints, log, longs, matvec, padded, product, sigmoid, softmax_back, transpose,
+    BYTES,
+    FAST,
+    HELP,
+    LOWEST,
+    ONE,
+    VOID,
+    WORD,
+    ZERO,
+    doubles,
+    exp,
+    exponentials,
+    f4,
+    f8,
+    floats,
+    gemm,
+    half,
+    halves,
+    i8,
+    instruction,
+    ints,
+    log,
+    longs,
+    matvec,
+    padded,
+    product,
+    sigmoid,
+    softmax_back,
+    transpose,
 )  # fmt: skip
 
 # Offsets are in floats: weights into the parameters (and their gradients), buffers into the activations; -1: none.
@@ -88,7 +114,6 @@ def embed_back(r, m):
 
 
 # --- The field's distributions, which come as cuts of its tree (organism.FieldView). ---
-
 
 
 @njit(**HELP)
@@ -242,7 +267,21 @@ def linear(r, m):
         for i in range(b.size):
             b[i] = a[i]
     if m.rows > 1:
-        product(m.tiled, False, m.rows, r.outer, r.inner, r.scale, x, r.inner, w, r.outer, 0.0 if r.y < 0 else 1.0, out, r.outer)
+        product(
+            m.tiled,
+            False,
+            m.rows,
+            r.outer,
+            r.inner,
+            r.scale,
+            x,
+            r.inner,
+            w,
+            r.outer,
+            0.0 if r.y < 0 else 1.0,
+            out,
+            r.outer,
+        )
         return
     if r.y < 0:
         for i in range(b.size):
@@ -257,7 +296,21 @@ def linear_back(r, m):
     product(m.tiled, True, r.inner, r.outer, m.rows, r.scale, x, r.inner, d_out, r.outer, 1.0, g, r.outer)
     if m.tiled:  # the kernels that pack nothing are poor when the right side is transposed
         transpose(w, r.inner, r.outer, turned)
-        product(m.tiled, False, m.rows, r.inner, r.outer, r.scale, d_out, r.outer, turned, r.inner, f8(r.add_x), d_x, r.inner)
+        product(
+            m.tiled,
+            False,
+            m.rows,
+            r.inner,
+            r.outer,
+            r.scale,
+            d_out,
+            r.outer,
+            turned,
+            r.inner,
+            f8(r.add_x),
+            d_x,
+            r.inner,
+        )
     else:
         gemm(False, True, m.rows, r.inner, r.outer, r.scale, d_out, r.outer, w, r.outer, f8(r.add_x), d_x, r.inner)
     if r.add_y:
@@ -299,7 +352,10 @@ def rotate(z, r, m, sign):
     half_size = r.size // 2
     for i in range(m.rows):
         t = m.position + i % m.length
-        cos, sin = floats(m.angles, t * half_size, half_size), floats(m.angles, (m.positions + t) * half_size, half_size)
+        cos, sin = (
+            floats(m.angles, t * half_size, half_size),
+            floats(m.angles, (m.positions + t) * half_size, half_size),
+        )
         for h in range(2 * r.heads):
             v = floats(z, i * r.outer + h * r.size, r.size)
             for j in range(half_size):
@@ -393,7 +449,10 @@ def attention_back(r, m):
             for c in range(D):
                 old[c] = new[c]
             if pattern >= 0:
-                d, w = floats(ds, i * lp, lp), floats(A, r.x + (s * T + i) * ld + 3 * C + pattern * r.context, r.context)
+                d, w = (
+                    floats(ds, i * lp, lp),
+                    floats(A, r.x + (s * T + i) * ld + 3 * C + pattern * r.context, r.context),
+                )
                 for j in range(i + 1):
                     w[j] = gate * d[j]
                 for j in range(i + 1, r.context):
@@ -527,7 +586,10 @@ def _field_loss(r, m, learn):
     masses, widths = floats(space, 0, padded(m.width)), floats(space, padded(m.width), padded(m.width))
     leaf, rank = ints(m.leaf, V), ints(m.rank, V)
     targets, log_probs = longs(m.targets, m.start + m.rows), floats(m.log_probs, 0, m.start + m.rows)
-    gain, g_gain = floats(m.parameters, r.weight2, C + FIELD_SCALARS + 1), floats(m.gradients, r.weight2, C + FIELD_SCALARS + 1)
+    gain, g_gain = (
+        floats(m.parameters, r.weight2, C + FIELD_SCALARS + 1),
+        floats(m.gradients, r.weight2, C + FIELD_SCALARS + 1),
+    )
     for j in range(V):
         source, target = floats(m.parameters, r.weight + leaf[j] * C, C), floats(ordered, j * C, C)
         for c in range(C):
@@ -615,7 +677,11 @@ def field_logits(r, m):
     """For one row."""
     V, C = r.outer, r.inner
     _head(r, m, V, m.activations + 4 * r.out)
-    out, a, f = floats(m.activations, r.out, V), floats(m.activations, r.x, C), floats(m.activations, r.scratch, padded(V + 8))
+    out, a, f = (
+        floats(m.activations, r.out, V),
+        floats(m.activations, r.x, C),
+        floats(m.activations, r.scratch, padded(V + 8)),
+    )
     space = m.activations + 4 * (r.scratch + padded(V + 8))
     masses, widths = floats(space, 0, padded(m.width)), floats(space, padded(m.width), padded(m.width))
     gain, leaf, source = floats(m.parameters, r.weight2, C + FIELD_SCALARS + 1), ints(m.leaf, V), view_row(m, 0)
