@@ -51,13 +51,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
 __version__ = "0.1.0"
 
 log = logging.getLogger("organism")
+
+_Value = TypeVar("_Value")
 
 
 class OrganismError(Exception):
@@ -66,6 +68,12 @@ class OrganismError(Exception):
 
 class UsageError(OrganismError):
     """The request itself was wrong: a flag, a key, a value; exit code 2."""
+
+
+def _given(value: _Value | None) -> _Value:
+    """A value that may be missing elsewhere, but not here."""
+    assert value is not None
+    return value
 
 
 # --- Organs, which are large capabilities in packages of their own, imported when first used. ---
@@ -828,6 +836,11 @@ class Frame:
         b, rows = self.step.buffers[name], self.m.rows
         return self.m.activations[b.offset : b.offset + rows * b.width].reshape(rows, b.width)
 
+    @property
+    def view(self) -> FieldView:
+        """The field's distributions for the rows, of a body on the field."""
+        return _given(self.m.view)
+
     def has(self, name: str) -> bool:
         """Whether a buffer was given."""
         return name in self.step.buffers
@@ -838,7 +851,7 @@ class Frame:
 
     def d_weight(self, k: int = 0) -> np.ndarray:
         """Its gradient, to be added to."""
-        return self.step.weights[k].of(self.m.gradients)
+        return self.step.weights[k].of(_given(self.m.gradients))
 
     def give(self, gradient: np.ndarray) -> None:
         """Store the gradient of x, or add it where another use of x came first."""
@@ -849,7 +862,7 @@ def execute(program: Program, machine: Machine) -> None:
     """The reference executor."""
     for step in program.steps:
         op = OPS[step.kernel.removesuffix("_back")]
-        (op.backward if step.kernel.endswith("_back") else op.forward)(Frame(step, machine))
+        (_given(op.backward) if step.kernel.endswith("_back") else op.forward)(Frame(step, machine))
 
 
 # --- The operations. Shapes: R rows, C columns in, V vocabulary, S sequences of T tokens, H heads of size D. ---
@@ -866,18 +879,18 @@ def _embed_back(f: Frame) -> None:
 
 def _field_input(f: Frame) -> None:
     """x + Σ p · expected[token] over the field's single tokens, + scalars @ matrix; in place."""
-    tokens, p = f.m.view.singletons()
+    tokens, p = f.view.singletons()
     expected, matrix = f.weight(0), f.weight(1)
     for k in range(tokens.shape[1]):
         f.x[:] += p[:, k, None] * expected[tokens[:, k]]
-    f.x[:] += f.m.view.scalars.astype(f.x.dtype) @ matrix
+    f.x[:] += f.view.scalars.astype(f.x.dtype) @ matrix
 
 
 def _field_input_back(f: Frame) -> None:
-    tokens, p = f.m.view.singletons()
+    tokens, p = f.view.singletons()
     for k in range(tokens.shape[1]):
         np.add.at(f.d_weight(0), tokens[:, k], p[:, k, None] * f.d_out)
-    f.d_weight(1)[:] += f.m.view.scalars.astype(f.d_out.dtype).T @ f.d_out
+    f.d_weight(1)[:] += f.view.scalars.astype(f.d_out.dtype).T @ f.d_out
 
 
 def _rms_norm(f: Frame) -> None:
@@ -984,7 +997,7 @@ def _attention_step(f: Frame) -> None:
     q, k, v = f.x[0, : 3 * H * D].reshape(3, H, D)
     first, gates = max(0, m.position + 1 - int(f.context)), _gates(f)
     positions = 2 * int(f.context)
-    past = m.cache[int(f.cache) : int(f.cache) + positions * 2 * H * D].reshape(positions, 2, H, D)
+    past = _given(m.cache)[int(f.cache) : int(f.cache) + positions * 2 * H * D].reshape(positions, 2, H, D)
     past[m.position] = k, v
     keys, values = past[first : m.position + 1].transpose(1, 2, 0, 3)
     scores = (keys @ q[..., None])[..., 0] * ((1 - gates) / math.sqrt(D))[:, None]
@@ -1009,10 +1022,10 @@ def _swiglu_back(f: Frame) -> None:
 
 def _loss_of(f: Frame, logits: np.ndarray) -> np.ndarray:
     """Write ln p of the targets to the machine; returns the gradient of the logits [R, V]."""
-    rows, targets = np.arange(f.m.rows), f.m.targets[: f.m.rows]
+    rows, targets = np.arange(f.m.rows), _given(f.m.targets)[: f.m.rows]
     logits = logits - logits.max(1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    f.m.log_probs[: f.m.rows] = log_p[rows, targets]
+    _given(f.m.log_probs)[: f.m.rows] = log_p[rows, targets]
     d = np.exp(log_p) * f.m.inverse
     d[rows, targets] -= f.m.inverse
     return d
@@ -1031,9 +1044,9 @@ def _cross_entropy_back(f: Frame) -> None:
 
 def _field_logits_of(f: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """x @ headᵀ + gain · ln p_field; also the gain [R], ln p_field [R, V], and what the gain is made of [R, C + 7]."""
-    scalars = f.m.view.scalars.astype(f.x.dtype)
+    scalars = f.view.scalars.astype(f.x.dtype)
     made_of = np.concatenate([f.x, scalars, np.ones((len(scalars), 1), f.x.dtype)], axis=1)
-    log_field = f.m.view.dense_log().astype(f.x.dtype)
+    log_field = f.view.dense_log().astype(f.x.dtype)
     gain = made_of @ f.weight(1)
     return f.x @ f.weight(0).T + gain[:, None] * log_field, gain, log_field, made_of
 
@@ -1553,8 +1566,9 @@ class FieldTree:
 
     weights [V]: how often each token was met (None: all alike); .2 is added to each. The shape is a function of vocabulary
     and weights only. leaf int32 [V] is the token at each leaf, rank int32 [V] its inverse; share float64 [V] the weight of
-    each leaf, of a sum of 1, log_share float32 [V] its logarithm; cumulative float64 [V+1]. nodes int32 [V-1, 7]: low, mid, high (leaf positions), left, right
-    (node, or -1 - leaf), first node of the group of three levels it belongs to, place in the group (1 to 7).
+    each leaf, of a sum of 1, log_share float32 [V] its logarithm; cumulative float64 [V+1]. nodes int32 [V-1, 7]: low,
+    mid, high (leaf positions), left, right (node, or -1 - leaf), first node of the group of three levels it belongs to,
+    place in the group (1 to 7).
     """
 
     def __init__(self, vocabulary: list[bytes], weights: np.ndarray | None = None):
@@ -1643,8 +1657,9 @@ class FieldView:
     @staticmethod
     def concat(views: Sequence[FieldView]) -> FieldView:
         """One view after the other; all of the same tree."""
-        parts = [np.concatenate([getattr(view, name) for view in views]) for name in ("starts", "logmass", "scalars")]
-        return FieldView(*parts, views[0].tree)
+        names = ("starts", "logmass", "scalars")
+        starts, logmass, scalars = (np.concatenate([getattr(view, name) for view in views]) for name in names)
+        return FieldView(starts, logmass, scalars, views[0].tree)
 
     def ends(self) -> np.ndarray:
         """int64 [N, K]: the leaf position behind each range; equal to its start where unused."""
@@ -2038,7 +2053,7 @@ class _FieldReference:
         x[2 * C : 3 * C] = np.where(slots > 0, (slots >> 16) * 4 / 65536 - 2, 0)
         match_set = self.guess_inputs(node, x[3 * C :])
         second = int(np.count_nonzero(slots)) * _FIELD_DEPTHS + min(depth, _FIELD_DEPTHS - 1)
-        rows = tables.sets[:4] + (match_set, node, second, self.past(1))
+        rows = tables.sets[:4] + np.array([match_set, node, second, self.past(1)])
         dots = np.clip(state.weights[rows] @ x, -12, 12)
         total = float(state.final[second] @ dots)
         mixed = 1 / (1 + math.exp(-total))
@@ -2135,7 +2150,65 @@ def _field_scalars(
 # --- The field itself, which keeps the arrays and asks one of the twins. ---
 
 
-class Field:
+class _FieldBase:
+    """What both kinds of field have: checked tokens, and boosts when speaking."""
+
+    config: FieldConfig
+    tree: FieldTree
+    boosts: np.ndarray  # float64 [V]: p(t) is multiplied by 1 + boosts[t] when speaking
+
+    def read(self, tokens, views: bool = False, learn: bool = True) -> tuple[np.ndarray, FieldView | None]:
+        raise NotImplementedError
+
+    def _plain_dense(self) -> np.ndarray:
+        raise NotImplementedError
+
+    def _checked(self, tokens) -> np.ndarray:
+        """Token ids as int64 [N]; ids outside the vocabulary would let the kernel read foreign memory."""
+        tokens = np.asarray(tokens, np.int64).reshape(-1)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(self.tree):
+            raise ValueError(f"token ids must be in 0..{len(self.tree) - 1}, not {tokens.min()}..{tokens.max()}")
+        return tokens
+
+    def _blank_cuts(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        width = min(self.config.view_width, len(self.tree))
+        return np.full((rows, width), len(self.tree), np.int32), np.zeros((rows, width)), np.zeros((rows, 6))
+
+    def _empty_view(self) -> FieldView:
+        return _field_view(*self._blank_cuts(0), self.tree)
+
+    def learn(self, token: int) -> float:
+        """Learn one token; returns what it cost, in bits."""
+        return float(self.read([token])[0][0])
+
+    def observe(self, token: int) -> None:
+        """Move past a token without learning it."""
+        self.read([token], learn=False)
+
+    def dense(self) -> np.ndarray:
+        """float64 [V]: probability of every token next, unpruned, with boosts."""
+        p = self._plain_dense() * (1 + self.boosts)
+        return p / p.sum()
+
+    def sample(self, rng: np.random.Generator, temperature: float = 1.0) -> int:
+        """Draw the next token; temperature 0 takes the likeliest."""
+        p = self.dense()
+        if temperature <= 0:
+            return int(p.argmax())
+        p = (p / p.max()) ** (1 / temperature)
+        return int(np.searchsorted(np.cumsum(p), rng.random() * p.sum(), side="right"))
+
+    def boost(self, tokens, amount: float | None = None) -> None:
+        """The user said these: each becomes likelier by `amount` (config.user_boost), once an occurrence."""
+        np.add.at(self.boosts, self._checked(tokens), self.config.user_boost if amount is None else amount)
+
+    def decay_boosts(self) -> None:
+        """Boosts fade with every message and reply; what is below .01 is forgotten."""
+        self.boosts *= self.config.boost_decay
+        self.boosts[self.boosts < 0.01] = 0
+
+
+class Field(_FieldBase):
     """A context mixer over the token tree: `vocabulary` list of bytes (b"" for specials), config: the [field] section.
 
     engine: "numba" (compiled), "numpy" (the reference, about 2,000 times slower), "auto" (compiled if it can be). Costs are
@@ -2148,7 +2221,7 @@ class Field:
         self.config, self.tree = config, FieldTree(vocabulary, weights)
         self.tables = _field_tables(self.tree, config)
         self.arrays = _field_state(self.tree, self.tables, config)
-        self.boosts = np.zeros(len(vocabulary))  # p(t) is multiplied by 1 + boosts[t] when speaking
+        self.boosts = np.zeros(len(vocabulary))
         self._twin = _field_twin(engine)
 
     @property
@@ -2169,45 +2242,21 @@ class Field:
         learn=False moves contexts and matches past the tokens and learns nothing. (costs: for CooccurField's sake.)
         """
         tokens = self._checked(tokens)
-        bits, rows = np.zeros(len(tokens)), len(tokens) if views else 0
-        parts = [
-            self._read_part(tokens[i : i + 65536], views, learn, bits[i : i + 65536])
-            for i in range(0, len(tokens), 65536)
-        ]
-        if not views:
-            return bits, None
-        return bits, FieldView.concat(parts) if parts else self._empty_view(rows)
-
-    def _checked(self, tokens) -> np.ndarray:
-        """Token ids as int64 [N]; ids outside the vocabulary would let the kernel read foreign memory."""
-        tokens = np.asarray(tokens, np.int64).reshape(-1)
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(self.tree):
-            raise ValueError(f"token ids must be in 0..{len(self.tree) - 1}, not {tokens.min()}..{tokens.max()}")
-        return tokens
+        bits, parts, size = np.zeros(len(tokens)), [], 65_536
+        for i in range(0, len(tokens), size):
+            view = self._read_part(tokens[i : i + size], views, learn, bits[i : i + size])
+            parts += [] if view is None else [view]
+        return bits, (FieldView.concat(parts) if parts else self._empty_view()) if views else None
 
     def _read_part(self, tokens: np.ndarray, views: bool, learn: bool, bits: np.ndarray) -> FieldView | None:
         self._make_room(len(tokens))
         starts, mass, scalars = self._blank_cuts(len(tokens) if views else 0)
-        self._twin.read(
-            *self._tree_arrays(),
-            *self.tables,
-            *self.arrays,
-            tokens,
-            learn,
-            bits,
-            self.config.view_floor,
-            starts,
-            mass,
-            scalars,
-        )
+        self._ask(tokens, learn, bits, starts, mass, scalars)
         return _field_view(starts, mass, scalars, self.tree) if views else None
 
-    def _blank_cuts(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        width = min(self.config.view_width, len(self.tree))
-        return np.full((rows, width), len(self.tree), np.int32), np.zeros((rows, width)), np.zeros((rows, 6))
-
-    def _empty_view(self, rows: int) -> FieldView:
-        return _field_view(*self._blank_cuts(rows), self.tree)
+    def _ask(self, tokens: np.ndarray, learn: bool, bits: np.ndarray, *cuts: np.ndarray) -> None:
+        arrays = (*self._tree_arrays(), *self.tables, *self.arrays)
+        self._twin.read(*arrays, tokens, learn, bits, self.config.view_floor, *cuts)
 
     def _make_room(self, count: int) -> None:
         """Let the history grow until it is as long as it may be; from then on it is a ring."""
@@ -2220,14 +2269,6 @@ class Field:
             larger[: len(history)] = history
             self.arrays = self.arrays._replace(history=larger)
 
-    def learn(self, token: int) -> float:
-        """Learn one token; returns what it cost, in bits."""
-        return float(self.read([token])[0][0])
-
-    def observe(self, token: int) -> None:
-        """Move contexts and matches past a token without learning it."""
-        self.read([token], learn=False)
-
     # Speaking.
 
     def prob(self, token: int) -> float:
@@ -2239,27 +2280,10 @@ class Field:
         self._twin.dense(*self._tree_arrays(), *self.tables, *self.arrays, out)
         return out
 
-    def dense(self) -> np.ndarray:
-        """float64 [V]: probability of every token next, unpruned, with boosts."""
-        p = self._plain_dense() * (1 + self.boosts)
-        return p / p.sum()
-
     def view(self) -> FieldView:
         """The pruned distribution of the next token, one row, with boosts."""
         starts, mass, scalars = self._blank_cuts(1)
-        nothing = np.zeros(0, np.int64)
-        self._twin.read(
-            *self._tree_arrays(),
-            *self.tables,
-            *self.arrays,
-            nothing,
-            False,
-            np.zeros(0),
-            self.config.view_floor,
-            starts,
-            mass,
-            scalars,
-        )
+        self._ask(np.zeros(0, np.int64), False, np.zeros(0), starts, mass, scalars)
         if self.boosts.any():
             mass = self._boosted(starts, mass)
         return _field_view(starts, mass, scalars, self.tree)
@@ -2271,23 +2295,6 @@ class Field:
         width = np.maximum(self.tree.mass(starts[0], ends), 1e-300)
         mass = mass * (1 + (extra[ends] - extra[starts[0]]) / width)
         return mass / mass.sum()
-
-    def sample(self, rng: np.random.Generator, temperature: float = 1.0) -> int:
-        """Draw the next token; temperature 0 takes the likeliest."""
-        p = self.dense()
-        if temperature <= 0:
-            return int(p.argmax())
-        p = (p / p.max()) ** (1 / temperature)
-        return int(np.searchsorted(np.cumsum(p), rng.random() * p.sum(), side="right"))
-
-    def boost(self, tokens, amount: float | None = None) -> None:
-        """The user said these: each becomes likelier by `amount` (config.user_boost), once an occurrence."""
-        np.add.at(self.boosts, self._checked(tokens), self.config.user_boost if amount is None else amount)
-
-    def decay_boosts(self) -> None:
-        """Boosts fade with every message and reply; what is below .01 is forgotten."""
-        self.boosts *= self.config.boost_decay
-        self.boosts[self.boosts < 0.01] = 0
 
     # Copies.
 
@@ -2361,7 +2368,7 @@ def make_field(
 # --- Counting, which answers at once: n-grams and what occurs together, without tables or kernels. ---
 
 
-class CooccurField:
+class CooccurField(_FieldBase):
     """N-gram counts of seven orders, each leaning on the next shorter one, and co-occurrence within ±5 tokens.
 
     p_n(t) = (count(context, t) + strength · p_{n-1}(t)) / (count(context) + strength), p_0 uniform (a Dirichlet prior);
@@ -2396,7 +2403,7 @@ class CooccurField:
         self, tokens, views: bool = False, learn: bool = True, costs: bool = True
     ) -> tuple[np.ndarray, FieldView | None]:
         """As Field.read. costs=False counts all at once, several times faster, and returns zeros."""
-        tokens = Field._checked(self, tokens).tolist()
+        tokens = self._checked(tokens).tolist()
         bits, rows = np.zeros(len(tokens)), []
         if not (costs or views):
             self._count(tokens, learn)
@@ -2428,18 +2435,12 @@ class CooccurField:
             self.seen += len(tokens)
         self.recent = line[1 - self.ORDERS[-1] :]
 
-    def learn(self, token: int) -> float:
-        """Learn one token; returns what it cost, in bits."""
-        return float(self.read([token])[0][0])
-
-    def observe(self, token: int) -> None:
-        """Move past a token without learning it."""
-        self.read([token], learn=False)
-
     def _prob(self, token: int) -> float:
         p = 1 / len(self.tree)
         for n, counts, contexts in zip(self.ORDERS, self.counts, self.contexts):
-            context = tuple(self.recent[len(self.recent) - n + 1 :]) if n <= len(self.recent) + 1 else None
+            if n > len(self.recent) + 1:
+                break
+            context = tuple(self.recent[len(self.recent) - n + 1 :])
             total = contexts.get(context, 0)
             if not total:
                 break  # what the shorter context never saw, the longer one did not either
@@ -2457,7 +2458,7 @@ class CooccurField:
 
     def prob(self, token: int) -> float:
         """Probability of one token next."""
-        return self._prob(int(Field._checked(self, [token])[0]))
+        return self._prob(int(self._checked([token])[0]))
 
     def _plain_dense(self) -> np.ndarray:
         return np.array([self._prob(token) for token in range(len(self.tree))])
@@ -2481,12 +2482,6 @@ class CooccurField:
         top = max((r[2] for r in ranges if r[3] < 0), default=0.0)
         scalars = np.array([_field_scalars(mass[0, : len(ranges)].tolist(), top, None, *self.last_costs)])
         return _field_view(starts, mass, scalars, self.tree)
-
-    dense, sample, boost, decay_boosts = Field.dense, Field.sample, Field.boost, Field.decay_boosts
-    _checked, _blank_cuts = Field._checked, Field._blank_cuts
-
-    def _empty_view(self) -> FieldView:
-        return Field._empty_view(self, 0)
 
     def copy(self) -> CooccurField:
         """An independent field that has counted the same."""
@@ -2710,7 +2705,8 @@ class Body:
         view: the B·T rows of the field's distribution for y, of a body on the field."""
         compiled = kernels_ready() if compiled is None else compiled
         measure = organ("kernels").measure if compiled else self._measure
-        return measure(self, *_as_tokens(x, y), view)
+        x, y = _as_tokens(x, y)
+        return measure(self, x, y, view)
 
     def _measure(self, body: Body, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> np.ndarray:
         program = body_program(self.shape, "measure", 1)
@@ -2721,7 +2717,7 @@ class Body:
             machine.tokens, machine.targets = x[b], y[b]
             machine.view = None if view is None else view[b * x.shape[1] : (b + 1) * x.shape[1]]
             execute(program, machine)
-            out[b] = machine.log_probs[: x.shape[1]]
+            out[b] = _given(machine.log_probs)[: x.shape[1]]
         return out
 
     # Growing the vocabulary.
@@ -2761,14 +2757,16 @@ class Body:
         """The body that `state` described; what shapes it comes from there, not from config."""
         body = object.__new__(Body)
         body.stage, body.steps, body.config = meta["stage"], meta["steps"], config
-        body.shape = BodyShape(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["shape"].items()})
+        shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["shape"].items()}
+        body.shape = BodyShape(**shape)
         body.arena = Arena(body.shape.layout())
         for array in Arena.ARRAYS:
             for name, place in body.arena.places.items():
                 given = arrays.get(f"{array}/{name}")
                 if given is None or given.shape != place.shape:
+                    found = "missing" if given is None else given.shape
                     raise OrganismError(
-                        f"The body's checkpoint does not fit its shape: {array}/{name} is {getattr(given, 'shape', 'missing')}, not {place.shape}."
+                        f"The body's checkpoint does not fit its shape: {array}/{name} is {found}, not {place.shape}."
                     )
                 body.arena.view(array, name)[:] = given
         body.birth = np.array(arrays["birth/embedding"])
@@ -2850,7 +2848,7 @@ class _ReferenceGradients:
             machine.tokens, machine.targets = x[b], y[b]
             machine.view = None if view is None else view[b * T : (b + 1) * T]
             execute(program, machine)
-            total -= machine.log_probs[:T].sum()
+            total -= _given(machine.log_probs)[:T].sum()
         return float(total / x.size)
 
     def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None, rate: float, step: int) -> float:
@@ -3167,8 +3165,8 @@ class Reply:
     def __init__(self, pieces: Iterator[str]):
         self._pieces, self._text = pieces, ""
         self.source, self.surprise_bits, self.entropy_bits = "field", 0.0, 0.0
-        self.tokens, self.seconds, self.first_seconds, self.recalled = 0, 0.0, 0.0, None
-        self.temperature = 0.0
+        self.tokens, self.seconds, self.first_seconds, self.temperature = 0, 0.0, 0.0, 0.0
+        self.recalled: Recollection | None = None
 
     def __iter__(self) -> Iterator[str]:
         for piece in self._pieces:
@@ -3276,7 +3274,7 @@ class Voice:
         _, views = self.field.read(late, views=True)
         self._decoder = self.snapshot.decoder()
         for i in range(len(late) - 1):  # the row that predicts the NEXT token goes in beside a token
-            self._decoder.feed(int(late[i]), views[i + 1 : i + 2])
+            self._decoder.feed(int(late[i]), _given(views)[i + 1 : i + 2])
         self._advance(int(late[-1]), observe=False)
         return self._blend
 
@@ -3825,8 +3823,8 @@ class Learner:
 
     def _rebuild(self, rows: list[np.ndarray], table_mb: int | None) -> None:
         counts = np.bincount(np.concatenate(rows), minlength=len(self.tokenizer)) if rows else None
-        self.field = fresh_field(self.tokenizer, self.config, counts, compiled=self.compiled,
-                                 table_mb=max(table_mb or 0, getattr(self.field.config, "table_mb", 0)), seen=sum(map(len, rows)), plain=not self.on_field)  # fmt: skip
+        self.field = fresh_field(self.tokenizer, self.config, counts, compiled=self.compiled, seen=sum(map(len, rows)),
+                                 table_mb=max(table_mb or 0, self.field.config.table_mb), plain=not self.on_field)  # fmt: skip
         self.experience = self._new_experience()
         self.past, self.past_view = np.full(1, Tokenizer.BOS, np.int32), None
         kept = spread_rows([len(tokens) for tokens in rows], self.experience.capacity)
@@ -4170,7 +4168,7 @@ class Compression(Prequential):
             self.decoder.reset()
             self.fed, back = True, min(max(body.context // 2, body.context - self.STEP), len(learner.past) - 1)
             for i in range(back, 0, -1):
-                seen = None if view is None else learner.past_view[len(learner.past_view) - i]
+                seen = None if view is None else _given(learner.past_view)[-i]
                 self.decoder.feed(int(learner.past[-1 - i]), seen)
         return self.decoder.feed(self.last, view)
 
@@ -4228,11 +4226,11 @@ class CodeHeader(NamedTuple):
         if seed >= 1 << 32 or threads > CODE_THREADS:
             raise UsageError(f"Compression takes a --seed below 2^32 and at most {CODE_THREADS} --threads.")
         here = surroundings(compiled) | dict(settings=_code_settings(config))
-        digests = (_code_digest(here[name], 2) for name in ("CPU", "product", "libraries", "settings"))
+        names = ("CPU", "product", "libraries", "settings")
+        cpu, product, libraries, settings = (_code_digest(here[name], 2) for name in names)
         path = CODE_PATHS.index(here["path"])
-        return CodeHeader(
-            _code_version(), list(STAGES).index(stage), path, threads, seed, *digests, len(data), _code_digest(data, 8)
-        )
+        return CodeHeader(_code_version(), list(STAGES).index(stage), path, threads, seed, cpu, product, libraries,
+                          settings, len(data), _code_digest(data, 8))  # fmt: skip
 
     def pack(self, code: bytes) -> bytes:
         """The whole file."""
@@ -5677,7 +5675,8 @@ class Organism:
         self.state["lived_bytes"] += since  # settled, but not yet published when it fell asleep
         if stage and stage != self.state["stage"]:
             raise UsageError(
-                f"The organism in {self.home.path} is at stage {self.state['stage']!r}, not {stage!r}: choose another --home, or leave --stage out."
+                f"The organism in {self.home.path} is at stage {self.state['stage']!r}, not {stage!r}: "
+                "choose another --home, or leave --stage out."
             )
         tokenizer = Tokenizer.from_state(self.state["tokenizer"])
         body = self._load_body(generation.path)
@@ -5809,15 +5808,11 @@ class Organism:
         data = replies[0].data
         source = {"field": "from the field alone (what I have read, counted)", "body": "from my body alone",
                   "blend": "from my body, which stands on the field"}[data["source"]]  # fmt: skip
-        recalled = {
-            "told": " I leaned on something that you told me.",
-            "read": " I leaned on something that I have read.",
-        }
-        return (
-            f"My last reply came {source}. Your words cost me {data['surprise_bits']:.2f} bits per byte"
-            f" (usually {self.surprise.baseline:.2f}), and I chose each of {data['tokens']} tokens at {data['entropy_bits']:.2f} bits of doubt."
-            + recalled.get(data["recalled"], "")
-        )
+        leaned = {"told": " I leaned on something that you told me.",
+                  "read": " I leaned on something that I have read."}  # fmt: skip
+        return (f"My last reply came {source}. Your words cost me {data['surprise_bits']:.2f} bits per byte (usually "
+                f"{self.surprise.baseline:.2f}), and I chose each of {data['tokens']} tokens at {data['entropy_bits']:.2f} "
+                f"bits of doubt.{leaned.get(data['recalled'], '')}")  # fmt: skip
 
     # Learning.
 
@@ -6124,6 +6119,13 @@ class Organism:
 
     # Measuring.
 
+    @overload
+    def evaluate(self, data: str, prequential: bool = False, blank: bool = False) -> float: ...
+
+    @overload
+    def evaluate(self, data: bytes, prequential: bool = False, blank: bool = False,
+                 curve: Callable[[int, float], None] | None = None, stage: str | None = None) -> dict[str, Any]: ...  # fmt: skip
+
     def evaluate(self, data: str | bytes, prequential: bool = False, blank: bool = False,
                  curve: Callable[[int, float], None] | None = None, stage: str | None = None) -> dict[str, Any] | float:  # fmt: skip
         """Bits per byte and perplexity of data; the home never changes. A string gives just the bits per byte."""
@@ -6204,7 +6206,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _npz(arrays: dict[str, np.ndarray]) -> Callable[[Path], None]:
+def _npz(arrays: dict[str, Any]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         with open(path, "wb") as stream:
             np.savez(stream, **arrays)
@@ -6403,9 +6405,10 @@ class Schooling:
                 f"The loss became {loss} at step {learner.body.steps}: nothing of this was saved; try a lower --lr."
             )
         if self.steps <= 100 or self.steps % self.log_every == 0:
-            self.on_event(dict(event="step", step=learner.body.steps, tokens=self.tokens, loss=loss,
-                               bpb=loss / math.log(2) / self.bytes_per_token, lr=learning_rate(learner.body.steps - 1, self.life.config.learning),
-                               tokens_per_s=self._rate(self.seconds), stage=learner.body.stage))  # fmt: skip
+            rate = learning_rate(learner.body.steps - 1, self.life.config.learning)
+            self.on_event(dict(event="step", step=learner.body.steps, tokens=self.tokens, loss=loss, lr=rate,
+                               bpb=loss / math.log(2) / self.bytes_per_token, tokens_per_s=self._rate(self.seconds),
+                               stage=learner.body.stage))  # fmt: skip
         if self.save_every and self.steps % self.save_every == 0:
             self._save("train")
 
@@ -6451,8 +6454,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.modules.setdefault("organism", sys.modules[__name__])  # started as a script: organs import this very module
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")
     try:
         with _signals():
             group = command_line()
@@ -6513,13 +6516,12 @@ def _sentence(error: BaseException) -> tuple[str, int]:
     """(what went wrong, exit code)."""
     if isinstance(error, OrganismError):
         return str(error), 2 if isinstance(error, UsageError) else 1
-    if hasattr(error, "format_message"):  # click's: a wrong flag or argument
+    if message := getattr(error, "format_message", None):  # click's: a wrong flag or argument
         command = getattr(getattr(error, "ctx", None), "command_path", "organism")
         if type(error).__name__ == "NoArgsIsHelpError":
             return f"Which command? `{command} --help` lists them.", 2
-        return f"{' '.join(error.format_message().split())} (`{command} --help` says more)", getattr(
-            error, "exit_code", 2
-        )
+        code = getattr(error, "exit_code", 2)
+        return f"{' '.join(message().split())} (`{command} --help` says more)", code
     if isinstance(error, ImportError):
         return f"{error.name or error} is not installed, and this needs it: pip install -e .", 1
     if isinstance(error, OSError):
@@ -6671,7 +6673,7 @@ def command_line() -> Any:
         "organism", default="chat", default_if_no_args=True, context_settings=settings, help=_click_help(about)
     )
     click.version_option(__version__, prog_name="organism")(top)
-    groups = {"": top}
+    groups: dict[str, Any] = {"": top}
     for name, text in _GROUPS.items():
         groups[name] = click.Group(name, help=_click_help(f"{text}\n\norganism {name} list"), short_help=text)
         top.add_command(groups[name])

@@ -46,8 +46,9 @@ def main() -> None:
             finished = organism(*arguments, home=Path(folder) / "home")
             assert finished.returncode == 0, finished.stderr
             result = json.loads(finished.stdout.splitlines()[-1])
-            rows.append((name, result["bytes"], zpaq(path, result["bytes"]), f"{result['field_bits_per_byte']:.4f}", f"{result['bits_per_byte']:.4f}",
-                         result["seconds"], MUST.get(name, "–"), AIM.get(name, "–")))  # fmt: skip
+            figures = [f"{result[key]:.4f}" for key in ("field_bits_per_byte", "bits_per_byte")]
+            zipped, limits = zpaq(path, result["bytes"]), (MUST.get(name, "–"), AIM.get(name, "–"))
+            rows.append((name, result["bytes"], zipped, *figures, result["seconds"], *limits))
             print(rows[-1], flush=True)
     head = ["text", "bytes", "zpaq -m5", "field alone", "organism (bits/byte)", "seconds", "must", "aim"]
     print(table("Prequential, one pass from birth", head, rows))

@@ -87,12 +87,14 @@ def test_the_list_of_commands():
 
 def test_train_takes_the_flags_of_the_design():
     text = run("train", "--help").stdout
-    flags = "corpus steps seconds tokens epochs stage engine eval lr batch accum weight-decay max-grad-norm precision vocab field log-every save-every strip-tags"
+    flags = """corpus steps seconds tokens epochs stage engine eval lr batch accum weight-decay max-grad-norm precision
+               vocab field log-every save-every strip-tags"""
     assert [flag for flag in flags.split() if f"--{flag} " not in text] == []
 
 
 def test_importing_brings_no_more_than_numpy():
-    code = "import sys, organism; print([m for m in ('click', 'rich', 'numba', 'torch', 'tomlkit', 'safetensors', 'sqlite_utils') if m in sys.modules])"
+    heavy = ["click", "rich", "numba", "torch", "tomlkit", "safetensors", "sqlite_utils"]
+    code = f"import sys, organism; print([m for m in {heavy} if m in sys.modules])"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROGRAM.parent)
     assert finished.stdout == "[]\n"
 
@@ -107,7 +109,8 @@ def test_importing_brings_no_more_than_numpy():
         (["say", ""], "nothing to say"), (["train"], "Missing option.*--corpus"), (["quarantine"], "Which command"),
         (["train", "--corpus", "x", "--steps", "3", "--seconds", "3"], "choose one"), (["train", "--corpus", "x", "--steps", "0"], "steps"),
         (["train", "--corpus", "x", "--stage", "giant"], "giant"), (["train", "--corpus", "x", "--field", "maybe"], "maybe"),
-        (["train", "--corpus", "x", "--vocab", "100"], "vocab"), (["status", "--threads", "none"], "threads"), (["quarantine", "show", "x"], "'x'"),
+        (["train", "--corpus", "x", "--vocab", "100"], "vocab"), (["status", "--threads", "none"], "threads"),
+        (["quarantine", "show", "x"], "'x'"),
     ],
 )  # fmt: skip
 def test_wrong_requests(arguments, pattern, tmp_path):

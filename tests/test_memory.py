@@ -198,8 +198,9 @@ Our cats are called Mim and Tock.""".split("\n")
         ("What is my sister called?", 0), ("what's my sister's name", 0), ("Who is Marbet?", 0), ("Which lake animal is Pello?", 1),
         ("Does my dog swim?", 1), ("Where am I working?", 2), ("When was I born?", 3), ("Which colour is my favorite colour?", 4),
         ("Who plays trombone?", 5), ("What did I buy?", 6), ("How old is the bycicle?", 6), ("Wo wohnt meine Schwester?", 7),
-        ("Где моя собака, что она любит?", 8), ("姐姐叫什么", 9), ("Did my kids go to Portugal?", 10), ("How many masts does Silverfn have?", 11),
-        ("What does my mother bake?", 12), ("What am I allergic to, hazelnut?", 13), ("What is my cat called?", 14),
+        ("Где моя собака, что она любит?", 8), ("姐姐叫什么", 9), ("Did my kids go to Portugal?", 10),
+        ("How many masts does Silverfn have?", 11), ("What does my mother bake?", 12), ("What am I allergic to, hazelnut?", 13),
+        ("What is my cat called?", 14),
         ("МОЯ СОБАКА", 8), ("SISTER", 0),
     ],
 )  # fmt: skip
@@ -290,8 +291,8 @@ def test_common_words_do_not_drown_rare_ones(memory):
 
 @pytest.mark.parametrize(
     "forms",
-    ["sister sisters sister's", "running run runs ran", "buy bought buys", "house houses", "Häuser häusern", "собака собаку собаки", "city cities",
-     "swim swims swimming swam", "called call name names", "child children kids"],
+    ["sister sisters sister's", "running run runs ran", "buy bought buys", "house houses", "Häuser häusern", "собака собаку собаки",
+     "city cities", "swim swims swimming swam", "called call name names", "child children kids"],
 )  # fmt: skip
 def test_forms_of_a_word_share_a_stem(forms):
     assert len({o.word_stem(word) for word in forms.split()}) == 1, [o.word_stem(word) for word in forms.split()]
@@ -332,7 +333,8 @@ def test_the_documented_columns_are_there(memory):
         "messages": "id ts role text source", "lived": "seq ts source text weight burst_id",
         "quarantine": "id ts source text decision rule reason",
         "growth": "id ts step vocab_size n_params n_deltas corpus_chars loss gamma_sparsity gamma_magnitude note",
-        "syntropy_log": "id ts entropy_before entropy_after syntropy_delta field_deviation purpose_magnitude purpose_alignment action_taken note",
+        "syntropy_log": "id ts entropy_before entropy_after syntropy_delta field_deviation purpose_magnitude "
+        "purpose_alignment action_taken note",
         "events": "id ts kind data",
     }  # fmt: skip
     for table, columns in documented.items():

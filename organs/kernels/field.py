@@ -539,7 +539,7 @@ def read(
     for i in range(max(len(tokens), len(cut_starts))):
         previous = np.int64(_past(history, registers[POSITION], 1))
         _expect(rank, curves, successors, maps, history, registers, hashes, guess, trusted)
-        learning, steps, node, token = i < len(tokens), 0, np.int64(0), np.int64(0)
+        learning, node, token = i < len(tokens), np.int64(0), np.int64(0)
         if i < len(cut_starts):  # split the heaviest range until all are light, or the width is used up
             at, masses, count, groups = cut_starts[i], cut_masses[i], 1, 0
             at[0], masses[0], ranges[0, 0], ranges[1, 0] = 0, 1.0, 0, 0
