@@ -233,32 +233,16 @@ CONFIG_CHOICES = {  # what a text may be, where it is one of a few
     "voice.blend": ("tree", "sigmoid"),
 }
 CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break something; every other number is at least 0
-    "body.context": (8, 4096),
-    "body.hybrid_alpha_init": (-20, 20),
-    "body.word_dropout": (0, 0.9),
+    "body.context": (8, 4096), "body.hybrid_alpha_init": (-20, 20), "body.word_dropout": (0, 0.9),
     "tokenizer.max_merges": (0, 60_000),
-    "field.table_mb": (1, 4096),
-    "field.max_table_mb": (1, 4096),
-    "field.match_min": (1, 64),
-    "field.count_limit": (1, 1023),
-    "field.view_width": (8, 1024),
-    "field.view_floor": (1e-6, 0.5),
-    "learning.rate_min": (0, 1),
-    "learning.horizon_steps": (1, 10**9),
-    "learning.beta1": (0, 0.9999),
-    "learning.beta2": (0, 0.99999),
-    "learning.epsilon": (1e-12, 1),
-    "learning.average": (0, 0.99999),
-    "learning.batch": (1, 65_536),
-    "learning.accum": (1, 65_536),
-    "learning.store_mb": (1, 1_000_000),
-    "voice.top_p": (0.01, 1),
-    "voice.min_p": (0, 1),
-    "voice.typical_p": (0.01, 1),
-    "voice.max_tokens": (1, 100_000),
-    "memory.candidates": (1, 10_000),
-    "life.keep_generations": (1, 10_000),
-}
+    "field.table_mb": (1, 4096), "field.max_table_mb": (1, 4096), "field.match_min": (1, 64),
+    "field.count_limit": (1, 1023), "field.view_width": (8, 1024), "field.view_floor": (1e-6, 0.5),
+    "learning.rate_min": (0, 1), "learning.horizon_steps": (1, 10**9), "learning.beta1": (0, 0.9999),
+    "learning.beta2": (0, 0.99999), "learning.epsilon": (1e-12, 1), "learning.average": (0, 0.99999),
+    "learning.batch": (1, 65_536), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
+    "voice.top_p": (0.01, 1), "voice.min_p": (0, 1), "voice.typical_p": (0.01, 1), "voice.max_tokens": (1, 100_000),
+    "memory.candidates": (1, 10_000), "life.keep_generations": (1, 10_000),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -393,11 +377,8 @@ def _config_known(name: str, where: str, empty: bool = False) -> tuple[str, str]
 
     close = difflib.get_close_matches(name, names, 1, 0.6) or [n for n in names if key and n.endswith(f".{key}")]
     close = close or [n for n in names if n.endswith(f".{name}")]
-    hint = (
-        f"did you mean {close[0]!r}?"
-        if close
-        else f"sections are {', '.join(s.name for s in dataclasses.fields(Config))}."
-    )
+    sections = ", ".join(s.name for s in dataclasses.fields(Config))
+    hint = f"did you mean {close[0]!r}?" if close else f"sections are {sections}."
     raise UsageError(f"Unknown setting {name!r} in {where}: {hint}")
 
 
@@ -427,16 +408,8 @@ def _config_value(name: str, value: object, like: object, where: str) -> object:
     return value
 
 
-_CONFIG_WORDS = {
-    "on": True,
-    "true": True,
-    "yes": True,
-    "1": True,
-    "off": False,
-    "false": False,
-    "no": False,
-    "0": False,
-}
+_CONFIG_WORDS = {"on": True, "true": True, "yes": True, "1": True,
+                 "off": False, "false": False, "no": False, "0": False}  # fmt: skip
 
 
 def _config_number(value: object, like: int | float, wrong: UsageError) -> int | float:
@@ -458,10 +431,8 @@ def _config_type(like: object) -> str:
 
 def _config_template() -> str:
     """organism.toml of a newborn: every setting with its meaning, commented out."""
-    lines, last = (
-        ["# Settings of this organism; remove a `# ` to change one. ORGANISM_SECTION_KEY and flags outrank them."],
-        "",
-    )
+    last = ""
+    lines = ["# Settings of this organism; remove a `# ` to change one. ORGANISM_SECTION_KEY and flags outrank them."]
     for name, value, meaning in settings_table():
         section, key = name.split(".")
         if section != last:
@@ -1917,12 +1888,8 @@ class _FieldReference:
         if self.contexts > 6:
             h += [1, order[6], word + word2 * 5, _field_mix(indent, recent & 0xFF)]
             h += [recent & (1 << 8 * k) - 1 for k in range(1, 6)]
-            h += [
-                expected,
-                _field_mix(word1, self.past(1)),
-                _field_mix(word, indent),
-                _field_mix(expected, self.past(1)),
-            ]
+            h += [expected, _field_mix(word1, self.past(1)), _field_mix(word, indent)]
+            h += [_field_mix(expected, self.past(1))]
         self.hashes = [_field_mix(x & _FIELD_MASK, 1000 + c) * _FIELD_HASH2 & _FIELD_MASK for c, x in enumerate(h)]
 
     def expected(self) -> int:
@@ -2126,11 +2093,8 @@ class _FieldReference:
             at, mass, node, depth = heaviest
             (left, left_p), (right, right_p) = self.children(node, depth, buckets)
             place = ranges.index(heaviest)
-            halves = [
-                (at, mass * left_p, left, depth + 1),
-                (int(self.nodes[node, 1]), mass * right_p, right, depth + 1),
-            ]
-            ranges[place : place + 1] = halves
+            ranges[place] = at, mass * left_p, left, depth + 1
+            ranges.insert(place + 1, (int(self.nodes[node, 1]), mass * right_p, right, depth + 1))
         starts[: len(ranges)] = [r[0] for r in ranges]
         masses[: len(ranges)] = [r[1] for r in ranges]
         length = max([int(self.registers[3 + 4 * k]) for k in range(2) if self.guess[k] >= 0], default=None)
@@ -2375,15 +2339,7 @@ class CooccurField(_FieldBase):
     then p = (1 - share) · p_last + share · (how often t was near the last five tokens). The interface is Field's. (molequla §1.5)
     """
 
-    ORDERS = (
-        1,
-        2,
-        3,
-        4,
-        6,
-        10,
-        16,
-    )  # molequla ends at 4; a young vocabulary is bytes, and recall must find its way there
+    ORDERS = (1, 2, 3, 4, 6, 10, 16)  # molequla ends at 4, but a young vocabulary is bytes, where recall needs more
     NEAR = 5
     STRENGTH = 2.0  # observations that the shorter context is worth (chosen on nonames.txt)
     SHARE = 0.03  # of co-occurrence; molequla's .3 is worse by far as a predictor (the same)
@@ -2508,11 +2464,8 @@ class CooccurField(_FieldBase):
         made = cls(vocabulary, config, arrays["tree_weights"])
         for name in ("near_totals", "boosts"):
             getattr(made, name)[:] = arrays[name]
-        made.recent, made.seen, made.last_costs = (
-            arrays["recent"].tolist(),
-            int(arrays["seen"]),
-            arrays["last_costs"].tolist(),
-        )
+        made.seen = int(arrays["seen"])
+        made.recent, made.last_costs = arrays["recent"].tolist(), arrays["last_costs"].tolist()
         targets = [("near", made.near)] + [(f"counts{n}", counts) for n, counts in zip(cls.ORDERS, made.counts)]
         for name, counter in targets + [(f"contexts{n}", contexts) for n, contexts in zip(cls.ORDERS, made.contexts)]:
             counter.update({tuple(row[:-1]): row[-1] for row in arrays[name].tolist()})
@@ -3016,13 +2969,8 @@ class SamplingChain:
         config, q = self.config, _softmax(log_p / self.temperature)
         entropy = _entropy(q)
         self.entropies.append(entropy)
-        factor = (
-            config.entropy_boost
-            if entropy < config.entropy_low
-            else config.entropy_focus
-            if entropy > config.entropy_high
-            else 1.0
-        )
+        low, high = config.entropy_low, config.entropy_high
+        factor = config.entropy_boost if entropy < low else config.entropy_focus if entropy > high else 1.0
         return q if factor == 1.0 else _softmax(log_p / (self.temperature * factor))
 
     def _filtered(self, q: np.ndarray) -> np.ndarray:
@@ -3058,9 +3006,8 @@ def _entropy(p: np.ndarray) -> float:
 
 def repeats(tokens: Sequence[int], guard: int) -> bool:
     """Whether the tokens end in something said twice in a row, of `guard` to 4 · `guard` tokens; 0 switches it off."""
-    return guard > 0 and any(
-        len(tokens) >= 2 * n and tokens[-n:] == tokens[-2 * n : -n] for n in range(guard, 4 * guard + 1)
-    )
+    sizes = range(guard, 4 * guard + 1) if guard > 0 else ()
+    return any(len(tokens) >= 2 * n and tokens[-n:] == tokens[-2 * n : -n] for n in sizes)
 
 
 # --- Streaming, which turns bytes into whole characters and holds back what may be the start of a stop sequence. ---
@@ -3235,14 +3182,10 @@ class Voice:
         distribution = self._prefill(reply, tokenizer.encode(prompt))
         stream, produced = TextStream(stops), []
         never = [Tokenizer.BOS, Tokenizer.PAD]
-        breaks = [
-            Tokenizer.EOS,
-            *(i for i, b in enumerate(tokenizer.vocabulary) if b and any(s.encode() in b for s in stops)),
-        ]
+        ends = [i for i, b in enumerate(tokenizer.vocabulary) if b and any(s.encode() in b for s in stops)]
+        early = [*never, Tokenizer.EOS, *ends]
         while len(produced) < voice.max_tokens and not stream.stopped:
-            token = chain.choose(
-                distribution(), produced, never + breaks if len(produced) < voice.min_tokens else never
-            )
+            token = chain.choose(distribution(), produced, early if len(produced) < voice.min_tokens else never)
             if token == Tokenizer.EOS:
                 break
             produced.append(token)
@@ -3343,6 +3286,13 @@ class Piece:
     plain: bool = False
 
 
+def _cut_pieces(data: bytes) -> Iterator[bytes]:
+    while data:
+        cut = Tokenizer.boundary(data, PIECE_BYTES) if len(data) > PIECE_BYTES else len(data)
+        yield data[:cut]
+        data = data[cut:]
+
+
 class Reader:
     """Streams .txt, .md, .jsonl, .json, folders and `-` (standard input) as pieces of at most 64 KB.
 
@@ -3408,12 +3358,8 @@ class Reader:
 
     def _documents(self, path: str, documents: Iterable[tuple[bytes, int]]) -> Iterator[Piece]:
         for text, offset in documents:
-            part = 0
-            while text:
-                cut = Tokenizer.boundary(text, PIECE_BYTES) if len(text) > PIECE_BYTES else len(text)
-                head, text = text[:cut], text[cut:]
-                yield Piece(path, self._clean(head), part, offset)
-                part += 1
+            for part, piece in enumerate(_cut_pieces(text)):
+                yield Piece(path, self._clean(piece), part, offset)
 
     def _json_lines(self, path: str, start: int) -> Iterator[tuple[bytes, int]]:
         with self._open(path) as stream:
@@ -3500,9 +3446,8 @@ class QuantumBuffer:
         return max(0.0, 1.0 - self.usual / dear) if dear > 0 else 0.0
 
     def ready(self, now: float) -> bool:
-        enough = self.bytes >= self.config.buffer_bytes or (
-            self.bytes > 0 and self.novelty >= self.config.buffer_novelty
-        )
+        new = self.bytes > 0 and self.novelty >= self.config.buffer_novelty
+        enough = self.bytes >= self.config.buffer_bytes or new
         return self.asked or (enough and now - self.last_burst >= self.config.cooldown)
 
     def reset(self, now: float) -> None:
@@ -3553,10 +3498,8 @@ class Experience:
             self._allocate(max(end, min(2 * len(self.tokens), self.capacity + 64 * self.BLOCK)))
         self.tokens[self.length : end] = tokens
         if view is not None:
-            for mine, new in zip(
-                (self.starts, self.logmass, self.scalars), (view.starts, view.logmass, view.scalars), strict=True
-            ):
-                mine[self.length : end] = new
+            for name in ("starts", "logmass", "scalars"):
+                getattr(self, name)[self.length : end] = getattr(view, name)
         self.length = end
 
     def trim(self) -> None:
@@ -3566,9 +3509,8 @@ class Experience:
         blocks = self.length // self.BLOCK
         old = blocks * 3 // 4
         kept = np.sort(self.rng.permutation(old)[: old // 2])
-        rows = np.concatenate(
-            [(kept[:, None] * self.BLOCK + np.arange(self.BLOCK)).ravel(), np.arange(old * self.BLOCK, self.length)]
-        )
+        older = (kept[:, None] * self.BLOCK + np.arange(self.BLOCK)).ravel()
+        rows = np.concatenate([older, np.arange(old * self.BLOCK, self.length)])
         for array in (self.tokens, self.starts, self.logmass, self.scalars):
             if len(array):
                 array[: len(rows)] = array[rows]
@@ -3639,11 +3581,8 @@ class Gate:
         self, log_body: np.ndarray, log_field: np.ndarray, entropy_scalar: np.ndarray, learn: bool = True
     ) -> np.ndarray:
         """ln p of what came, for n positions in order; learns from each after it was predicted. All arrays [n]."""
-        body, base, out = (
-            np.exp(log_body.astype(np.float64)),
-            np.exp(log_field.astype(np.float64)),
-            np.empty(len(log_body)),
-        )
+        body, base = np.exp(log_body.astype(np.float64)), np.exp(log_field.astype(np.float64))
+        out = np.empty(len(log_body))
         for i, k in enumerate(self.bucket(entropy_scalar).tolist()):
             g = self.weight[k]
             p = g * body[i] + (1 - g) * base[i]
@@ -3699,8 +3638,7 @@ class Learner:
 
     def encode(self, data: bytes, part: int) -> np.ndarray:
         """Tokens of a piece; a document begins with BOS."""
-        tokens = self.tokenizer.encode(data)
-        return np.concatenate([[np.int32(Tokenizer.BOS)], tokens]) if part == 0 else tokens
+        return _row_tokens(self.tokenizer, data, part)
 
     def read(self, tokens: np.ndarray) -> tuple[np.ndarray, FieldView | None]:
         """Let field and experience read tokens [n]; returns the field's cost of each in bits [n] and the views."""
@@ -3719,21 +3657,16 @@ class Learner:
         """`steps` steps on windows of the experience, of which the last `fresh` tokens are new; mean loss in nats."""
         if self.experience.length < 2:
             return math.nan
-        learning = self.config.learning
-        losses = []
+        learning, losses = self.config.learning, []
+        size = batch or learning.batch * learning.accum  # the engine goes through it in micro-batches: gradients add up
         for _ in range(steps):
-            size = (
-                batch or learning.batch * learning.accum
-            )  # the engine works through it in micro-batches: gradients add up
             x, y, view = self.experience.windows(size, length or self.body.context, fresh, self.rng)
             losses.append(self.step(x, y, view))
         return float(np.mean(losses)) if losses else math.nan
 
     def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> float:
         if self.trainer is None:
-            self.trainer = Trainer(
-                self.body, self.config.learning, engine=self.engine, threads=self.threads, seed=self.seed
-            )
+            self.trainer = Trainer(self.body, self.config.learning, self.engine, self.threads, self.seed)
         return float(self.trainer.step(x, y, view, learning_rate(self.body.steps, self.config.learning)))
 
     def sync(self) -> None:
@@ -3786,6 +3719,14 @@ class Learner:
 
     # Growing the vocabulary, after which the field and the experience are made anew by replay.
 
+    def grow_table(self, past: Callable[[], Iterable[tuple[bytes, int]]]) -> bool:
+        """Give the field a larger table, once it has read enough for one."""
+        wanted = wanted_table_mb(self.field.seen, self.config.field)
+        if not self.on_field or isinstance(self.field, CooccurField) or wanted <= self.field.config.table_mb:
+            return False
+        self.rebuild(past(), wanted)
+        return True
+
     def grow_vocabulary(self, merges: int, past: Callable[[], Iterable[tuple[bytes, int]]]) -> bool:
         """Expand to `merges` merges learned from the past (an iterable of (data, part), asked for twice)."""
         grown = Tokenizer(self.tokenizer.merges)
@@ -3834,6 +3775,11 @@ class Learner:
                 self.follow(tokens, view)
             elif self.on_field:
                 self.field.read(tokens)
+
+
+def _row_tokens(tokenizer: Tokenizer, text: bytes, part: int) -> np.ndarray:
+    tokens = tokenizer.encode(text)
+    return np.concatenate([[np.int32(Tokenizer.BOS)], tokens]) if part == 0 else tokens
 
 
 PLAIN_FIELD_TOKENS = 100_000  # a body without a field blends with n-gram counts of at most so many tokens
@@ -3904,7 +3850,9 @@ class Prequential:
     is spelled anew from there. The settings are those of notes/stack.md, method (c).
     """
 
-    STEP, BATCH = 48, 8
+    STEP = 48  # tokens predicted, then learned with one step of training
+    BATCHES = ((0, 8), (100_000, 16))  # (tokens read, windows a step from there on): replay pays late and hurts early
+    EXPERIENCE = 600_000  # tokens kept for replay
     WINDOW = 1 << 14  # bytes that are encoded at a time, and between two points of a curve
 
     def __init__(self, learner: Learner, past: list[tuple[bytes, int]], train: bool = True):
@@ -3978,7 +3926,7 @@ class Prequential:
         """One step of training after a chunk."""
         learner = self.learner
         if self.train and len(learner.tokenizer) > Tokenizer.BASE and learner.experience.length > learner.body.context:
-            learner.train(1, self.STEP, batch=self.BATCH)
+            learner.train(1, self.STEP, batch=max(b for n, b in self.BATCHES if n <= learner.experience.length))
         learner.experience.trim()
 
     # Growing.
@@ -3995,10 +3943,7 @@ class Prequential:
             merges, self.due = wanted_merges(read, learner.config.tokenizer), self._next_growth()
             if merges > len(learner.tokenizer.merges) and learner.grow_vocabulary(merges, self._replay):
                 return True
-        if learner.on_field and not isinstance(learner.field, CooccurField):
-            wanted = wanted_table_mb(learner.field.seen, learner.config.field)
-            if wanted > learner.field.config.table_mb:
-                learner.rebuild(self._replay(), wanted)
+        learner.grow_table(self._replay)
         return False
 
     def _replay(self) -> Iterator[tuple[bytes, int]]:
@@ -4011,8 +3956,11 @@ class Prequential:
 def newborn_learner(
     config: Config, stage: str, *, engine: str, threads: int | None, seed: int, tokenizer: Tokenizer | None = None
 ) -> Learner:
-    """A learner that has read nothing."""
+    """A learner that has read nothing, with room for all that a prequential pass replays."""
     tokenizer = tokenizer or Tokenizer()
+    learning = config.learning
+    room = max(learning.experience_tokens, Prequential.EXPERIENCE)
+    config = dataclasses.replace(config, learning=dataclasses.replace(learning, experience_tokens=room))
     compiled = engine != "numpy" and kernels_ready()
     body = Body(stage, len(tokenizer), config.body, seed)
     plain = not body.on_field
@@ -5955,16 +5903,11 @@ class Organism:
     def _maybe_grow(self, learner: Learner) -> bool:
         """A larger vocabulary or a larger field table, once enough was lived; both replay the past."""
         merges = wanted_merges(self.state["lived_bytes"], self.config.tokenizer)
-        if merges > len(learner.tokenizer.merges):
-            if learner.grow_vocabulary(merges, self._past):
-                self._field_dirty = True
-                self.memory.event("vocabulary", dict(size=len(learner.tokenizer)))
-                return True
-        if learner.on_field and not isinstance(learner.field, CooccurField):
-            wanted = wanted_table_mb(learner.field.seen, self.config.field)
-            if wanted > learner.field.config.table_mb:
-                learner.rebuild(self._past(), wanted)
-                self._field_dirty = True
+        if merges > len(learner.tokenizer.merges) and learner.grow_vocabulary(merges, self._past):
+            self._field_dirty = True
+            self.memory.event("vocabulary", dict(size=len(learner.tokenizer)))
+            return True
+        self._field_dirty |= learner.grow_table(self._past)
         return False
 
     # Publishing.
@@ -6173,18 +6116,6 @@ class Organism:
             mesh=dict(peers=0), training_flops=self.state["training_flops"], messages=counts.get("messages", 0),
             waiting=counts.get("pending", 0), learning=self._busy, trouble=self.trouble or None,
         )  # fmt: skip
-
-
-def _cut_pieces(data: bytes) -> Iterator[bytes]:
-    while data:
-        cut = Tokenizer.boundary(data, PIECE_BYTES) if len(data) > PIECE_BYTES else len(data)
-        yield data[:cut]
-        data = data[cut:]
-
-
-def _row_tokens(tokenizer: Tokenizer, text: bytes, part: int) -> np.ndarray:
-    tokens = tokenizer.encode(text)
-    return np.concatenate([[np.int32(Tokenizer.BOS)], tokens]) if part == 0 else tokens
 
 
 def _within(limit: int) -> Callable[[np.ndarray], bool]:
