@@ -3046,7 +3046,7 @@ _DEIXIS = {  # whoever speaks is "I": a remembered sentence changes its point of
     "i'll": "you'll", "i'd": "you'd", "am": "are", "you": "I", "your": "my", "yours": "mine", "yourself": "myself",
     "you're": "I'm", "you've": "I've", "you'll": "I'll", "you'd": "I'd", "we": "you", "our": "your", "ours": "yours", "us": "you",
 }  # fmt: skip
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*", re.UNICODE)
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 def seen_from_here(sentence: str) -> str:
@@ -4585,18 +4585,13 @@ class Memory:
         """Remember one line of a conversation; it is on the disk when this returns. `learn` is queued with it."""
         with self._transaction() as connection:
             now = time.time()
-            values = (now, role, _stored(text), source)
-            ref = _inserted(
-                connection.execute("INSERT INTO messages(ts, role, text, source) VALUES (?, ?, ?, ?)", values)
-            )
+            ref = _insert(connection, "messages", ts=now, role=role, text=_stored(text), source=source)
             if role == "user":
                 for kind in ("message", "question"):
                     found = [(one, "") for one in sentences(text) if is_question(one) == (kind == "question")]
                     _index_passages(connection, kind, ref, now, found)
             if learn is not None:
-                connection.execute(
-                    "INSERT INTO pending(ts, source, text) VALUES (?, ?, ?)", (now, source, _stored(learn))
-                )
+                _insert(connection, "pending", ts=now, source=source, text=_stored(learn))
         return ref
 
     def messages(self, limit: int | None = None, before: int | None = None, after: int | None = None) -> list[Message]:
@@ -4612,11 +4607,7 @@ class Memory:
     def queue(self, source: str, text: str | bytes) -> int:
         """Keep text until it is judged; survives a crash."""
         with self._transaction() as connection:
-            return _inserted(
-                connection.execute(
-                    "INSERT INTO pending(ts, source, text) VALUES (?, ?, ?)", (time.time(), source, _stored(text))
-                )
-            )
+            return _insert(connection, "pending", ts=time.time(), source=source, text=_stored(text))
 
     def pending(self, limit: int | None = None) -> list[Pending]:
         """What waits, oldest first."""
@@ -4645,13 +4636,9 @@ class Memory:
         self, connection: sqlite3.Connection, rows: Iterable[tuple[str, str | bytes, int]], burst_id: int
     ) -> None:
         now = time.time()
-        data = [
-            (now, source, _stored(text), burst_id, part, len(_as_bytes(text)), source == "chat")
-            for source, text, part in rows
-        ]
-        connection.executemany(  # what was said in chat is found as a message already: it counts as indexed
-            "INSERT INTO lived(ts, source, text, burst_id, part, bytes, indexed) VALUES (?, ?, ?, ?, ?, ?, ?)", data
-        )
+        for source, text, part in rows:  # what was said in chat is found as a message already: it counts as indexed
+            _insert(connection, "lived", ts=now, source=source, text=_stored(text), burst_id=burst_id, part=part,
+                    bytes=len(_as_bytes(text)), indexed=source == "chat")  # fmt: skip
 
     def lived(self, after_seq: int = 0) -> Iterator[Lived]:
         """Accepted rows with seq > after_seq, in the order of learning; rows are fetched few at a time."""
@@ -4705,25 +4692,20 @@ class Memory:
             return self._insert_refused(connection, source, text, verdict)
 
     def _insert_refused(self, connection: sqlite3.Connection, source: str, text: str | bytes, verdict: Verdict) -> int:
-        values = (time.time(), source, _stored(text), verdict.decision, verdict.rule, verdict.reason)
-        return _inserted(
-            connection.execute(
-                "INSERT INTO quarantine(ts, source, text, decision, rule, reason) VALUES (?, ?, ?, ?, ?, ?)", values
-            )
-        )
+        why = dict(decision=verdict.decision, rule=verdict.rule, reason=verdict.reason)
+        return _insert(connection, "quarantine", ts=time.time(), source=source, text=_stored(text), **why)
 
     def quarantine(self, limit: int | None = None) -> list[Refused]:
         """What was refused, newest first."""
-        rows = self._all(
-            "SELECT id, ts, source, text, decision, rule, reason FROM quarantine ORDER BY id DESC LIMIT ?",
-            -1 if limit is None else limit,
-        )
-        return [Refused(i, ts, source, _as_bytes(text), *rest) for i, ts, source, text, *rest in rows]
+        return self._refused("ORDER BY id DESC LIMIT ?", -1 if limit is None else limit)
 
     def quarantine_get(self, ref: int) -> Refused | None:
         """One refused text."""
-        rows = self._all("SELECT id, ts, source, text, decision, rule, reason FROM quarantine WHERE id = ?", ref)
-        return next((Refused(i, ts, source, _as_bytes(text), *rest) for i, ts, source, text, *rest in rows), None)
+        return next(iter(self._refused("WHERE id = ?", ref)), None)
+
+    def _refused(self, which: str, value: int) -> list[Refused]:
+        rows = self._all(f"SELECT id, ts, source, text, decision, rule, reason FROM quarantine {which}", value)
+        return [Refused(i, ts, source, _as_bytes(text), *rest) for i, ts, source, text, *rest in rows]
 
     # Statistics: on the disk soon.
 
@@ -4737,17 +4719,13 @@ class Memory:
 
     def event(self, kind: str, data: dict | None = None) -> None:
         """Note that something happened, with its numbers (anything that JSON can hold)."""
-        self._statistic(
-            "events", dict(kind=kind, data=json.dumps(data or {}, ensure_ascii=False, default=_plain_number))
-        )
+        text = json.dumps(data or {}, ensure_ascii=False, default=_plain_number)
+        self._statistic("events", dict(kind=kind, data=text))
 
     def _statistic(self, table: str, columns: dict[str, Any]) -> None:
-        columns = dict(ts=time.time()) | {
-            k: _plain_number(v) if isinstance(v, np.generic) else v for k, v in columns.items()
-        }
-        names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+        plain = {k: _plain_number(v) if isinstance(v, np.generic) else v for k, v in columns.items()}
         with self._transaction(durable=False) as connection:
-            connection.execute(f"INSERT INTO {table}({names}) VALUES ({marks})", tuple(columns.values()))
+            _insert(connection, table, **dict(ts=time.time()) | plain)
 
     def events(self, kind: str | None = None, limit: int | None = None) -> list[Event]:
         """What happened, newest first."""
@@ -4856,7 +4834,6 @@ _ENDINGS = (  # cut once, after a final s, the longest that leaves three letters
      "ат", "ят", "ал", "ял", "ил", "ть", "ов", "ев", "ой", "ей", "ый", "ий", "ая", "яя", "ое", "ее", "ые", "ие", "ую",
      "юю", "ом", "ем", "ам", "ям", "ах", "ях", "а", "я", "о", "е", "и", "ы", "у", "ю", "ь", "й"),
 )  # fmt: skip
-_LETTERS = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _SPACELESS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 _COMMON = 2000  # sentences that hold a word from which on it says little, and is costly to look up
 
@@ -4868,9 +4845,8 @@ def word_stem(word: str) -> str:
     if re.match("[а-яё]", word):
         word = word.replace("ё", "е")
     else:
-        word = "".join(
-            c for c in unicodedata.normalize("NFKD", word.replace("ß", "ss")) if not unicodedata.combining(c)
-        )
+        parts = unicodedata.normalize("NFKD", word.replace("ß", "ss"))
+        word = "".join(c for c in parts if not unicodedata.combining(c))
     word = _OTHER_FORMS.get(word, word)
     if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
         word = _OTHER_FORMS.get(word[:-1], word[:-1])
@@ -4886,15 +4862,11 @@ def word_stem(word: str) -> str:
 def content_words(text: str) -> list[str]:
     """The words that say what a text is about, in order, each once; pairs of characters where there are no spaces."""
     words: dict[str, None] = {}
-    for match in _LETTERS.finditer(text):
+    for match in _WORD.finditer(text):
         word = match.group().lower().replace("’", "'")
         if _SPACELESS.search(word):
             words |= dict.fromkeys(_pairs(word))
-        elif (
-            word not in STOP_WORDS
-            and re.sub(r"'\w*$", "", word) not in STOP_WORDS
-            and (len(word) > 1 or word.isdigit())
-        ):
+        elif not {word, re.sub(r"'\w*$", "", word)} & STOP_WORDS and (len(word) > 1 or word.isdigit()):
             words[word] = None
     return list(words)
 
@@ -4912,7 +4884,7 @@ def _pairs(text: str) -> list[str]:
 def is_question(text: str) -> bool:
     """Whether a sentence asks: by its mark, or by its first word where it has no mark."""
     text = text.strip().rstrip("\"'”’»)")
-    first = _LETTERS.search(text)
+    first = _WORD.search(text)
     return text.endswith(("?", "？")) or bool(
         first and not text.endswith((".", "!", "。")) and first.group().lower().replace("’", "'") in _QUESTION_WORDS
     )
@@ -4931,11 +4903,8 @@ def _asked_words(memory: Memory, text: str, before: int | None, most: int = 24) 
     """The content words of a question with their weights: ln(1 + sentences / sentences that hold the word)."""
     total = memory._all("SELECT coalesce(max(id), 0) FROM passages")[0][0]
     if before is not None:  # what is being asked says nothing about what is known
-        total = memory._all(
-            "SELECT coalesce(min(id) - 1, ?) FROM passages WHERE kind IN ('message', 'question') AND ref >= ?",
-            total,
-            before,
-        )[0][0]
+        since = "SELECT coalesce(min(id) - 1, ?) FROM passages WHERE kind IN ('message', 'question') AND ref >= ?"
+        total = memory._all(since, total, before)[0][0]
     asked = []
     for word in content_words(text)[:most]:
         match, stems, share = _word_match(word), frozenset([word_stem(word)]), 1.0
@@ -4960,9 +4929,8 @@ def _word_match(word: str) -> str:
 def _match_count(memory: Memory, match: str, total: int) -> int:
     """In how many statements (passages up to number `total`) a word is; counted up to `_COMMON`."""
     query = f"({{text terms}} : ({match})) NOT kind : question"
-    return memory._all(
-        "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? AND rowid <= ? LIMIT ?)", query, total, _COMMON
-    )[0][0]
+    counted = "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? AND rowid <= ? LIMIT ?)"
+    return memory._all(counted, query, total, _COMMON)[0][0]
 
 
 def _near_words(memory: Memory, word: str, most: int = 3) -> list[str]:
@@ -4987,7 +4955,7 @@ def _near_words(memory: Memory, word: str, most: int = 3) -> list[str]:
 
 def _resemblance(sentence: str, asked: list[_Asked]) -> float:
     """The weighted share of the question's words that a sentence holds, a little less for a long sentence."""
-    words = stems_of(sentence) | {word_stem(m.group()) for m in _LETTERS.finditer(sentence)}
+    words = stems_of(sentence) | {word_stem(m.group()) for m in _WORD.finditer(sentence)}
     whole = sum(word.weight for word in asked)
     share = sum(word.weight * _held(word, words) for word in asked) / whole if whole else 0.0
     return share * (1 - 0.1 * min(1.0, len(words) / 40))
@@ -5081,7 +5049,10 @@ def _as_str(text: str | bytes) -> str:
     return text if isinstance(text, str) else text.decode("utf-8", "replace")
 
 
-def _inserted(cursor: sqlite3.Cursor) -> int:
+def _insert(connection: sqlite3.Connection, table: str, **columns: Any) -> int:
+    """A new row; its id."""
+    names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+    cursor = connection.execute(f"INSERT INTO {table}({names}) VALUES ({marks})", tuple(columns.values()))
     return int(cursor.lastrowid or 0)
 
 

@@ -1,6 +1,6 @@
 """Where the time of a training step and of a generated token goes, kernel by kernel, and how far the roofs are.
 
-Usage: python benchmarks/profile.py [STAGE …]
+Usage: python benchmarks/roofs.py [STAGE …]
 One thread. A training step is forward and backward of one micro-batch (4 × 96 tokens, on the field, vocabulary 643) and
 AdamW; a token is one run of the decoder's program at position 90. Each row of a program is timed on its own, repeated.
 Roofs: NumPy's sgemm (1024³) and reading 400 MB, both measured here, both on one thread.
