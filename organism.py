@@ -5105,11 +5105,8 @@ class Home:
     """
 
     def __init__(self, path: str | Path, read_only: bool = False, keep_generations: int = 3):
-        self.path, self.read_only, self.keep_generations = (
-            Path(path).expanduser().absolute(),
-            read_only,
-            keep_generations,
-        )
+        self.path = Path(path).expanduser().absolute()
+        self.read_only, self.keep_generations = read_only, keep_generations
         self._lock: int | None = None
         self._verified: Generation | None = None
         self._notes: dict[int, tuple[bool, int]] = {}  # number: (kept for ever, lived bytes), as prune needs them
@@ -5232,13 +5229,9 @@ class Home:
         `verify` compares every file with its checksum: a damaged generation is set aside (never deleted) and the one
         before it is used, with a warning. Raises OrganismError for a format newer than this program knows.
         """
-        if (
-            self._verified is not None
-            and self._folder(self._verified.number).is_dir()
-            and self._verified.number == self._current()
-        ):
-            return self._verified
-        current = self._current()
+        current, known = self._current(), self._verified
+        if known is not None and known.number == current and known.path.is_dir():
+            return known
         numbers = sorted(self._numbers(), key=lambda n: (n != current, -n))  # what CURRENT names, then the newest
         for number in numbers:
             problem = self._problem(number) if verify else None
@@ -5313,13 +5306,8 @@ class Home:
         with self._troubles():
             folder.rename(aside)
             sync_folder(self.body)
-        log.warning(
-            "Generation %d in %s is damaged (%s); it is set aside as %s and the one before it is used.",
-            number,
-            self.path,
-            problem,
-            aside.name,
-        )
+        text = "Generation %d in %s is damaged (%s); it is set aside as %s and the one before it is used."
+        log.warning(text, number, self.path, problem, aside.name)
 
     # Publishing.
 
@@ -5339,9 +5327,8 @@ class Home:
             with self._troubles():
                 temporary.mkdir(mode=0o700)
                 sums = {name: self._place(temporary / name, content, current) for name, content in files.items()}
-                sums["state.json"] = _write_durably(
-                    temporary / "state.json", json.dumps(state, default=_plain_number).encode()
-                )
+                said = json.dumps(state, default=_plain_number).encode()
+                sums["state.json"] = _write_durably(temporary / "state.json", said)
                 listing = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
                 _write_durably(temporary / "SHA256SUMS", listing.encode())
                 sync_folder(temporary)
@@ -5426,26 +5413,23 @@ class Home:
         temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
         try:
             with self._troubles_at(target), contextlib.ExitStack() as stack:
-                names = [p for p in sorted(generation.path.iterdir()) if p.is_file()]
-                opened = [(f"body/{generation.path.name}/{p.name}", stack.enter_context(open(p, "rb"))) for p in names]
-                small = [
-                    (p.name, stack.enter_context(open(p, "rb")))
-                    for p in (self.path / n for n in ("birth.json", Config.FILE))
-                    if p.exists()
-                ]
-                scratch = Path(
-                    stack.enter_context(tempfile.TemporaryDirectory(prefix=".tmp-backup-", dir=target.parent))
-                )
-                with contextlib.closing(Memory(self.path / "memory.db", read_only=True)) as memory:
-                    memory.copy_to(scratch / "memory.db")
-                (scratch / "CURRENT").write_bytes(f"{generation.number:06d}\n".encode())
-                copies = [
-                    (n, stack.enter_context(open(scratch / Path(n).name, "rb"))) for n in ("memory.db", "body/CURRENT")
-                ]
+
+                def opened(name: str, path: Path) -> tuple[str, Any]:
+                    return name, stack.enter_context(open(path, "rb"))
+
+                body, names = f"body/{generation.path.name}", sorted(generation.path.iterdir())
+                files = [opened(f"{body}/{p.name}", p) for p in names if p.is_file()]
+                small = [opened(n, self.path / n) for n in ("birth.json", Config.FILE) if (self.path / n).exists()]
+                scratch = tempfile.TemporaryDirectory(prefix=".tmp-backup-", dir=target.parent)
+                folder = Path(stack.enter_context(scratch))
+                with Memory(self.path / "memory.db", read_only=True) as memory:
+                    memory.copy_to(folder / "memory.db")
+                (folder / "CURRENT").write_bytes(f"{generation.number:06d}\n".encode())
+                copies = [opened(n, folder / Path(n).name) for n in ("memory.db", "body/CURRENT")]
                 with open(temporary, "xb") as stream:
                     os.fchmod(stream.fileno(), 0o600)
                     with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=4) as archive:
-                        for name, source in (*small, *copies, *opened):
+                        for name, source in (*small, *copies, *files):
                             archive.addfile(_tar_entry(name, os.fstat(source.fileno()).st_size), source)
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -5615,9 +5599,8 @@ class Organism:
         body = Body(stage, len(tokenizer), self.config.body, seed)
         self.state = dict(format=STATE_FORMAT, seed=seed, stage=stage, field_seq=0, lived_bytes=0, training_tokens=0,
                           training_flops=0.0, loss=None, reading={}, credit=0.0, rng=None, learned=0)  # fmt: skip
-        self.home.birth(
-            dict(born=time.time(), seed=seed, stage=stage, parent=None, corpus=hashlib.sha256(text).hexdigest())
-        )
+        digest = hashlib.sha256(text).hexdigest()
+        self.home.birth(dict(born=time.time(), seed=seed, stage=stage, parent=None, corpus=digest))
         pieces = [(SEED_CORPUS, piece, part) for part, piece in enumerate(_cut_pieces(text))]
         self.memory.add_lived(pieces, burst_id=0)
         self.state["lived_bytes"] = len(text)
@@ -5647,9 +5630,8 @@ class Organism:
         if not body.on_field:
             rows = list(itertools.takewhile(_within(PLAIN_FIELD_TOKENS), rows))
         counts = np.bincount(np.concatenate(rows), minlength=len(tokenizer)) if rows else None
-        field = fresh_field(
-            tokenizer, self.config, counts, compiled=self.compiled, seen=sum(map(len, rows)), plain=not body.on_field
-        )
+        field = fresh_field(tokenizer, self.config, counts, compiled=self.compiled, seen=sum(map(len, rows)),
+                            plain=not body.on_field)  # fmt: skip
         for tokens in rows:
             field.read(tokens)
         return field
@@ -5674,13 +5656,12 @@ class Organism:
         history = self.memory.messages(limit=self.config.voice.context_messages, before=asked)
         waiting = [p for p in self.memory.pending() if p.source == "chat"]
         for row in waiting[-32:-1]:  # said, but not yet lived: the overlay knows it all the same
-            voice.hear(_as_text(row.text))
+            voice.hear(_as_str(row.text))
         surprise = voice.surprise(text)
         recalled = recollect(self.memory, text, self.config.voice.recall, before=asked)
         strong = [r for r in recalled if r.match >= RECALL_STRONG][:1]
-        lines = dict.fromkeys(
-            f"{'H' if m.role == 'user' else 'A'}: {_one_line(m.text)[:HISTORY_CHARS]}\n" for m in history
-        )
+        said = [("H" if m.role == "user" else "A", _one_line(m.text)[:HISTORY_CHARS]) for m in history]
+        lines = dict.fromkeys(f"{who}: {line}\n" for who, line in said)
         voice.hear("".join(lines))  # each line once: an answer that it gave twice is no truer for it
         voice.suggest(text, strong or [r for r in recalled if r.match >= 0.5][:2], times=4 if strong else 2)
         prompt = f"H: {_one_line(text)}\nA:"
@@ -5740,8 +5721,7 @@ class Organism:
         texts = [text] if isinstance(text, (str, bytes)) else text
         count = 0
         for item in texts:
-            data = item.encode("utf-8", "surrogatepass") if isinstance(item, str) else item
-            for piece in _cut_pieces(data):
+            for piece in _cut_pieces(_as_bytes(item)):
                 self.memory.queue(source, piece)
                 count += 1
         self._wake_up.set()
@@ -5773,13 +5753,10 @@ class Organism:
     def _make_learner(self) -> Learner:
         snap = self.published
         if self.compiled and isinstance(snap.field, CooccurField) and snap.body.on_field:
-            snap = dataclasses.replace(
-                snap, field=self._replayed_field(snap.tokenizer, snap.body), compiled=True, _decoder=None
-            )
-            self.published = snap
+            field = self._replayed_field(snap.tokenizer, snap.body)
+            self.published = snap = dataclasses.replace(snap, field=field, compiled=True, _decoder=None)
         learner = Learner(self.config, snap.tokenizer, snap.field.copy(), snap.body.copy(), engine=self.config.learning.engine,
-                          threads=self.threads, compiled=self.compiled,
-                          seed=self.state["seed"])  # fmt: skip
+                          threads=self.threads, compiled=self.compiled, seed=self.state["seed"])  # fmt: skip
         learner.gate, learner.credit = snap.gate.copy(), self.state["credit"]
         if self.state["rng"]:
             learner.rng.bit_generator.state = self.state["rng"]
@@ -5793,11 +5770,9 @@ class Organism:
         generation = self.home.latest(verify=False)
         path = generation.path / "experience.npz" if generation else None
         if learner.on_field and path and path.exists() and not isinstance(learner.field, CooccurField):
-            with (
-                np.load(path, allow_pickle=False) as arrays,
-                np.load(path.with_name("field.npz"), allow_pickle=False) as saved,
-            ):
-                learner.field = Field.from_state(learner.tokenizer.vocabulary, self.config.field, dict(saved))
+            with np.load(path.with_name("field.npz"), allow_pickle=False) as arrays:
+                learner.field = Field.from_state(learner.tokenizer.vocabulary, self.config.field, dict(arrays))
+            with np.load(path, allow_pickle=False) as arrays:
                 learner.experience = learner._new_experience()
                 learner.experience.load(dict(arrays))
             for row in self.memory.lived(after_seq=self.state["field_seq"]):
@@ -5835,24 +5810,15 @@ class Organism:
         learner.credit += fresh * self._replay
         loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
         rows = [(row.source, row.text, 0 if row.source != "chat" else 1) for row, _ in accepted]
-        self.memory.settle(
-            [row.id for row in pending],
-            rows,
-            [(row.source, row.text, v) for row, v in refused],
-            burst_id=self.published.number + 1,
-        )
+        unwanted = [(row.source, row.text, verdict) for row, verdict in refused]
+        self.memory.settle([row.id for row in pending], rows, unwanted, burst_id=self.published.number + 1)
         self.state["lived_bytes"] += sum(len(row.text) for row, _ in accepted)
         self.state["learned"] += len(accepted)
         self._maybe_grow(learner)
         learner.experience.trim()
         self._publish(learner, loss, "burst")
-        return (
-            accepted[-1][1]
-            if accepted
-            else refused[-1][1]
-            if refused
-            else Verdict("accept", "nothing", "there was nothing to learn")
-        )
+        judged = accepted or refused
+        return judged[-1][1] if judged else Verdict("accept", "nothing", "there was nothing to learn")
 
     def _spend_credit(self, learner: Learner, fresh: int, seconds: float, at_least: int) -> float:
         """Train until the credit is spent or time is up; mean loss in nats."""
@@ -5889,14 +5855,11 @@ class Organism:
         self._unsaved = True
         if not math.isnan(loss):
             self.state["loss"] = loss
-        snapshot = Snapshot(
-            learner.tokenizer, learner.field.copy(), learner.body.copy(), learner.gate.copy(), compiled=self.compiled
-        )
+        copies = learner.field.copy(), learner.body.copy(), learner.gate.copy()
+        snapshot = Snapshot(learner.tokenizer, *copies, compiled=self.compiled)
         self.state |= dict(credit=learner.credit, rng=learner.rng.bit_generator.state)
-        due = time.time() - self._last_checkpoint > self.config.life.checkpoint_seconds
-        self._publish_files(
-            snapshot, {}, learner if checkpoint or self._field_dirty or (checkpoint is None and due) else None
-        )
+        due = checkpoint is None and time.time() - self._last_checkpoint > self.config.life.checkpoint_seconds
+        self._publish_files(snapshot, {}, learner if checkpoint or self._field_dirty or due else None)
         self.published = snapshot
         gamma = self.gamma()
         self.memory.growth(step=learner.body.steps, vocab_size=len(learner.tokenizer), n_params=learner.body.n_params, n_deltas=0,
@@ -5918,13 +5881,8 @@ class Organism:
             self._last_checkpoint, self._field_dirty, self._unsaved = time.time(), False, False
         elif self.state["field_seq"]:
             files |= {"field.npz": "keep", "experience.npz": "keep"}
-        self.state |= dict(
-            seq=self.memory.last_seq(),
-            body=meta,
-            stage=snapshot.body.stage,
-            tokenizer=snapshot.tokenizer.state(),
-            gate=snapshot.gate.state(),
-        )
+        self.state |= dict(seq=self.memory.last_seq(), body=meta, stage=snapshot.body.stage,
+                           tokenizer=snapshot.tokenizer.state(), gate=snapshot.gate.state())  # fmt: skip
         snapshot.number = self.home.publish(files, self.state | extra)
         if self.state["field_seq"]:
             self.memory.evict(self.config.learning.store_mb * 2**20, self.state["field_seq"])
@@ -6100,10 +6058,6 @@ def _within(limit: int) -> Callable[[np.ndarray], bool]:
     return check
 
 
-def _as_text(text: str | bytes) -> str:
-    return text if isinstance(text, str) else text.decode("utf-8", "replace")
-
-
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
@@ -6155,9 +6109,8 @@ class Schooling:
                  evaluate: str | None = None, log_every: int = 50, save_every: int = 0, strip_tags: bool = False):  # fmt: skip
         self.life, self.on_event = life, on_event
         self.limits = dict(steps=steps, seconds=seconds, tokens=tokens)
-        self.epochs = (
-            epochs if epochs is not None else (None if any(v is not None for v in self.limits.values()) else 1)
-        )
+        unlimited = all(v is None for v in self.limits.values())
+        self.epochs = 1 if epochs is None and unlimited else epochs
         self.vocab, self.eval_path, self.log_every, self.save_every = vocab, evaluate, max(1, log_every), save_every
         self.reader = Reader(paths, strip_tags)
         self.steps = self.tokens = self.refused = self.read_bytes = self.read_tokens = 0
@@ -6636,11 +6589,8 @@ def _run_chat(asking: _Asking) -> None:
 
 def _greeting(life: Organism, born: bool) -> str:
     """One line about what it is doing."""
-    first = (
-        f"Born in {life.home.path}"
-        if born
-        else f"Awake in {life.home.path}, {life.status()['messages']:,} messages remembered"
-    )
+    remembered = "" if born else f", {life.status()['messages']:,} messages remembered"
+    first = f"{'Born' if born else 'Awake'} in {life.home.path}{remembered}"
     if not life.compiled and life.kernels != "off":
         read = SEED_CORPUS if born else "what it has read"
         return f"{first}; it speaks from {read} while kernels compile in the background. /help lists commands."
@@ -6675,9 +6625,7 @@ class _Conversation:
         elif line.strip():
             self._speak(line.strip())
         elif self.asking.json:  # one object per line, whatever the line
-            self.asking.result(
-                dict(text="", source="field", surprise_bits=0.0, entropy_bits=0.0, tokens=0, seconds=0.0)
-            )
+            self.asking.result(Reply(iter(())).as_dict())
         return True
 
     def _speak(self, text: str) -> None:
@@ -6705,12 +6653,9 @@ class _Conversation:
                 self.asking.result(dict(command="quit", text=""))
             return False
         known: dict[str, Callable[[], str]] = {
-            "help": lambda: _CHAT_HELP,
-            "status": lambda: _as_lines(self.life.status()),
-            "learn": lambda: self._learn(rest.strip()),
-            "why": self.life.why,
-            "save": self._save,
-        }
+            "help": lambda: _CHAT_HELP, "status": lambda: _as_lines(self.life.status()),
+            "learn": lambda: self._learn(rest.strip()), "why": self.life.why, "save": self._save,
+        }  # fmt: skip
         try:
             if name not in known:
                 raise UsageError(f"There is no command /{name}: /help lists them.")
@@ -6950,15 +6895,10 @@ def _bytes_read(asking: _Asking, size: int) -> Callable[[int], None]:
 
 
 _TRAIN_SETTINGS = {  # flag: the setting that it overrides
-    "engine": "learning.engine",
-    "lr": "learning.rate",
-    "batch": "learning.batch",
-    "accum": "learning.accum",
-    "weight_decay": "learning.weight_decay",
-    "max_grad_norm": "learning.max_grad_norm",
-    "precision": "learning.precision",
-    "field": "body.field",
-}
+    "engine": "learning.engine", "lr": "learning.rate", "batch": "learning.batch", "accum": "learning.accum",
+    "weight_decay": "learning.weight_decay", "max_grad_norm": "learning.max_grad_norm",
+    "precision": "learning.precision", "field": "body.field",
+}  # fmt: skip
 
 
 @_command(
@@ -6994,9 +6934,8 @@ def _run_train(asking: _Asking, corpus: tuple[str, ...], stage: str | None, **op
     if len(limits) > 1:
         raise UsageError(f"--{limits[0]} and --{limits[1]} both say when to stop: choose one.")
     overrides = {setting: options.pop(flag) for flag, setting in _TRAIN_SETTINGS.items()}
-    options |= dict(
-        evaluate=options.pop("eval"), log_every=options["log_every"] or 50, save_every=options["save_every"] or 0
-    )
+    options["evaluate"] = options.pop("eval")
+    options |= dict(log_every=options["log_every"] or 50, save_every=options["save_every"] or 0)
     with asking.wake(overrides=overrides, kernels=_patient_kernels(), stage=stage) as life:
         with _progress(asking, options) as show:
 
@@ -7022,12 +6961,8 @@ def _progress(asking: _Asking, limits: dict[str, Any]) -> Iterator[Callable[[dic
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         limit = next((limits[name] for name in ("steps", "seconds", "tokens") if limits[name] is not None), None)
-        columns = (
-            TextColumn("step {task.fields[step]:,}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[facts]}"),
-        )
+        step, facts = TextColumn("step {task.fields[step]:,}"), TextColumn("{task.fields[facts]}")
+        columns = step, BarColumn(), TimeElapsedColumn(), facts
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=limit, step=0, facts="reading")
             first: list[int] = []
@@ -7055,8 +6990,8 @@ def _progress_facts(data: dict[str, Any]) -> str:
 # --- quarantine, backup ---
 
 
-def _remembering(asking: _Asking) -> contextlib.closing[Memory]:
-    return contextlib.closing(Memory(Home(asking.folder, read_only=True).path / "memory.db", read_only=True))
+def _remembering(asking: _Asking) -> Memory:
+    return Memory(Home(asking.folder, read_only=True).path / "memory.db", read_only=True)
 
 
 @_command("quarantine list")
@@ -7093,15 +7028,8 @@ def _run_quarantine_show(asking: _Asking, number: int) -> None:
 
 def _refused_facts(row: Refused) -> dict[str, Any]:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.ts))
-    return dict(
-        id=row.id,
-        time=when,
-        source=row.source,
-        decision=row.decision,
-        rule=row.rule,
-        reason=row.reason,
-        bytes=len(row.text),
-    )
+    return dict(id=row.id, time=when, source=row.source, decision=row.decision, rule=row.rule, reason=row.reason,
+                bytes=len(row.text))  # fmt: skip
 
 
 @_command("backup", ("file", "path", ""))
@@ -7114,10 +7042,8 @@ def _run_backup(asking: _Asking, file: str) -> None:
     """
     path = Home(asking.folder, read_only=True).backup(file)
     size = path.stat().st_size
-    asking.result(
-        dict(backup=str(path), bytes=size),
-        f"{path}, {size:,} bytes; mkdir HOME && tar -xzf {path.name} -C HOME brings it back.",
-    )
+    text = f"{path}, {size:,} bytes; mkdir HOME && tar -xzf {path.name} -C HOME brings it back."
+    asking.result(dict(backup=str(path), bytes=size), text)
 
 
 # --- doctor ---
@@ -7145,10 +7071,8 @@ def _run_doctor(asking: _Asking, warm: bool) -> None:
         asking.note(f"The kernels are compiled ({time.perf_counter() - began:.1f} s).")
     worst = "ok"
     for finding in itertools.chain(_examine_machine(), _examine_home(asking.folder), _examine_extras()):
-        asking.result(
-            finding._asdict(),
-            f"{finding.state:<5} {finding.check}: {finding.detail}{f'. {finding.advice}' if finding.advice else ''}",
-        )
+        advice = f". {finding.advice}" if finding.advice else ""
+        asking.result(finding._asdict(), f"{finding.state:<5} {finding.check}: {finding.detail}{advice}")
         worst = "bad" if finding.state == "bad" else worst
     if worst == "bad":
         raise SystemExit(1)
@@ -7157,11 +7081,8 @@ def _run_doctor(asking: _Asking, warm: bool) -> None:
 def _examine_machine() -> Iterator[Finding]:
     import platform
 
-    yield Finding(
-        "python",
-        "ok",
-        f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    )
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    yield Finding("python", "ok", f"{platform.python_version()} on {machine}")
     yield Finding("numpy", "ok", np.__version__)
     yield Finding("sqlite", "ok", sqlite3.sqlite_version)
     from importlib.util import find_spec
@@ -7171,29 +7092,23 @@ def _examine_machine() -> Iterator[Finding]:
     elif kernels_ready():
         yield Finding("kernels", "ok", "compiled")
     else:
-        yield Finding(
-            "kernels",
-            "note",
-            "not compiled yet",
-            "`organism doctor --warm` does it now; a chat does it in the background",
-        )
+        advice = "`organism doctor --warm` does it now; a chat does it in the background"
+        yield Finding("kernels", "note", "not compiled yet", advice)
+    if find_spec("numba") and find_spec("organs"):
+        for what, which in organ("kernels").describe():
+            yield Finding(what, "ok", which)
 
 
 def _examine_home(path: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
-    yield Finding(
-        "disk",
-        "ok" if free > 1e9 else "note" if free > 1e8 else "bad",
-        f"{free / 1e9:.1f} GB free",
-        "" if free > 1e9 else "free some space",
-    )
+    state, advice = "ok" if free > 1e9 else "note" if free > 1e8 else "bad", "" if free > 1e9 else "free some space"
+    yield Finding("disk", state, f"{free / 1e9:.1f} GB free", advice)
     if not path.is_dir():
         yield Finding("home", "ok", f"{path} does not exist yet; `organism chat` makes it")
         return
     if not os.access(path, os.W_OK):
-        yield Finding(
-            "home", "note", f"{path} is read-only for this user", "it can be examined, but neither chat nor learn"
-        )
+        advice = "it can be examined, but neither chat nor learn"
+        yield Finding("home", "note", f"{path} is read-only for this user", advice)
     elif path.stat().st_mode & 0o077:
         yield Finding("home", "note", f"{path} can be read by other users", f"chmod 700 {path}")
     else:
@@ -7212,28 +7127,20 @@ def _examine_generation(path: Path) -> Iterator[Finding]:
     if generation is None:
         yield Finding("generation", "note", "nothing is published here yet")
     elif generation.number != home._current():
-        yield Finding(
-            "generation",
-            "note",
-            f"{generation.number} is intact, a newer one is not",
-            "the next start sets the damaged one aside",
-        )
+        advice = "the next start sets the damaged one aside"
+        yield Finding("generation", "note", f"{generation.number} is intact, a newer one is not", advice)
     else:
         yield Finding("generation", "ok", f"{generation.number}, every checksum is right")
     if aside := sorted(p.name for p in home.body.glob("damaged-*")):
-        yield Finding(
-            "damaged",
-            "note",
-            f"{len(aside)} damaged generations were set aside, the last is {aside[-1]}",
-            "remove them when they are no longer of use",
-        )
+        detail = f"{len(aside)} damaged generations were set aside, the last is {aside[-1]}"
+        yield Finding("damaged", "note", detail, "remove them when they are no longer of use")
 
 
 def _examine_memory(path: Path) -> Iterator[Finding]:
     if not (path / "memory.db").exists():
         return
     try:
-        with contextlib.closing(Memory(path / "memory.db", read_only=True)) as memory:
+        with Memory(path / "memory.db", read_only=True) as memory:
             problems, counts = memory.check(), memory.counts()
     except OrganismError as error:
         yield Finding("memory", "bad", str(error))
@@ -7241,11 +7148,8 @@ def _examine_memory(path: Path) -> Iterator[Finding]:
     if problems:
         yield Finding("memory", "bad", f"memory.db is damaged: {problems[0]}", "restore a backup")
     else:
-        yield Finding(
-            "memory",
-            "ok",
-            f"{counts['messages']:,} messages, {counts['lived']:,} lived texts, {counts['pending']:,} waiting",
-        )
+        lived = f"{counts['messages']:,} messages, {counts['lived']:,} lived texts"
+        yield Finding("memory", "ok", f"{lived}, {counts['pending']:,} waiting")
 
 
 def _examine_extras() -> Iterator[Finding]:
