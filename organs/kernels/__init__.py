@@ -40,7 +40,8 @@ def warm_in_background() -> subprocess.Popen:
 
 def describe() -> list[tuple[str, str]]:
     """(what, which): the paths that run here and why, for the doctor."""
-    return cache.describe()
+    ground = importlib.import_module("organs.kernels.ground")
+    return [*cache.describe(), ("matrix product", ground.BLAS)]
 
 
 def identity() -> dict[str, str]:

@@ -12,12 +12,12 @@ import hashlib
 import os
 import platform
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
+GIVEN = "ORGANISM_KERNEL_FOLDER"  # environment variable: use exactly this folder
 PATHS = {  # ORGANISM_KERNELS: (LLVM's name of the CPU, its features); None: the CPU that is here
     "native": (None, None),
     "avx2": ("haswell", "+avx2,+fma,+f16c"),
@@ -56,6 +56,8 @@ def digest() -> str:
 @functools.cache
 def folder() -> Path:
     """The cache of this code on this machine; a temporary one where the user's cache cannot be written."""
+    if given := os.environ.get(GIVEN):  # a child fills its parent's folder
+        return Path(given)
     base = os.environ.get("ORGANISM_CACHE")
     if not base:
         import platformdirs
@@ -68,7 +70,13 @@ def folder() -> Path:
             return path
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="organism-kernels-"))
+    import atexit
+    import shutil
+    import tempfile
+
+    path = Path(tempfile.mkdtemp(prefix="organism-kernels-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 def prepare() -> None:
@@ -87,7 +95,7 @@ def prepare() -> None:
 
 def environment() -> dict[str, str]:
     """For a child that shall fill this very folder."""
-    return dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
+    return dict(os.environ, **{GIVEN: str(folder())}, PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
 
 
 def is_marked() -> bool:
@@ -103,5 +111,8 @@ def mark() -> None:
 def describe() -> list[tuple[str, str]]:
     """(what, which) for the doctor."""
     wish = os.environ.get("ORGANISM_KERNELS")
-    chosen = f"{path_name()} ({'ORGANISM_KERNELS' if wish else 'chosen for this CPU'})"
-    return [("path", chosen), ("cache", str(folder())), ("compiled", "yes" if is_marked() else "not yet")]
+    reason = "chosen for this CPU" if not wish else f"ORGANISM_KERNELS is {wish}"
+    base = os.environ.get("ORGANISM_CACHE")
+    lost = folder().name.startswith("organism-kernels-")
+    where = f"{folder()}, for this process only: {base or 'the user cache'} cannot be written" if lost else str(folder())
+    return [("kernel path", f"{path_name()}, {reason}"), ("kernel cache", where)]
