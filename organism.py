@@ -487,7 +487,7 @@ def padded(n: int, lanes: int = LANES) -> int:
 
 
 def aligned_zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
-    """Zeros that begin at a cache line."""
+    """Zeros that begin at a cache line; pages that were never written take no memory."""
     count, item = math.prod(shape), np.dtype(dtype).itemsize
     raw = np.zeros(count + 64 // item, dtype)
     first = -raw.ctypes.data % 64 // item
@@ -1729,19 +1729,12 @@ def _field_tables(tree: FieldTree, config: FieldConfig) -> _FieldTables:
     )
 
 
-def _field_aligned(size: int, dtype: type) -> np.ndarray:
-    """Zeros that begin at a cache line; pages that were never written take no memory."""
-    raw = np.zeros(size + 64 // np.dtype(dtype).itemsize, dtype)
-    first = -raw.ctypes.data % 64 // raw.itemsize
-    return raw[first : first + size]
-
-
 def _field_state(tree: FieldTree, tables: _FieldTables, config: FieldConfig) -> _FieldState:
     """The arrays of a field that has read nothing."""
     contexts, selectors = _FIELD_CONTEXTS[config.contexts], len(tables.sets) - 1
     inputs = 3 * contexts + (contexts + 2) + 1  # three from a context's slot, one a guess, bias
-    padded, rows = -(-inputs // 16) * 16, int(tables.sets[-1])
-    weights = _field_aligned(rows * padded, np.float32).reshape(rows, padded)
+    rows = int(tables.sets[-1])
+    weights = aligned_zeros(rows, padded(inputs, 16))
     weights[:, :inputs] = 1 / contexts
     zeros, ones = np.divmod(np.arange(256), 16)
     maps = np.full((2 * contexts + 2, 256), int(0.9 * (1 << 22)) << 10 | 5, np.uint32)  # guesses: right 9 times in 10
@@ -1751,7 +1744,7 @@ def _field_state(tree: FieldTree, tables: _FieldTables, config: FieldConfig) -> 
     registers = np.zeros(16, np.int64)
     registers[5], registers[9] = _FIELD_MATCH_MINIMUM, config.match_min
     return _FieldState(
-        table=_field_aligned((size * 2**14 + 1) * 16, np.uint32),
+        table=aligned_zeros((size * 2**14 + 1) * 16, dtype=np.uint32),
         successors=np.zeros((contexts, 1 << min(18, 12 + size.bit_length() - 1)), np.uint32),
         maps=maps,
         weights=weights,
@@ -2266,7 +2259,7 @@ class Field(_FieldBase):
         """An independent field that has learned the same; the tree is shared."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        table = _field_aligned(len(self.arrays.table), np.uint32)
+        table = aligned_zeros(len(self.arrays.table), dtype=np.uint32)
         table[:] = self.arrays.table
         twin.arrays = _FieldState(table, *(array.copy() for array in self.arrays[1:]))
         twin.boosts = self.boosts.copy()
@@ -2424,16 +2417,15 @@ class CooccurField(_FieldBase):
         p = self.dense()
         cumulative = np.concatenate([[0.0], np.cumsum(p[self.tree.leaf])])
         ranges = [(0, len(self.tree), 1.0, 0)]  # low, high, mass, node
-        width = min(self.config.view_width, len(self.tree))
-        while len(ranges) < width:
+        starts, mass, _ = self._blank_cuts(1)
+        while len(ranges) < starts.shape[1]:
             place = max(range(len(ranges)), key=lambda k: ranges[k][2] if ranges[k][3] >= 0 else -1.0)
-            low, high, mass, node = ranges[place]
-            if node < 0 or mass < self.config.view_floor:
+            low, high, weight, node = ranges[place]
+            if node < 0 or weight < self.config.view_floor:
                 break
             _, mid, _, left, right, *_ = self.tree.nodes[node].tolist()
             left_mass = float(cumulative[mid] - cumulative[low])
-            ranges[place : place + 1] = [(low, mid, left_mass, left), (mid, high, mass - left_mass, right)]
-        starts, mass = np.full((1, width), len(self.tree), np.int32), np.zeros((1, width))
+            ranges[place : place + 1] = [(low, mid, left_mass, left), (mid, high, weight - left_mass, right)]
         starts[0, : len(ranges)], mass[0, : len(ranges)] = [r[0] for r in ranges], [max(r[2], 1e-12) for r in ranges]
         top = max((r[2] for r in ranges if r[3] < 0), default=0.0)
         scalars = np.array([_field_scalars(mass[0, : len(ranges)].tolist(), top, None, *self.last_costs)])
@@ -3691,13 +3683,14 @@ class Learner:
         joined = np.concatenate([self.past, tokens]).astype(np.int64)
         views = view if self.past_view is None or view is None else FieldView.concat([self.past_view, view])
         lead = len(joined) - len(tokens)  # tokens before the first to be predicted
+        before = 0 if self.past_view is None else len(self.past_view)  # and views
         out = np.empty(len(tokens), np.float64)
         ends = range(lead + half, len(joined) + half, half)
         windows = [(max(1, min(e, len(joined)) - context), min(e, len(joined))) for e in ends]
         for group in _by_length(windows):
             size = group[0][1] - group[0][0]
             at = np.array([[a + i for i in range(size)] for a, _ in group])
-            seen = None if views is None else views.take((at - 1 - (lead - 1 - self._past_views())).ravel())
+            seen = None if views is None else views.take((at - lead + before).ravel())
             values = self.body.log_probs(joined[at - 1], joined[at], seen, self.compiled)
             for (a, b), row in zip(group, values, strict=True):
                 first = max(a, b - half, lead)
@@ -3705,9 +3698,6 @@ class Learner:
         if view is None:
             return out
         return self.gate.mix(out, -field_bits * math.log(2), view.scalars[:, 0], learn_gate)
-
-    def _past_views(self) -> int:
-        return 0 if self.past_view is None else len(self.past_view.starts)
 
     def follow(self, tokens: np.ndarray, view: FieldView | None) -> None:
         """Remember the last tokens and views, so that the next prediction can reach back to them."""
@@ -5499,7 +5489,6 @@ def _home_trouble(path: Path, error: OSError) -> str:
 SEED_CORPUS = "nonames.txt"
 HISTORY_CHARS = 260  # of each remembered line that is fed back into the prompt
 RECALL_STRONG = 0.75  # a recollection that matches this well is worth repeating almost word for word
-STATE_FORMAT = 1
 
 
 def seed_corpus() -> bytes:
@@ -5597,7 +5586,7 @@ class Organism:
         if stage not in STAGES:
             raise UsageError(f"There is no stage {stage!r}: choose one of {', '.join(STAGES)}.")
         body = Body(stage, len(tokenizer), self.config.body, seed)
-        self.state = dict(format=STATE_FORMAT, seed=seed, stage=stage, field_seq=0, lived_bytes=0, training_tokens=0,
+        self.state = dict(seed=seed, stage=stage, field_seq=0, lived_bytes=0, training_tokens=0,
                           training_flops=0.0, loss=None, reading={}, credit=0.0, rng=None, learned=0)  # fmt: skip
         digest = hashlib.sha256(text).hexdigest()
         self.home.birth(dict(born=time.time(), seed=seed, stage=stage, parent=None, corpus=digest))
