@@ -3841,7 +3841,7 @@ class Prequential:
     """
 
     STEP = 48  # tokens predicted, then learned with one step of training
-    BATCHES = ((0, 8), (100_000, 16))  # (tokens read, windows a step from there on): replay pays late and hurts early
+    BATCHES = ((0, 8), (60_000, 16))  # (tokens read, windows a step from there on): replay pays late and hurts early
     EXPERIENCE = 600_000  # tokens kept for replay
     WINDOW = 1 << 14  # bytes that are encoded at a time, and between two points of a curve
 
