@@ -1,6 +1,6 @@
 """The compiled twins: equal to the reference over shapes, on every path, whatever the machine lacks.
 
-    pytest tests/test_kernels.py
+pytest tests/test_kernels.py
 """
 
 import dataclasses
@@ -87,7 +87,9 @@ TOKENIZER, TOKENS, VIEW = some_text(600)
 
 def odd_body(width, layers, heads, size, hybrid, pure, context, on_field, seed=0) -> o.Body:
     body = o.Body("embryo", len(TOKENIZER), dataclasses.replace(o.BodyConfig(), field=on_field), seed)
-    body.shape = o.BodyShape(width, layers, heads, size, hybrid, pure, context, len(TOKENIZER), on_field, ("attention",) * layers)
+    body.shape = o.BodyShape(
+        width, layers, heads, size, hybrid, pure, context, len(TOKENIZER), on_field, ("attention",) * layers
+    )
     body.arena = o.Arena(body.shape.layout())
     body._initialise(np.random.default_rng(seed))
     rng = np.random.default_rng(seed + 1)
@@ -125,7 +127,7 @@ def test_gradients_are_the_references_for_any_shape(shape, sequences, cut, threa
     mine, flat = gradients.of(x, y, view)
     gradients.close()
     assert mine == pytest.approx(loss, rel=2e-6)
-    least = 1e-3 * np.abs(reference.flat).max()  # an alpha's gradient is a difference of large sums, and may be nearly 0
+    least = 1e-3 * np.abs(reference.flat).max()  # an alpha's gradient is a difference of large sums, maybe nearly 0
     for name, place in body.arena.places.items():
         true, got = place.of(reference.flat), place.of(flat)
         worst = np.abs(true - got).max() / max(np.abs(true).max(), least)
@@ -158,7 +160,10 @@ def test_helpers_that_fell_asleep_are_woken():
 
 def test_a_text_known_by_heart_leaves_no_denormals():
     body = odd_body(16, 1, 1, 16, 0, 0, 16, False)
-    gradients, (x, _, _) = executor.Gradients(body, dataclasses.replace(o.LearningConfig(), weight_decay=0.0), 1), a_batch(4, 16)
+    gradients, (x, _, _) = (
+        executor.Gradients(body, dataclasses.replace(o.LearningConfig(), weight_decay=0.0), 1),
+        a_batch(4, 16),
+    )
     for n in range(300):
         gradients.step(x, x, None, 1e-2, n + 1)
     gradients.close()
@@ -194,19 +199,30 @@ def test_a_forced_path_computes_the_same(path, blas, tmp_path):
     if path == "avx2" and "avx2" not in cache.cpu():
         pytest.skip("this CPU has no AVX2: the path cannot run here")
     environment = dict(os.environ, ORGANISM_KERNELS=path, ORGANISM_BLAS=blas)
-    done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          timeout=400, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     loss, gradient, decoder, field, same, product = done.stdout.strip().split(" ", 5)
-    assert float(loss) < 1e-5 and float(gradient) < 1e-4 and float(decoder) < 1e-4 and float(field) < 0.05 and same == "True"
+    assert (
+        float(loss) < 1e-5
+        and float(gradient) < 1e-4
+        and float(decoder) < 1e-4
+        and float(field) < 0.05
+        and same == "True"
+    )
     assert ("our own" in product) == (blas == "own")
 
 
 def test_the_cache_is_private_and_named_by_what_decides_the_code(monkeypatch, tmp_path):
-    code = "from organs.kernels import cache; import os; print(cache.folder(), oct(cache.folder().stat().st_mode & 0o777))"
+    code = (
+        "from organs.kernels import cache; import os; print(cache.folder(), oct(cache.folder().stat().st_mode & 0o777))"
+    )
 
     def folder(**more):
         environment = dict(os.environ, ORGANISM_CACHE=str(tmp_path / "cache"), **more)
-        shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        shown = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
         return shown.stdout.split()
 
     native, portable = folder(), folder(ORGANISM_KERNELS="portable")
@@ -218,7 +234,9 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_one_for_this_process(tmp_
     (tmp_path / "file").write_text("not a folder")
     code = "from organs.kernels import cache; print(cache.folder()); print(cache.describe()); print(cache.environment()[cache.GIVEN])"
     environment = dict(os.environ, ORGANISM_CACHE=str(tmp_path / "file" / "cache"))
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     folder, described, given = shown.stdout.splitlines()
     assert "organism-kernels-" in folder and given == folder and "cannot be written" in described
     assert not Path(folder).exists(), "it goes with the process"

@@ -95,7 +95,8 @@ def prepare() -> None:
 
 def environment() -> dict[str, str]:
     """For a child that shall fill this very folder."""
-    return dict(os.environ, **{GIVEN: str(folder())}, PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    return dict(os.environ, **{GIVEN: str(folder())}, PYTHONPATH=os.pathsep.join(paths))
 
 
 def is_marked() -> bool:
@@ -113,6 +114,7 @@ def describe() -> list[tuple[str, str]]:
     wish = os.environ.get("ORGANISM_KERNELS")
     reason = "chosen for this CPU" if not wish else f"ORGANISM_KERNELS is {wish}"
     base = os.environ.get("ORGANISM_CACHE")
-    lost = folder().name.startswith("organism-kernels-")
-    where = f"{folder()}, for this process only: {base or 'the user cache'} cannot be written" if lost else str(folder())
+    where = str(folder())
+    if folder().name.startswith("organism-kernels-"):
+        where += f", for this process only: {base or 'the user cache'} cannot be written"
     return [("kernel path", f"{path_name()}, {reason}"), ("kernel cache", where)]
