@@ -3145,6 +3145,13 @@ class Voice:
         if len(tokens):
             self.field.read(tokens)
 
+    def favour(self, text: str, boosts: np.ndarray) -> np.ndarray:
+        """Make the words of a message likelier in its reply; `boosts` are those of earlier ones, faded. Returns them all."""
+        self.field.boosts[: len(boosts)] = boosts  # a vocabulary only expands
+        self.field.decay_boosts()
+        self.field.boost(self.snapshot.tokenizer.encode(f" {text}"))
+        return self.field.boosts.copy()
+
     def surprise(self, question: str) -> float:
         """Bits per byte that the question costs, before anything is taught about it."""
         tokens = self.snapshot.tokenizer.encode(f"H: {question}\n")
@@ -5525,6 +5532,7 @@ class Organism:
             self._stop, self._wake_up, self._compiler = threading.Event(), threading.Event(), None
             self._speaking, self._busy, self.trouble = 0, False, ""
             self._reply: Reply | None = None
+            self._boosts = np.zeros(0)  # of the words that the user has said lately, by token
             self.immunity, self.surprise = Immunity(), Surprise()
             self.state: dict[str, Any] = {}
             self._learner: Learner | None = None
@@ -5647,6 +5655,7 @@ class Organism:
         for row in waiting[-32:-1]:  # said, but not yet lived: the overlay knows it all the same
             voice.hear(_as_str(row.text))
         surprise = voice.surprise(text)
+        self._boosts = voice.favour(text, self._boosts)
         recalled = recollect(self.memory, text, self.config.voice.recall, before=asked)
         strong = [r for r in recalled if r.match >= RECALL_STRONG][:1]
         said = [("H" if m.role == "user" else "A", _one_line(m.text)[:HISTORY_CHARS]) for m in history]
@@ -5674,6 +5683,7 @@ class Organism:
             reply.seconds = time.perf_counter() - began
             self.memory.add_message("organism", reply._text.strip())
             self.surprise.measure(reply.surprise_bits)
+            self._boosts = self._boosts * self.config.field.boost_decay
             self.memory.event("reply", dict(source=reply.source, surprise_bits=reply.surprise_bits, entropy_bits=reply.entropy_bits,
                                             tokens=reply.tokens, recalled=reply.recalled.origin if reply.recalled else None))  # fmt: skip
             self._reply = None

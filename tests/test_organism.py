@@ -201,3 +201,19 @@ def test_the_prequential_figure_ignores_the_future(tmp_path, tiny):
             )
             curves.append(points)
     assert curves[0][0] == curves[1][0] and curves[0][-1] != curves[1][-1]
+
+
+def test_words_of_the_user_are_favoured_and_fade(life):
+    _ = life.say("Marzipan and cinnamon.").text
+    boosts = life._boosts.copy()
+    spoken = life.published.tokenizer.encode(" Marzipan and cinnamon.")
+    assert boosts[spoken].min() >= 0.3 * 0.7 - 1e-9 and np.count_nonzero(boosts) == len(set(spoken.tolist()))
+    for _ in range(12):
+        _ = life.say("No.").text
+    gone = [t for t in spoken if t not in life.published.tokenizer.encode(" No.")]
+    assert life._boosts[gone].max() == 0
+    voice = o.Voice(life.published, life.config, np.random.default_rng(0))
+    plain = voice.field.dense()
+    voice.favour("zebra", np.zeros(0))
+    likelier = voice.field.dense() > plain
+    assert likelier[life.published.tokenizer.encode(" zebra")].all()
