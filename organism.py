@@ -6300,6 +6300,7 @@ _CHAT_HELP = """/help        this list
 /learn FILE  read a file in the background
 /why         where the last reply came from
 /save        write a checkpoint now
+/sleep       stop learning until something is said
 /quit        save and leave (so do Ctrl-D and Ctrl-C)"""
 
 
@@ -6628,6 +6629,7 @@ class _Conversation:
         return True
 
     def _speak(self, text: str) -> None:
+        self.life.start()  # it may have been put to sleep
         if self.asking.json:
             self.asking.result(self.life.say(text).as_dict())
             return
@@ -6654,6 +6656,7 @@ class _Conversation:
         known: dict[str, Callable[[], str]] = {
             "help": lambda: _CHAT_HELP, "status": lambda: _as_lines(self.life.status()),
             "learn": lambda: self._learn(rest.strip()), "why": self.life.why, "save": self._save,
+            "sleep": self._sleep,
         }  # fmt: skip
         try:
             if name not in known:
@@ -6671,6 +6674,10 @@ class _Conversation:
             raise UsageError("Which file? /learn FILE")
         size = self.life.learn_file(str(Path(path).expanduser()))
         return f"{size:,} bytes of {path} wait to be learned in the background."
+
+    def _sleep(self) -> str:
+        self.life.sleep()
+        return "Asleep: nothing is learned until you say something."
 
     def _save(self) -> str:
         self.life.save()

@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,16 @@ def _cell(value: object) -> str:
         if isinstance(value, float)
         else str(value)
     )
+
+
+def texts(given: Sequence[str]) -> dict[str, Path]:
+    """NAME=PATH arguments as {name: path}; without any, a megabyte of Python's own library."""
+    if given:
+        return {name: Path(path) for name, _, path in (item.partition("=") for item in given)}
+    path = Path(tempfile.gettempdir()) / "organism-bench-python.txt"
+    data = b"".join(p.read_bytes() for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+    path.write_bytes(data[:1_000_000])
+    return {"python": path}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import table
+from common import table, texts
 
 from organism import Config, Field, FieldConfig, Tokenizer, growth_points
 
@@ -38,8 +38,7 @@ def pass_over(data: bytes, config: FieldConfig) -> tuple[float, float]:
 
 def main() -> None:
     rows = []
-    for item in sys.argv[1:]:
-        name, path = item.split("=", 1)
+    for name, path in texts(sys.argv[1:]).items():
         data = Path(path).read_bytes()[:1_000_000]
         full = FieldConfig(table_mb=128)
         light = dataclasses.replace(full, contexts="lite", table_mb=32)

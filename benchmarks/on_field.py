@@ -10,7 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
-from common import fresh_home, table
+from common import fresh_home, table, texts
 
 from organism import Organism
 
@@ -19,12 +19,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=int, default=400_000)
     parser.add_argument("--stage", default=None)
-    parser.add_argument("texts", nargs="+", metavar="NAME=PATH")
+    parser.add_argument("texts", nargs="*", metavar="NAME=PATH")
     options = parser.parse_args()
     rows = []
     with fresh_home() as home, Organism(home, kernels="wait", seed=0) as life:
-        for item in options.texts:
-            name, path = item.split("=", 1)
+        for name, path in texts(options.texts).items():
             data, began = Path(path).read_bytes()[: options.bytes], time.perf_counter()
             result = life.evaluate(data, prequential=True, blank=True, stage=options.stage)
             field, both = result["field_bits_per_byte"], result["bits_per_byte"]

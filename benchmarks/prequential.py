@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from common import organism, table
+from common import organism, table, texts
 
 MUST, AIM = dict(bible=1.26, python=1.11, russian=1.19), dict(bible=1.19, python=1.05, russian=1.12)
 
@@ -32,11 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=int, default=1_000_000)
     parser.add_argument("--stage", default=None)
-    parser.add_argument("texts", nargs="+", metavar="NAME=PATH")
+    parser.add_argument("texts", nargs="*", metavar="NAME=PATH")
     options = parser.parse_args()
     rows = []
-    for item in options.texts:
-        name, source = item.split("=", 1)
+    for name, source in texts(options.texts).items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "text"
             path.write_bytes(Path(source).read_bytes()[: options.bytes])

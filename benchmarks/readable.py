@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def score(python: str, model: str, texts: list[str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default=os.environ.get("ORGANISM_MODEL"), help="or ORGANISM_MODEL")
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--seeds", type=int, default=1)
@@ -61,6 +62,9 @@ def main() -> None:
         "--seconds", type=float, default=0.0, help="let it train in the background for so long before it is asked"
     )
     options = parser.parse_args()
+    if not options.model:
+        print("Left out: it needs --model PATH, a GGUF of SmolLM2-135M.")
+        return
     import organism as module
 
     lines = (ROOT / "nonames.txt").read_text().splitlines()
