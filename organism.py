@@ -5658,9 +5658,8 @@ class Organism:
         self._boosts = voice.favour(text, self._boosts)
         recalled = recollect(self.memory, text, self.config.voice.recall, before=asked)
         strong = [r for r in recalled if r.match >= RECALL_STRONG][:1]
-        said = [("H" if m.role == "user" else "A", _one_line(m.text)[:HISTORY_CHARS]) for m in history]
-        lines = dict.fromkeys(f"{who}: {line}\n" for who, line in said)
-        voice.hear("".join(lines))  # each line once: an answer that it gave twice is no truer for it
+        lines = dict.fromkeys(f"H: {_one_line(m.text)[:HISTORY_CHARS]}\n" for m in history if m.role == "user")
+        voice.hear("".join(lines))  # what it said itself is left out: it would only say it again
         voice.suggest(text, strong or [r for r in recalled if r.match >= 0.5][:2], times=4 if strong else 2)
         prompt = f"H: {_one_line(text)}\nA:"
         temperature = self.config.voice.temperature * (0.3 if strong else 1.0)

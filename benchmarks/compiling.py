@@ -46,7 +46,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         environment = dict(os.environ, ORGANISM_CACHE=cache)
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "organs.kernels", "warm"], cwd=ROOT, env=environment, capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "organs.kernels", "warm"], cwd=ROOT, env=environment, capture_output=True, check=True
+        )
         alone = time.perf_counter() - began
     rows = [
         ("compiling everything, alone (s)", alone, 40, 15),
