@@ -1,7 +1,7 @@
 """It can be read: what SmolLM2-135M (llama.cpp) pays for a newborn's replies, against held-out lines of nonames.txt.
 
 Usage: python benchmarks/readable.py --model smollm2.gguf [--llama-python PYTHON] [--show]
-Needs llama-cpp-python (in the Python given by --llama-python, default this one). A tenth of nonames.txt is held out:
+Needs llama-cpp-python, or transformers with gguf and accelerate, in the Python given by --llama-python (default this one). A tenth of nonames.txt is held out:
 the newborn reads the rest, answers fifty questions, and both are scored line by line in bits per byte.
 """
 
@@ -26,17 +26,32 @@ What is a tree?|Who made you?|Is it late?|What is fire?|I am learning to swim.|W
 What is hope?|Do you know my name?|What is language?|How do birds fly?|What is a city?|I will travel tomorrow.|Goodbye."""
 
 SCORER = """
-import json, sys
+import json, os, sys
 import numpy as np
-import llama_cpp
-model = llama_cpp.Llama(sys.argv[1], n_ctx=1024, logits_all=True, verbose=False, n_threads=2)
+path = sys.argv[1]
+try:
+    import llama_cpp
+    model = llama_cpp.Llama(path, n_ctx=1024, logits_all=True, verbose=False, n_threads=2)
+
+    def logits(text):
+        tokens = ([model.token_bos()] + model.tokenize(text.encode(), add_bos=False))[:1000]
+        model.reset()
+        model.eval(tokens)
+        return tokens, np.array(model.scores[: len(tokens)], np.float64)
+except ImportError:  # the same weights, read by transformers: same figures within a few thousandths
+    import torch, transformers
+    where = dict(pretrained_model_name_or_path=os.path.dirname(path) or ".", gguf_file=os.path.basename(path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+
+    def logits(text):
+        tokens = ([tokenizer.bos_token_id] + tokenizer(text, add_special_tokens=False)["input_ids"])[:1000]
+        with torch.no_grad():
+            return tokens, model(torch.tensor([tokens])).logits[0].double().numpy()
+
 for line in sys.stdin:
-    text = json.loads(line)
-    tokens = [model.token_bos()] + model.tokenize(text.encode(), add_bos=False)
-    tokens = tokens[:1000]
-    model.reset()
-    model.eval(tokens)
-    scores = np.array(model.scores[: len(tokens) - 1], np.float64)
+    tokens, scores = logits(json.loads(line))
+    scores = scores[:-1]
     top = scores.max(1)
     log_z = top + np.log(np.exp(scores - top[:, None]).sum(1))
     nats = (log_z - scores[np.arange(len(tokens) - 1), tokens[1:]]).sum()
