@@ -5827,7 +5827,7 @@ class Organism:
             self._set_speaking(0)
             learner.credit = max(0.0, learner.credit - per_step)
             self._count_training(learner, per_step)
-            if self._stop.is_set() or time.perf_counter() - began > seconds or (self.buffer.asked and not fresh):
+            if self._stop.is_set() or time.perf_counter() - began > seconds or (self.buffer.asked and len(losses) >= at_least):
                 break
         return float(np.mean(losses)) if losses else math.nan
 
