@@ -5827,7 +5827,8 @@ class Organism:
             self._set_speaking(0)
             learner.credit = max(0.0, learner.credit - per_step)
             self._count_training(learner, per_step)
-            if self._stop.is_set() or time.perf_counter() - began > seconds or (self.buffer.asked and len(losses) >= at_least):
+            awaited = self.buffer.asked and len(losses) >= at_least  # somebody asked for the next burst
+            if awaited or self._stop.is_set() or time.perf_counter() - began > seconds:
                 break
         return float(np.mean(losses)) if losses else math.nan
 
