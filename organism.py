@@ -1248,7 +1248,7 @@ class _SegmentCache(dict):
 
 def merge_tokens(tokens: Iterable[int], ranks: dict[tuple[int, int], int]) -> list[int]:
     """Apply merges (pair -> its rank) to one segment's tokens: the lowest rank first, everywhere, until none applies."""
-    tokens, none = list(tokens), len(ranks)
+    tokens, none = list(tokens), math.inf
     while len(tokens) > 1:
         pair = min(itertools.pairwise(tokens), key=lambda pair: ranks.get(pair, none))
         if pair not in ranks:
