@@ -217,3 +217,18 @@ def test_words_of_the_user_are_favoured_and_fade(life):
     voice.favour("zebra", np.zeros(0))
     likelier = voice.field.dense() > plain
     assert likelier[life.published.tokenizer.encode(" zebra")].all()
+
+
+def test_the_second_birth_on_a_machine_is_the_first_one_again(tmp_path, tiny, monkeypatch):
+    """The newborn that is kept beside the kernels is bit for bit the one that reads."""
+    monkeypatch.setattr(o.organ("kernels"), "cache_folder", lambda: tmp_path)
+    for name in ("first", "second"):
+        with o.Organism(tmp_path / name, seed=1, threads=1, kernels="wait") as life:
+            state = life.published.field.state() | dict(merges=np.array(life.published.tokenizer.merges))
+        if name == "first":
+            first = state
+            assert len(list(tmp_path.glob("newborn-*.npz"))) == 1
+    assert all(np.array_equal(first[key], state[key]) for key in first)
+    next(tmp_path.glob("newborn-*.npz")).write_bytes(b"PK damaged")
+    with o.Organism(tmp_path / "third", seed=1, threads=1, kernels="wait") as life:
+        assert all(np.array_equal(first[key], a) for key, a in life.published.field.state().items())

@@ -10,6 +10,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from organs.kernels import cache
@@ -36,6 +37,11 @@ def warm_in_background() -> subprocess.Popen:
         [sys.executable, "-m", "organs.kernels", "warm", "--quiet"], stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cache.ROOT, env=cache.environment(),
     )  # fmt: skip
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept; also for what else is a function of the code alone."""
+    return cache.folder()
 
 
 def describe() -> list[tuple[str, str]]:
