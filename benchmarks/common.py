@@ -59,8 +59,9 @@ def organism(
         environment["ORGANISM_HOME"] = str(home)
     if cache:
         environment["ORGANISM_CACHE"] = str(cache)
-    command = [sys.executable, str(ROOT / "organism.py"), *arguments]
-    return subprocess.run(command, input=text, capture_output=True, text=True, env=environment, check=False)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as on a user's machine
+    command = [sys.executable, "-m", "organism", *arguments]  # what the command `organism` does
+    return subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True, env=environment, check=False)
 
 
 def median_seconds(action, times: int = 5) -> float:

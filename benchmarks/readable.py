@@ -1,8 +1,8 @@
 """It can be read: what SmolLM2-135M (llama.cpp) pays for a newborn's replies, against held-out lines of nonames.txt.
 
 Usage: python benchmarks/readable.py --model smollm2.gguf [--llama-python PYTHON] [--show]
-Needs llama-cpp-python, or transformers with gguf and accelerate, in the Python given by --llama-python (default this one). A tenth of nonames.txt is held out:
-the newborn reads the rest, answers fifty questions, and both are scored line by line in bits per byte.
+Needs llama-cpp-python, or transformers with gguf and accelerate, in the Python given by --llama-python (default: this).
+A tenth of nonames.txt is held out: the newborn reads the rest, answers fifty questions, and both are scored line by line in bits per byte.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Usage: python benchmarks/starting.py        (processes are timed whole, from out
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ def first_reply(home: Path, cache: Path | None) -> float:
 
 def main() -> None:
     run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import organism"]
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     bare = median_seconds(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True), 7)
     importing = median_seconds(lambda: subprocess.run(run, check=True), 7) - bare
     helping = median_seconds(lambda: organism("--help"), 7)
