@@ -3780,7 +3780,7 @@ def _row_tokens(tokenizer: Tokenizer, text: bytes, part: int) -> np.ndarray:
     return np.concatenate([[np.int32(Tokenizer.BOS)], tokens]) if part == 0 else tokens
 
 
-PLAIN_FIELD_TOKENS = 100_000  # a body without a field blends with n-gram counts of at most so many tokens
+PLAIN_FIELD_TOKENS = 50_000  # a body without a field blends with n-gram counts of at most so many tokens
 
 
 def spread_rows(sizes: Sequence[int], capacity: int) -> set[int]:
@@ -5876,10 +5876,10 @@ class Organism:
     _unsaved = False  # whether field or experience changed since their checkpoint
 
     def _publish_files(self, snapshot: Snapshot, extra: dict, learner: Learner | None = None) -> None:
-        from safetensors.numpy import save
+        from safetensors.numpy import save_file
 
         arrays, meta = snapshot.body.state()
-        files: dict[str, Any] = {"body.safetensors": save({k: np.ascontiguousarray(v) for k, v in arrays.items()})}
+        files: dict[str, Any] = {"body.safetensors": functools.partial(save_file, arrays)}
         if learner is not None and learner.on_field and not isinstance(learner.field, CooccurField):
             files["field.npz"] = _npz(learner.field.state())
             files["experience.npz"] = _npz(learner.experience.state())
