@@ -2200,7 +2200,7 @@ class Field(_FieldBase):
         learn=False moves contexts and matches past the tokens and learns nothing. (costs: for CooccurField's sake.)
         """
         tokens = self._checked(tokens)
-        bits, parts, size = np.zeros(len(tokens)), [], 65_536
+        bits, parts, size = np.zeros(len(tokens)), [], 4_096 if views else 65_536  # unrounded, a view takes 800 bytes
         for i in range(0, len(tokens), size):
             view = self._read_part(tokens[i : i + size], views, learn, bits[i : i + size])
             parts += [] if view is None else [view]
@@ -5539,6 +5539,7 @@ class Organism:
             self._learner: Learner | None = None
             self._field_dirty = False
             self._wake(stage)
+            self._settle()
         except BaseException:
             self.home.close()
             raise
@@ -5686,6 +5687,7 @@ class Organism:
                 yield from pieces
             finally:
                 self._set_speaking(-1)
+                self._settle()
             reply.seconds = time.perf_counter() - began
             self.memory.add_message("organism", reply._text.strip())
             self.surprise.measure(reply.surprise_bits)
@@ -5938,6 +5940,7 @@ class Organism:
         try:
             if not self._await_kernels():
                 return
+            self._settle()
             with self._lock:
                 _ = self.learner
             while not self._stop.is_set():
@@ -5976,7 +5979,13 @@ class Organism:
                 self._burst()
             self.buffer.reset(time.monotonic())
             self._buffered.clear()
+            self._settle()
             self._busy = False
+
+    def _settle(self) -> None:
+        """Give back what only loading the kernels took."""
+        if self.compiled:
+            organ("kernels").release_compiler()
 
     def sleep(self) -> None:
         """Stop learning, checkpoint, give back the trainer's memory."""
@@ -6349,6 +6358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
+    _give_memory_back()
     try:
         with _signals():
             group = command_line()
@@ -6360,6 +6370,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, Exception) and os.environ.get("ORGANISM_RAISE") == "1":
             raise
         return _exit_code(error)
+
+
+def _give_memory_back() -> None:
+    """Let freed arrays of a megabyte and more go back to the system at once. By default glibc raises that limit with every
+    array that is freed, until an embryo's chat holds 70 MB of holes (docs/performance.md)."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        importlib.import_module("ctypes").CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 class Terminated(KeyboardInterrupt):

@@ -6,6 +6,8 @@ whether all of it is in the cache, `warm()` compiles it, `warm_in_background()` 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import subprocess
 import sys
@@ -37,6 +39,18 @@ def warm_in_background() -> subprocess.Popen:
         [sys.executable, "-m", "organs.kernels", "warm", "--quiet"], stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cache.ROOT, env=cache.environment(),
     )  # fmt: skip
+
+
+def release_compiler() -> None:
+    """Give back the memory of LLVM's code, some 60 MB that only loading and compiling run; what is needed comes back by
+    itself, from the file. Worth calling when kernels were loaded. Does nothing where it cannot (elsewhere than on Linux)."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        advise = ctypes.CDLL(None).madvise
+        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+            if "libllvmlite" in line and " r-xp " in line:  # unwritten pages of a file: nothing in them can be lost
+                start, end = (int(address, 16) for address in line.split()[0].split("-"))
+                advise(start, end - start, 4)  # MADV_DONTNEED
 
 
 def cache_folder() -> Path:
