@@ -2931,6 +2931,9 @@ class Snapshot:
 # --- The sampling chain, which takes a distribution and returns a token. ---
 
 
+PENALISED = 64  # tokens that the penalties look back on
+
+
 class SamplingChain:
     """Penalties, temperature with its entropy adaptation, top-k, min-p, typical-p, top-p; then one draw.
 
@@ -2938,16 +2941,29 @@ class SamplingChain:
     typical tokens always survives (molequla cut it in order of typicality: spec §2, fault 26).
     """
 
-    def __init__(self, config: VoiceConfig, rng: np.random.Generator, temperature: float | None = None):
-        self.config, self.rng = config, rng
+    def __init__(self, config: VoiceConfig, rng: np.random.Generator, temperature: float | None = None, compiled: bool = False):
+        self.config, self.rng, self.compiled, self._twin = config, rng, compiled, None
         self.temperature = config.temperature if temperature is None else temperature
         self.entropies: list[float] = []  # nats, of what was sampled from, one a token
 
     def choose(self, p: np.ndarray, produced: list[int], banned: Sequence[int] = ()) -> int:
-        """One token from p [V], which sums to 1; `produced` are the reply's tokens so far."""
+        """One token from p float64 [V], which sums to 1; `produced` are the reply's tokens so far."""
+        produced = produced[-PENALISED:]
+        return self._choose_compiled(p, produced, banned) if self.compiled else self._choose(p, produced, banned)
+
+    def _choose_compiled(self, p: np.ndarray, produced: list[int], banned: Sequence[int]) -> int:
+        """The same by one compiled pass; the draw comes from the same generator, so that a seed means the same reply."""
+        if self._twin is None:
+            self._twin = organ("kernels").Chain(self.config, self.temperature, len(p))
+        draw = 0.0 if self.temperature <= 0 else self.rng.random()
+        token, entropy = self._twin.choose(p, produced, np.asarray(banned, np.int64), draw)
+        self.entropies.append(entropy)
+        return token
+
+    def _choose(self, p: np.ndarray, produced: list[int], banned: Sequence[int]) -> int:
         log_p = np.log(np.maximum(p, 1e-12))
         if produced:
-            tokens, counts = np.unique(np.array(produced[-64:]), return_counts=True)
+            tokens, counts = np.unique(np.array(produced), return_counts=True)
             log_p[tokens] -= self.config.frequency_penalty * counts + self.config.presence_penalty
         log_p[list(banned)] = -np.inf
         if self.temperature <= 0:
@@ -3177,13 +3193,13 @@ class Voice:
 
     def _generate(self, reply: Reply, prompt: str, temperature: float | None, stops: Sequence[str]) -> Iterator[str]:
         began, voice, tokenizer = time.perf_counter(), self.config.voice, self.snapshot.tokenizer
-        chain = SamplingChain(voice, self.rng, temperature)
+        chain = SamplingChain(voice, self.rng, temperature, self.snapshot.compiled)
         reply.temperature = chain.temperature
         distribution = self._prefill(reply, tokenizer.encode(prompt))
         stream, produced = TextStream(stops), []
         never = [Tokenizer.BOS, Tokenizer.PAD]
         ends = [i for i, b in enumerate(tokenizer.vocabulary) if b and any(s.encode() in b for s in stops)]
-        early = [*never, Tokenizer.EOS, *ends]
+        never, early = np.array(never), np.array([*never, Tokenizer.EOS, *ends])
         while len(produced) < voice.max_tokens and not stream.stopped:
             token = chain.choose(distribution(), produced, early if len(produced) < voice.min_tokens else never)
             if token == Tokenizer.EOS:
@@ -3234,8 +3250,10 @@ class Voice:
 
     def _blend(self) -> np.ndarray:
         """The body on the field, and the gate's share of the field alone."""
-        p = _softmax(self._logits.astype(np.float64))
         g = float(self.snapshot.gate.weight[self.snapshot.gate.bucket(self._view.scalars[0, 0])])
+        if self.snapshot.compiled:
+            return organ("kernels").blended(self._logits, self._view, g)
+        p = _softmax(self._logits.astype(np.float64))
         base = np.exp(self._view.dense_log()[0].astype(np.float64))
         p = g * p + (1 - g) * base
         return p / p.sum()

@@ -27,7 +27,8 @@ def ready() -> bool:
 
 def warm(say: Callable[[str], None] = lambda text: None) -> None:
     """Compile everything that is missing from the cache; `say` hears of each part."""
-    for module, what in (("field", "the field"), ("tokenizer", "the tokenizer"), ("executor", "training and speaking")):
+    for module, what in (("field", "the field"), ("tokenizer", "the tokenizer"), ("executor", "training and speaking"),
+                         ("sampling", "the voice")):  # fmt: skip
         say(f"compiling {what}…")
         importlib.import_module(f"organs.kernels.{module}").warm()
     cache.mark()
@@ -73,8 +74,11 @@ def identity() -> dict[str, str]:
     return dict(path=cache.path_name(), CPU=cache.cpu(), product=ground.BLAS, libraries=libraries)
 
 
+_HOMES = dict(Gradients="executor", Speaker="executor", measure="executor", Chain="sampling", blended="sampling")
+
+
 def __getattr__(name: str) -> Any:
-    """Gradients, Speaker and measure, from the executor, when they are first asked for."""
-    if name in ("Gradients", "Speaker", "measure"):
-        return getattr(importlib.import_module("organs.kernels.executor"), name)
+    """What _HOMES lists, from its module when it is first asked for."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"organs.kernels.{_HOMES[name]}"), name)
     raise AttributeError(name)
