@@ -2941,17 +2941,22 @@ class SamplingChain:
     typical tokens always survives (molequla cut it in order of typicality: spec §2, fault 26).
     """
 
-    def __init__(self, config: VoiceConfig, rng: np.random.Generator, temperature: float | None = None, compiled: bool = False):
+    def __init__(
+        self, config: VoiceConfig, rng: np.random.Generator, temperature: float | None = None, compiled: bool = False
+    ):
         self.config, self.rng, self.compiled, self._twin = config, rng, compiled, None
         self.temperature = config.temperature if temperature is None else temperature
         self.entropies: list[float] = []  # nats, of what was sampled from, one a token
 
-    def choose(self, p: np.ndarray, produced: list[int], banned: Sequence[int] = ()) -> int:
+    def choose(self, p: np.ndarray, produced: list[int], banned: Sequence[int] | np.ndarray = ()) -> int:
         """One token from p float64 [V], which sums to 1; `produced` are the reply's tokens so far."""
         produced = produced[-PENALISED:]
-        return self._choose_compiled(p, produced, banned) if self.compiled else self._choose(p, produced, banned)
+        few = min(len(p), self.config.top_k or len(p)) <= 1024  # what the compiled pass sorts by insertion
+        return (
+            self._choose_compiled(p, produced, banned) if self.compiled and few else self._choose(p, produced, banned)
+        )
 
-    def _choose_compiled(self, p: np.ndarray, produced: list[int], banned: Sequence[int]) -> int:
+    def _choose_compiled(self, p: np.ndarray, produced: list[int], banned: Sequence[int] | np.ndarray) -> int:
         """The same by one compiled pass; the draw comes from the same generator, so that a seed means the same reply."""
         if self._twin is None:
             self._twin = organ("kernels").Chain(self.config, self.temperature, len(p))
@@ -2960,7 +2965,7 @@ class SamplingChain:
         self.entropies.append(entropy)
         return token
 
-    def _choose(self, p: np.ndarray, produced: list[int], banned: Sequence[int]) -> int:
+    def _choose(self, p: np.ndarray, produced: list[int], banned: Sequence[int] | np.ndarray) -> int:
         log_p = np.log(np.maximum(p, 1e-12))
         if produced:
             tokens, counts = np.unique(np.array(produced), return_counts=True)

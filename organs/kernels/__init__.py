@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,36 @@ def ready() -> bool:
     return cache.is_marked()
 
 
+PARTS = dict(field="the field", tokenizer="the tokenizer", executor="training and speaking", sampling="the voice")
+FIRST_HALF = ("field", "tokenizer")  # takes about as long to compile as the rest
+
+
 def warm(say: Callable[[str], None] = lambda text: None) -> None:
-    """Compile everything that is missing from the cache; `say` hears of each part."""
-    for module, what in (("field", "the field"), ("tokenizer", "the tokenizer"), ("executor", "training and speaking"),
-                         ("sampling", "the voice")):  # fmt: skip
-        say(f"compiling {what}…")
-        importlib.import_module(f"organs.kernels.{module}").warm()
+    """Compile everything that is missing from the cache, on two cores where there are two; `say` hears of each part."""
+    other = _start_warming(*FIRST_HALF) if (os.cpu_count() or 1) > 1 and not ready() else None
+    compile_parts([part for part in PARTS if other is None or part not in FIRST_HALF], say)
+    if other is not None:
+        say(f"compiling {' and '.join(PARTS[part] for part in FIRST_HALF)}…")
+        if other.wait() != 0:  # whatever it was, here it is heard of
+            compile_parts(FIRST_HALF, say)
     cache.mark()
+
+
+def compile_parts(parts: Iterable[str], say: Callable[[str], None] = lambda text: None) -> None:
+    """Compile, or load, some of PARTS."""
+    for part in parts:
+        say(f"compiling {PARTS[part]}…")
+        importlib.import_module(f"organs.kernels.{part}").warm()
 
 
 def warm_in_background() -> subprocess.Popen:
     """A child process of low priority that compiles everything; poll() says when it is done."""
+    return _start_warming("--nice")
+
+
+def _start_warming(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "organs.kernels", "warm", "--quiet"], stdin=subprocess.DEVNULL,
+        [sys.executable, "-m", "organs.kernels", "warm", "--quiet", *arguments], stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cache.ROOT, env=cache.environment(),
     )  # fmt: skip
 
