@@ -2912,12 +2912,19 @@ class Snapshot:
     """What is published: nothing here is ever written to again. `number` is the generation's."""
 
     tokenizer: Tokenizer
-    field: Field | CooccurField
+    kept_field: Field | CooccurField | Callable[[], Field | CooccurField]  # or how to get it, should anybody ask
     body: Body
     gate: Gate
     number: int = 0
     compiled: bool = False
     _decoder: Decoder | None = None
+
+    @property
+    def field(self) -> Field | CooccurField:
+        """The field of this body's time."""
+        if callable(self.kept_field):
+            self.kept_field = self.kept_field()
+        return self.kept_field
 
     def decoder(self) -> Decoder:
         """A decoder of this body's averaged weights, made once; only the voice uses it."""
@@ -3638,12 +3645,13 @@ class Learner:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, field: Field | CooccurField, body: Body, *, engine: str = "auto",
                  threads: int | None = None, seed: int = 0, compiled: bool | None = None):  # fmt: skip
-        self.config, self.tokenizer, self.field, self.body = config, tokenizer, field, body
+        self.config, self.tokenizer, self.body = config, tokenizer, body
+        self.field: Any = field  # None only while it grows, or once that was interrupted
         self.compiled = engine != "numpy" and kernels_ready() if compiled is None else compiled
         self.engine = engine if self.compiled or engine == "torch" else "numpy"  # of the training steps alone
         self.threads, self.seed = threads, seed
         self.rng, self.gate, self.credit = np.random.Generator(np.random.PCG64(seed)), Gate(), 0.0
-        self.experience = self._new_experience()
+        self.experience: Any = self._new_experience()
         self.trainer: Any = None
         self.past = np.full(1, Tokenizer.BOS, np.int32)  # the last tokens read, for predictions that go on from them
         self.past_view: FieldView | None = None
@@ -3739,34 +3747,56 @@ class Learner:
 
     # Growing the vocabulary, after which the field and the experience are made anew by replay.
 
-    def grow_table(self, past: Callable[[], Iterable[tuple[bytes, int]]]) -> bool:
-        """Give the field a larger table, once it has read enough for one."""
-        wanted = wanted_table_mb(self.field.seen, self.config.field)
-        if not self.on_field or isinstance(self.field, CooccurField) or wanted <= self.field.config.table_mb:
+    # What is saved (`frugal`) may let go of the old field before it has the new one: they are what fills the memory.
+
+    def grow_table(self, past: Callable[[], Iterable[tuple[bytes, int]]], frugal: bool = False) -> bool:
+        """Give the field a larger table, once it has read enough for one; it reads the past again. The tree stays, and with
+        it what the experience holds."""
+        if not self.wants_table:
             return False
-        self.rebuild(past(), wanted)
+        settings = dataclasses.replace(self.config.field, table_mb=wanted_table_mb(self.field.seen, self.config.field))
+        weights = self.field.tree.weights
+        if frugal:
+            self.field = None
+        larger = make_field(self.tokenizer.vocabulary, settings, weights, compiled=True)
+        for data, part in past():
+            larger.read(self.encode(data, part))
+        self.field = larger
         return True
 
-    def grow_vocabulary(self, merges: int, past: Callable[[], Iterable[tuple[bytes, int]]]) -> bool:
+    @property
+    def wants_table(self) -> bool:
+        """Whether the field has read enough for a larger table."""
+        mixes = self.on_field and not isinstance(self.field, CooccurField)
+        return mixes and wanted_table_mb(self.field.seen, self.config.field) > self.field.config.table_mb
+
+    @property
+    def is_whole(self) -> bool:
+        """False where growing was interrupted after the old field was let go."""
+        return self.field is not None
+
+    def grow_vocabulary(
+        self, merges: int, past: Callable[[], Iterable[tuple[bytes, int]]], frugal: bool = False
+    ) -> bool:
         """Expand to `merges` merges learned from the past (an iterable of (data, part), asked for twice)."""
         grown = Tokenizer(self.tokenizer.merges)
         if grown.learn((data for data, _ in past()), merges) == 0:
             return False
-        self.expand(grown, past())
+        self.expand(grown, past(), frugal)
         return True
 
-    def expand(self, tokenizer: Tokenizer, past: Iterable[tuple[bytes, int]]) -> None:
+    def expand(self, tokenizer: Tokenizer, past: Iterable[tuple[bytes, int]], frugal: bool = False) -> None:
         """Go over to a tokenizer that has more merges than the present one."""
         self.release()
-        with self._whole():
+        with self._whole(frugal):
             old, self.tokenizer, self.body = len(self.tokenizer), tokenizer, self.body.copy()
             self.body.grow_vocabulary(tokenizer, old)
-            self.rebuild(past)
+            self.rebuild(past, frugal=frugal)
 
     @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
+    def _whole(self, frugal: bool = False) -> Iterator[None]:
         """What is replaced inside is replaced altogether, or, when something comes between (Ctrl-C), not at all."""
-        names = ("tokenizer", "body", "field", "experience", "past", "past_view")
+        names = ["tokenizer", "body", "past", "past_view", *(() if frugal else ("field", "experience"))]
         before = {name: getattr(self, name) for name in names}
         try:
             yield
@@ -3774,18 +3804,21 @@ class Learner:
             self.__dict__.update(before)
             raise
 
-    def rebuild(self, past: Iterable[tuple[bytes, int]], table_mb: int | None = None) -> None:
+    def rebuild(self, past: Iterable[tuple[bytes, int]], table_mb: int | None = None, frugal: bool = False) -> None:
         """Make field and experience anew from the past, an iterable of (data, part) in the order of learning.
 
         The field reads all of it; the experience, whose views cost most, gets what it has room for.
         """
-        with self._whole():
-            self._rebuild([self.encode(data, part) for data, part in past], table_mb)
+        with self._whole(frugal):
+            size = max(table_mb or 0, self.field.config.table_mb)
+            if frugal:
+                self.field = self.experience = None
+            self._rebuild([self.encode(data, part) for data, part in past], size)
 
-    def _rebuild(self, rows: list[np.ndarray], table_mb: int | None) -> None:
+    def _rebuild(self, rows: list[np.ndarray], table_mb: int) -> None:
         counts = np.bincount(np.concatenate(rows), minlength=len(self.tokenizer)) if rows else None
         self.field = fresh_field(self.tokenizer, self.config, counts, compiled=self.compiled, seen=sum(map(len, rows)),
-                                 table_mb=max(table_mb or 0, self.field.config.table_mb), plain=not self.on_field)  # fmt: skip
+                                 table_mb=table_mb, plain=not self.on_field)  # fmt: skip
         self.experience = self._new_experience()
         self.past, self.past_view = np.full(1, Tokenizer.BOS, np.int32), None
         kept = spread_rows([len(tokens) for tokens in rows], self.experience.capacity)
@@ -4877,9 +4910,9 @@ class Home:
         for path in (*self.body.glob(".tmp-*"), *self.path.glob(".tmp-*")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         current = self._current()
-        if current is not None and self._folder(current).is_dir():
+        if current is not None and self.folder(current).is_dir():
             for number in [n for n in self._numbers() if n > current]:
-                shutil.rmtree(self._folder(number))
+                shutil.rmtree(self.folder(number))
 
     def close(self) -> None:
         """Release the lock. Safe to call twice."""
@@ -4941,7 +4974,7 @@ class Home:
                 if number != current and verify and not self.read_only:
                     with self._troubles():
                         write_atomically(self.body / "CURRENT", f"{number:06d}\n".encode())
-                generation = Generation(number, self._folder(number), state)
+                generation = Generation(number, self.folder(number), state)
                 self._verified = generation if verify else self._verified
                 return generation
             self._set_aside(number, problem)
@@ -4954,7 +4987,8 @@ class Home:
             return None
         return int(text) if text.isdigit() else None
 
-    def _folder(self, number: int) -> Path:
+    def folder(self, number: int) -> Path:
+        """Of a generation."""
         return self.body / f"{number:06d}"
 
     def _numbers(self) -> list[int]:
@@ -4965,7 +4999,7 @@ class Home:
 
     def _problem(self, number: int) -> str | None:
         """What is wrong with a generation, in words; None where every file has its checksum."""
-        folder = self._folder(number)
+        folder = self.folder(number)
         try:
             sums = _read_sums(folder)
             for name, digest in sums.items():
@@ -4979,7 +5013,7 @@ class Home:
 
     def _state(self, number: int) -> dict:
         """state.json of a generation, migrated to the format of this program."""
-        path = self._folder(number) / "state.json"
+        path = self.folder(number) / "state.json"
         try:
             state = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
@@ -4997,7 +5031,7 @@ class Home:
         return state
 
     def _set_aside(self, number: int, problem: str) -> None:
-        folder = self._folder(number)
+        folder = self.folder(number)
         if self.read_only:
             log.warning("Generation %d in %s is damaged (%s); the one before it is used.", number, self.path, problem)
             return
@@ -5033,13 +5067,13 @@ class Home:
                 listing = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
                 _write_durably(temporary / "SHA256SUMS", listing.encode())
                 sync_folder(temporary)
-                temporary.rename(self._folder(number))
+                temporary.rename(self.folder(number))
                 sync_folder(self.body)
                 write_atomically(self.body / "CURRENT", f"{number:06d}\n".encode())
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        self._verified = Generation(number, self._folder(number), state)
+        self._verified = Generation(number, self.folder(number), state)
         self._notes[number] = (bool(state.get("keep")), int(state.get("lived_bytes", 0)))
         self._prune()
         return number
@@ -5049,7 +5083,7 @@ class Home:
         if content == "keep":
             if before is None:
                 raise OrganismError(f"There is no generation in {self.path} to keep {path.name} of.")
-            source = self._folder(before) / path.name
+            source = self.folder(before) / path.name
             try:
                 os.link(source, path)
             except OSError as error:
@@ -5082,14 +5116,14 @@ class Home:
         for number in set(numbers) - kept:
             doomed = self.body / f".tmp-{os.getpid()}-old-{number}"  # renamed first: a crash leaves no half of it
             with contextlib.suppress(OSError):
-                self._folder(number).rename(doomed)
+                self.folder(number).rename(doomed)
                 shutil.rmtree(doomed)
             self._notes.pop(number, None)
 
     def _note(self, number: int) -> tuple[bool, int]:
         if number not in self._notes:
             try:
-                state = json.loads((self._folder(number) / "state.json").read_bytes())
+                state = json.loads((self.folder(number) / "state.json").read_bytes())
                 self._notes[number] = (bool(state.get("keep")), int(state.get("lived_bytes", 0)))
             except (OSError, ValueError):
                 self._notes[number] = (True, 0)  # what cannot be read is not ours to remove
@@ -5548,29 +5582,39 @@ class Organism:
         self.state["training_tokens"] += tokens
         self.state["training_flops"] += 6.0 * learner.body.n_params * tokens
 
-    def _maybe_grow(self, learner: Learner) -> bool:
-        """A larger vocabulary or a larger field table, once enough was lived; both replay the past."""
+    def _maybe_grow(self, learner: Learner, save: Callable[[], None] | None = None) -> bool:
+        """A larger vocabulary or a larger field table, once enough was lived; both replay the past. `save`, where it is
+        given, is called before, and memory is spared."""
         merges = wanted_merges(self.state["lived_bytes"], self.config.tokenizer)
-        if merges > len(learner.tokenizer.merges) and learner.grow_vocabulary(merges, self._past):
+        larger, frugal = merges > len(learner.tokenizer.merges), save is not None
+        if save is not None and (larger or learner.wants_table):
+            save()
+        if larger and learner.grow_vocabulary(merges, self._past, frugal):
             self._field_dirty = True
             self.memory.event("vocabulary", dict(size=len(learner.tokenizer)))
             return True
-        self._field_dirty |= learner.grow_table(self._past)
+        self._field_dirty |= learner.grow_table(self._past, frugal)
         return False
 
     # Publishing.
 
-    def _publish(self, learner: Learner, loss: float, note: str, checkpoint: bool | None = None) -> None:
-        """On disk first, then spoken from."""
+    def _publish(
+        self, learner: Learner, loss: float, note: str, checkpoint: bool | None = None, spoken: bool = True
+    ) -> None:
+        """On disk first, then spoken from. Where nobody is likely to speak soon, the field stays on disk until then."""
         learner.sync()
         self._unsaved = True
         if not math.isnan(loss):
             self.state["loss"] = loss
-        copies = learner.field.copy(), learner.body.copy(), learner.gate.copy()
-        snapshot = Snapshot(learner.tokenizer, *copies, compiled=self.compiled)
+        stored = checkpoint and not spoken and isinstance(learner.field, Field)
+        field = learner.field if stored else learner.field.copy()
+        snapshot = Snapshot(learner.tokenizer, field, learner.body.copy(), learner.gate.copy(), compiled=self.compiled)
         self.state |= dict(credit=learner.credit, rng=learner.rng.bit_generator.state)
         due = checkpoint is None and time.time() - self._last_checkpoint > self.config.life.checkpoint_seconds
         self._publish_files(snapshot, {}, learner if checkpoint or self._field_dirty or due else None)
+        if stored:
+            folder = self.home.folder(snapshot.number)
+            snapshot.kept_field = functools.partial(self._load_field, folder, snapshot.tokenizer, snapshot.body)
         self.published = snapshot
         gamma = self.gamma()
         self.memory.growth(step=learner.body.steps, vocab_size=len(learner.tokenizer), n_params=learner.body.n_params, n_deltas=0,
@@ -5876,7 +5920,10 @@ class Schooling:
         try:
             self._school()
         except KeyboardInterrupt:
-            self._save("interrupted")
+            if self.learner.is_whole:
+                self._save("interrupted")
+            else:  # it was saved before it began to grow
+                life._learner = None
             raise
         except OrganismError:
             life._learner = None  # whatever went wrong is in it: the published one goes on
@@ -5984,7 +6031,7 @@ class Schooling:
         policy = self.life.config.tokenizer
         if wanted_merges(self.life.state["lived_bytes"], policy) > len(self.learner.tokenizer.merges):
             self._flush()
-            self.life._maybe_grow(self.learner)
+            self.life._maybe_grow(self.learner, lambda: self._save("train"))
 
     @property
     def _step_tokens(self) -> int:
@@ -6029,7 +6076,7 @@ class Schooling:
         self._flush()
         self.life.state["fresh"] = self.fresh
         loss = float(np.mean(self.losses)) if self.losses else math.nan
-        self.life._publish(self.learner, loss, note, checkpoint=True)
+        self.life._publish(self.learner, loss, note, checkpoint=True, spoken=False)
         self.saved_at = time.perf_counter()
 
 

@@ -367,7 +367,7 @@ def test_a_newer_format_and_another_version_are_refused(file, refuses, monkeypat
 def test_a_file_from_another_machine_is_refused(file, refuses, monkeypatch, what, pattern):
     here = archive.surroundings(True)
     there = "portable" if here["path"] != "portable" else "native"
-    monkeypatch.setattr(o, "surroundings", lambda compiled: here | {what: there if what == "path" else "another"})
+    monkeypatch.setattr(archive, "surroundings", lambda compiled: here | {what: there if what == "path" else "another"})
     refuses(pattern)
 
 
