@@ -352,7 +352,7 @@ def test_an_altered_file_is_refused(file, refuses):
 
 def test_a_newer_format_and_another_version_are_refused(file, refuses, monkeypatch):
     with monkeypatch.context() as other:
-        other.setattr(o, "__version__", "9.8.7")
+        other.setattr(archive, "__version__", "9.8.7")
         refuses("this is 9.8.7: use that version")
     blob = bytearray(file.read_bytes())
     blob[4] = 2
