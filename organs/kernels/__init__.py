@@ -59,8 +59,13 @@ def identity() -> dict[str, str]:
     return dict(path=cache.path_name(), CPU=cache.cpu(), product=ground.BLAS, libraries=libraries)
 
 
+compiling = cache.compiling  # for organs with compiled code of their own
+
+
 def __getattr__(name: str) -> Any:
-    """Gradients, Speaker and measure, from the executor, when they are first asked for."""
+    """Gradients, Speaker and measure, from the executor, and the module `ground`, when they are first asked for."""
+    if name == "ground":  # what compiled code of other organs stands on too
+        return importlib.import_module("organs.kernels.ground")
     if name in ("Gradients", "Speaker", "measure"):
         return getattr(importlib.import_module("organs.kernels.executor"), name)
     raise AttributeError(name)
