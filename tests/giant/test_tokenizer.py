@@ -172,7 +172,7 @@ def test_unigram_finds_the_likeliest_segmentation():
     ids = tokenizer.tokenize("hello")
     scores = [metadata[PREFIX + "scores"][i] for i in ids]
     assert tokenizer.detokenize(ids) == b" hello"
-    best = max((_scored(metadata, cut) for cut in (["▁he", "llo"], ["▁hell", "o"], ["▁he", "ll", "o"])))
+    best = max(_scored(metadata, cut) for cut in (["▁he", "llo"], ["▁hell", "o"], ["▁he", "ll", "o"]))
     assert sum(scores) == pytest.approx(best)
 
 
