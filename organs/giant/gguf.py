@@ -111,9 +111,12 @@ class GGUFFile:
         info = self.tensors[name]
         return self._parts[info.part].view(info.offset, info.nbytes)
 
-    def read(self, info: TensorInfo, out: np.ndarray) -> None:
-        """Fill uint8 [nbytes] with a tensor's bytes by reading, which fails as GGUFError where a map would end the process."""
-        self._parts[info.part].read(info, out)
+    def read(self, info: TensorInfo, out: np.ndarray, begin: int = 0) -> None:
+        """Fill `out` (uint8) with a tensor's bytes from `begin` on.
+
+        It reads, so that a failing disk is a GGUFError, where a map would end the process.
+        """
+        self._parts[info.part].read(info, out, begin)
 
     def array(self, name: str) -> np.ndarray:
         """float32 of the tensor's shape: dequantised by the reference, which is slow. Raises KeyError."""
@@ -152,11 +155,12 @@ class _Part:
     def view(self, offset: int, nbytes: int) -> np.ndarray:
         return np.frombuffer(self.map, np.uint8, nbytes, offset)
 
-    def read(self, info: TensorInfo, out: np.ndarray) -> None:
+    def read(self, info: TensorInfo, out: np.ndarray, begin: int) -> None:
+        assert begin + out.nbytes <= info.nbytes
         done, rest = 0, memoryview(out)
         try:
-            while done < info.nbytes:
-                count = os.preadv(self.file.fileno(), [rest[done:]], info.offset + done)
+            while done < out.nbytes:
+                count = os.preadv(self.file.fileno(), [rest[done:]], info.offset + begin + done)
                 if count == 0:
                     raise GGUFError(f"{self.path}: ended inside of the tensor {info.name!r}; it was cut after it was opened")
                 done += count

@@ -7,15 +7,39 @@ vector operations, so that LLVM lowers them to whatever the machine has). ORGANI
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 from organs import kernels
 
 ground = kernels.ground
+
+# --- The compile cache: a folder of the giant's own, named by what its code is made of. ---
+
+SOURCES = tuple(Path(__file__).with_name(f"{n}.py") for n in ("formats", "lanes", "products", "attention", "engine"))
+
+
+def jit(**options):
+    """numba.njit, cached in the giant's folder."""
+
+    def decorate(f):
+        with kernels.compiling("giant", SOURCES):
+            return njit(cache=True, **{k: v for k, v in options.items() if k != "cache"})(f)
+
+    return decorate
+
+
+def c_function(signature, f, **options):
+    """numba.cfunc, cached in the giant's folder."""
+    with kernels.compiling("giant", SOURCES):
+        return cfunc(signature, cache=True, **{k: v for k, v in options.items() if k != "cache"})(f)
+
+
+# --- Which instructions there are. ---
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32, VOID = ir.HalfType(), ir.FloatType(), ir.VoidType()

@@ -14,18 +14,18 @@ A kernel is made for a format, a form and a T when a model first needs it, and k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import types
 
 from organs.giant import lanes
 from organs.giant.formats import FORMATS, IQ4_VALUES, MXFP4_VALUES
 from organs.giant.lanes import (
-    F32, I8, I16, I32, LANES, Loop, bytes_product, const, fma, from_half, function, load, lookup, named, pairs_product,
-    splat, store, vector, widen, word,
+    F32, I8, I16, I32, LANES, Loop, bytes_product, c_function, const, fma, from_half, function, jit, load, lookup, named,
+    pairs_product, splat, store, vector, widen, word,
 )  # fmt: skip
 
 ROWS = 16  # of a panel
@@ -248,7 +248,7 @@ def panel_bytes(name: str, columns: int) -> int:
 # --- Packing. ---
 
 
-@njit(cache=True, nogil=True)
+@jit(nogil=True)
 def _interleave(raw, out, rows, row_bytes, n_blocks, size, fields):
     """Items of sixteen rows side by side. raw, out: uint8; fields: int64 [n, 3]; a last item that is not there is zero."""
     at = 0
@@ -404,7 +404,7 @@ def tile(name: str, form: str, T: int):
         body(panel, x, out, n_blocks, stride, add)
 
     run.__name__ = run.__qualname__ = f"tile_{name}_{form}_{T}"
-    return cfunc(TILE_TYPE, cache=True)(run)
+    return c_function(TILE_TYPE, run)
 
 
 # --- Rows out of panels, for embeddings. ---
@@ -456,7 +456,7 @@ def row_reader(name: str):
         body(panel, out, n_blocks)
 
     run.__name__ = run.__qualname__ = f"rows_{name}"
-    return cfunc(ROW_TYPE, cache=True)(run)
+    return c_function(ROW_TYPE, run)
 
 
 # --- Activations. ---
@@ -522,21 +522,21 @@ def _copy(b, x, factors, factor, block, T, t):
 _plain = function(_QUANTISE, _copy)
 
 
-@njit(cache=True)
+@jit()
 def quantise_wide(x, n_blocks, factors, factor, tile, T, t):
     """x · factors · factor [32 · n_blocks] becomes token t of a wide tile of T. All by address."""
     for block in range(n_blocks):
         _wide(x + 128 * block, factors + 128 * block, factor, tile + block * T * 80, T, t)
 
 
-@njit(cache=True)
+@jit()
 def quantise_narrow(x, n_blocks, factors, factor, tile, T, t):
     """As quantise_wide."""
     for block in range(n_blocks):
         _narrow(x + 128 * block, factors + 128 * block, factor, tile + block * T * 48, T, t)
 
 
-@njit(cache=True)
+@jit()
 def copy_plain(x, n_blocks, factors, factor, tile, T, t):
     """As quantise_wide."""
     for block in range(n_blocks):
@@ -579,6 +579,3 @@ def read_rows(panels: np.ndarray, name: str, rows: int, columns: int, make: Call
         kernel.ctypes(panels[p * size :].ctypes.data, block.ctypes.data, n)
         out.append(block.T)
     return np.concatenate(out)[:rows, :columns]
-
-
-SOURCES: Sequence[str] = ("formats.py", "lanes.py", "products.py")

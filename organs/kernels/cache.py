@@ -95,19 +95,25 @@ def prepare() -> None:
         os.environ.update({f"NUMBA_{key}": value for key, value in settings.items() if value is not None})
 
 
+@functools.cache
+def _folder_of(organ: str, sources: tuple[Path, ...]) -> Path:
+    h = hashlib.sha256()
+    for source in sources:
+        h.update(source.read_bytes() + b"\0")
+    path = folder() / f"{organ}-{h.hexdigest()[:16]}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
 @contextmanager
 def compiling(organ: str, sources: Iterable[Path]) -> Iterator[Path]:
     """While another organ's compiled code is decorated or compiled: it is cached in a folder of its own inside of ours.
 
-    sources: the files whose change makes that code stale. Compiled code of this organ must not be first used inside.
+    sources: the files whose change makes that code stale.
     """
     import numba
 
-    h = hashlib.sha256()
-    for source in sorted(sources):
-        h.update(source.read_bytes() + b"\0")
-    path = folder() / f"{organ}-{h.hexdigest()[:16]}"
-    path.mkdir(mode=0o700, exist_ok=True)
+    path = _folder_of(organ, tuple(sources))
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(path)
     try:
         yield path

@@ -1,0 +1,21 @@
+"""Architectures: each a short file that records a program of shared layers, with one function `record(recorder)`."""
+
+from __future__ import annotations
+
+import importlib
+
+from organs.giant.gguf import GGUFError
+from organs.giant.program import Recorder
+
+FILES = {  # general.architecture: file
+    "llama": "llama", "mistral": "llama", "smollm3": "smollm3", "qwen2": "qwen", "qwen3": "qwen",
+    "gemma2": "gemma", "gemma3": "gemma",
+}  # fmt: skip
+
+
+def record(recorder: Recorder) -> None:
+    """Record the model of the recorder's file. Raises GGUFError for an architecture that is not supported."""
+    name = recorder.file.architecture
+    if name not in FILES:
+        raise GGUFError(f"{recorder.file.path}: the architecture {name!r} is not supported; supported are {', '.join(FILES)}")
+    importlib.import_module(f"organs.giant.architectures.{FILES[name]}").record(recorder)

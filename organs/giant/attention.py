@@ -1,0 +1,269 @@
+"""Attention over pages of keys and values, compiled for the CPU at hand.
+
+A page holds PAGE positions of one sequence, of all layers. In it, each layer's each head of keys and values has a stretch of its own:
+the keys as panels of 16 positions, [PAGE / 16, head size, 16], so that a load brings one number of 8 or 16 positions into
+the lanes and no sum crosses lanes; the values as [PAGE, width], where width is the head size rounded up to 32. Numbers are
+float32, float16, bfloat16, or (q8) int8 with a float32 scale for each position, which stand behind the values.
+
+Queries meet a page at a time, with the running maximum and sum of an online softmax (Milakov & Gimelshein, 2018).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from organs.giant import lanes
+from organs.giant.lanes import (
+    F32, I8, I16, I32, LANES, Loop, c_function, const, fma, from_half, function, jit, load, splat, store, to_half, vector,
+    word,
+)  # fmt: skip
+
+ground = lanes.ground
+floats, longs, exp, maximum = ground.floats, ground.longs, ground.exp, ground.maximum
+f4, HELP = np.float32, ground.HELP
+
+PAGE = 64  # positions
+QUERIES = 4  # that meet a page together, at most
+KINDS = {"f32": 4, "f16": 2, "bf16": 2, "q8": 1}  # bytes of a number
+F32_KIND, F16_KIND, BF16_KIND, Q8_KIND = range(4)
+LOW = f4(-1e30)
+FLOATS, INTS = vector(F32, LANES), vector(I32, LANES)
+
+
+def width_of(head: int) -> int:
+    """Room for a head's values: a multiple of 32."""
+    return -(-head // 32) * 32
+
+
+def stretch_bytes(kind: str, head: int) -> int:
+    """Bytes of one head's keys and values in a page."""
+    size = PAGE * (head + width_of(head)) * KINDS[kind] + (8 * PAGE if kind == "q8" else 0)
+    return -(-size // 64) * 64
+
+
+# --- Two products, in vectors. ---
+
+
+def _numbers(b, base, kind: str, offset: int):
+    """float32 lanes of a cache's numbers."""
+    if kind == "f32":
+        return load(b, base, FLOATS, 4 * offset)
+    if kind == "f16":
+        return from_half(b, load(b, base, vector(ir.HalfType(), LANES), 2 * offset))
+    if kind == "bf16":
+        bits = b.zext(load(b, base, vector(I16, LANES), 2 * offset), INTS)
+        return b.bitcast(b.shl(bits, const(INTS, 16)), FLOATS)
+    return b.sitofp(b.sext(load(b, base, vector(I8, LANES), offset), INTS), FLOATS)
+
+
+def _scores(M: int, kind: str):
+    """Builds: (queries [head, M], keys, out [M, PAGE], head, panels) -> nothing; out[m] = q[m] · every key."""
+    size = KINDS[kind]
+
+    def build(b, q, k, out, head, panels):
+        parts = 16 // LANES
+        outer = Loop(b, panels, [])
+        panel = b.add(k, b.mul(b.mul(outer.i, head), word(16 * size)))
+        inner = Loop(b, head, [const(FLOATS, 0.0)] * (M * parts))
+        at, query = b.add(panel, b.mul(inner.i, word(16 * size))), b.add(q, b.mul(inner.i, word(4 * M)))
+        keys = [_numbers(b, at, kind, LANES * p) for p in range(parts)]
+        sums = []
+        for m in range(M):
+            x = splat(b, load(b, query, F32, 4 * m, 4), LANES)
+            sums += [fma(b, x, keys[p], inner.now[m * parts + p]) for p in range(parts)]
+        sums = inner.close(sums)
+        target = b.add(out, b.mul(outer.i, word(64)))
+        for m in range(M):
+            for p in range(parts):
+                store(b, sums[m * parts + p], target, 4 * (m * PAGE + LANES * p), 4)
+        outer.close([])
+
+    return build
+
+
+def _mixture(M: int, kind: str):
+    """Builds: (weights [M, PAGE], values, positions, out [M, width], width) -> nothing; out += weights · values."""
+    size, chunk = KINDS[kind], max(16, LANES)
+    vectors = chunk // LANES
+
+    def build(b, p, v, n, out, width):
+        outer = Loop(b, b.sdiv(width, word(chunk)), [])
+        column = b.add(v, b.mul(outer.i, word(chunk * size)))
+        target = b.add(out, b.mul(outer.i, word(4 * chunk)))
+        stride = b.mul(width, word(4))
+        rows = [b.add(target, b.mul(stride, word(m))) for m in range(M)]
+        first = [load(b, rows[m], FLOATS, 4 * LANES * i, 4) for m in range(M) for i in range(vectors)]
+        inner = Loop(b, n, first)
+        at = b.add(column, b.mul(inner.i, b.mul(width, word(size))))
+        values = [_numbers(b, at, kind, LANES * i) for i in range(vectors)]
+        weights = b.add(p, b.mul(inner.i, word(4)))
+        sums = []
+        for m in range(M):
+            x = splat(b, load(b, weights, F32, 4 * PAGE * m, 4), LANES)
+            sums += [fma(b, x, values[i], inner.now[m * vectors + i]) for i in range(vectors)]
+        sums = inner.close(sums)
+        for m in range(M):
+            for i in range(vectors):
+                store(b, sums[m * vectors + i], rows[m], 4 * LANES * i, 4)
+        outer.close([])
+
+    return build
+
+
+PAIR = types.void(*[types.int64] * 5)
+
+
+def kernels_of(kind: str) -> list:
+    """C functions: the scores for 1 to QUERIES queries, then the mixtures."""
+    out = []
+    for make in (_scores, _mixture):
+        for M in range(1, QUERIES + 1):
+            out.append(_compiled(f"{make.__name__[1:]}_{M}_{kind}", make(M, kind)))
+    return out
+
+
+def _compiled(name: str, build):
+    body = function(PAIR, build)
+
+    def run(a, b, c, d, e):
+        body(a, b, c, d, e)
+
+    run.__name__ = run.__qualname__ = name
+    return c_function(PAIR, run)
+
+
+def _jump(b, entry, x1, x2, x3, x4, x5):
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 5)
+    b.call(b.inttoptr(entry, kind.as_pointer()), [x1, x2, x3, x4, x5])
+
+
+_call = function(types.void(*[types.int64] * 6), _jump)  # calls a kernel by its address
+
+
+# --- Storing a key and a value. ---
+
+_SCALAR = types.void(types.int64, types.float32)
+_store_half = function(
+    _SCALAR, lambda b, at, x: store(b, b.extract_element(to_half(b, splat(b, x, LANES)), const(I32, 0)), at, 0, 2)
+)
+
+
+def _bfloat(b, at, x):
+    bits = b.bitcast(x, I32)
+    odd = b.and_(b.lshr(bits, const(I32, 16)), const(I32, 1))
+    store(b, b.trunc(b.lshr(b.add(b.add(bits, const(I32, 0x7FFF)), odd), const(I32, 16)), I16), at, 0, 2)
+
+
+_store_bfloat = function(_SCALAR, _bfloat)
+_store_byte = function(_SCALAR, lambda b, at, x: store(b, b.trunc(b.fptosi(x, I32), I8), at))
+
+
+@jit(**HELP)
+def _store_number(kind, at, x):
+    if kind == F16_KIND:
+        _store_half(at, x)
+    elif kind == BF16_KIND:
+        _store_bfloat(at, x)
+    elif kind == Q8_KIND:
+        _store_byte(at, ground.rint(x))
+    else:
+        floats(at, 0, 1)[0] = x
+
+
+@jit(**HELP)
+def _byte_scale(x, n):
+    top = f4(0)
+    for i in range(n):
+        top = max(top, abs(x[i]))
+    return top / f4(127)
+
+
+@jit(**HELP)
+def store_pair(kind, size, stretch, position, key, value, head, width):
+    """Write a key and a value (float32 [head] each) into a head's stretch of a page, at position % PAGE."""
+    at = position % PAGE
+    k, v = f4(1), f4(1)
+    values = stretch + PAGE * head * size
+    if kind == Q8_KIND:
+        scales = floats(values + PAGE * width, 0, 2 * PAGE)
+        scales[at], scales[PAGE + at] = _byte_scale(key, head), _byte_scale(value, head)
+        k = f4(1) / scales[at] if scales[at] > 0 else f4(0)
+        v = f4(1) / scales[PAGE + at] if scales[PAGE + at] > 0 else f4(0)
+    panel, row = stretch + size * ((at // 16) * head * 16 + at % 16), values + size * at * width
+    for i in range(head):
+        _store_number(kind, panel + size * 16 * i, key[i] * k)
+        _store_number(kind, row + size * i, value[i] * v)
+
+
+# --- Queries over pages. ---
+
+
+@jit(**HELP)
+def attend(kernels, kind, size, table, inside, head, width, M, q, first, end, limits, window, cap, work, out, state):
+    """Queries q [head, M] meet positions first (a multiple of 16) to `end` of a sequence.
+
+    table: addresses of its pages; inside: where the head's stretch lies in a page; limits [M]: the last position that each
+    query may see; window: how many it sees at most, 0 for all; cap: soft-cap of scores, 0 for none; work: [M, PAGE].
+    out [M, width] and state [M, 2] become Σ exp(score - top) · value, top and Σ exp(score - top).
+    """
+    state_, sums = floats(state, 0, 2 * M), floats(out, 0, M * width)
+    for m in range(M):
+        state_[2 * m], state_[2 * m + 1] = LOW, f4(0)
+    for i in range(M * width):
+        sums[i] = f4(0)
+    at = first
+    while at < end:
+        page = at // PAGE
+        begin = at - page * PAGE
+        stop = min(PAGE, end - page * PAGE)
+        panels = (stop - begin + 15) // 16
+        stretch = table[page] + inside
+        _call(kernels[M - 1], q, stretch + size * begin * head, work + 4 * begin, head, panels)
+        values = stretch + size * PAGE * head
+        for m in range(M):
+            s = floats(work, m * PAGE, PAGE)
+            low = begin
+            if window > 0:
+                low = min(max(begin, limits[m] - window + 1 - page * PAGE), PAGE)
+            high = max(min(stop, limits[m] + 1 - page * PAGE), low)
+            for i in range(begin, low):
+                s[i] = LOW
+            for i in range(high, begin + panels * 16):
+                s[i] = LOW
+            if kind == Q8_KIND:
+                scales = floats(values + PAGE * width, 0, PAGE)
+                for i in range(low, high):
+                    s[i] *= scales[i]
+            if cap > 0:
+                for i in range(low, high):
+                    s[i] = cap * math.tanh(s[i] / cap)
+            _online(s, begin, begin + panels * 16, floats(out, m * width, width), floats(state, 2 * m, 2))
+            if kind == Q8_KIND:
+                scales = floats(values + PAGE * (width + 4), 0, PAGE)
+                for i in range(begin, stop):
+                    s[i] *= scales[i]
+        _call(kernels[3 + M], work + 4 * begin, values + size * begin * width, stop - begin, out, width)
+        at = (page + 1) * PAGE
+
+
+@jit(**HELP)
+def _online(s, begin, end, out, state):
+    """s[begin:end] becomes exp(s - top), and what was summed before is scaled down if the top has risen."""
+    top = state[0]
+    for i in range(begin, end):
+        top = maximum(top, s[i])
+    total = f4(0)
+    for i in range(begin, end):
+        s[i] = exp(s[i] - top) if s[i] > LOW else f4(0)
+        total += s[i]
+    if top > state[0]:
+        shrink = exp(state[0] - top) if state[0] > LOW else f4(0)
+        for i in range(len(out)):
+            out[i] *= shrink
+        state[1] *= shrink
+        state[0] = top
+    state[1] += total
