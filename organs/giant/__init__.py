@@ -2,6 +2,7 @@
 
     from organs.giant import Giant
     giant = Giant.load("model.gguf")
+    giant.generate([{"role": "user", "content": "Name three rivers."}], seed=1).text
     session = giant.session()
     logits = session.feed([1, 2, 3])      # float32 [vocabulary]: after the last token
 
@@ -14,14 +15,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from organs.giant.giant import ContextFull, Giant, Session
     from organs.giant.gguf import GGUFError, GGUFFile, open_gguf
+    from organs.giant.giant import ContextFull, Session
+    from organs.giant.pull import find
+    from organs.giant.text import Chat, Generation, Giant
 
-__all__ = ["ContextFull", "GGUFError", "GGUFFile", "Giant", "Session", "open_gguf"]
+__all__ = ["Chat", "ContextFull", "GGUFError", "GGUFFile", "Generation", "Giant", "Session", "find", "open_gguf"]
 
 _HOMES = {
-    "Giant": "giant", "Session": "giant", "ContextFull": "giant",
-    "GGUFError": "gguf", "GGUFFile": "gguf", "open_gguf": "gguf",
+    "Giant": "text", "Generation": "text", "Chat": "text", "Session": "giant", "ContextFull": "giant",
+    "GGUFError": "gguf", "GGUFFile": "gguf", "open_gguf": "gguf", "find": "pull",
 }  # fmt: skip
 
 
