@@ -18,12 +18,29 @@ from numba import types
 
 from organs.giant import lanes
 from organs.giant.lanes import (
-    F32, I8, I16, I32, LANES, Loop, c_function, const, fma, from_half, function, jit, load, splat, store, to_half, vector,
+    F32,
+    I8,
+    I16,
+    I32,
+    LANES,
+    Loop,
+    c_function,
+    const,
+    fma,
+    from_half,
+    function,
+    jit,
+    load,
+    named,
+    splat,
+    store,
+    to_half,
+    vector,
     word,
 )  # fmt: skip
 
 ground = lanes.ground
-floats, longs, exp, maximum = ground.floats, ground.longs, ground.exp, ground.maximum
+floats = ground.floats
 f4, HELP = np.float32, ground.HELP
 
 PAGE = 64  # positions
@@ -202,18 +219,75 @@ def store_pair(kind, size, stretch, position, key, value, head, width):
 # --- Queries over pages. ---
 
 
+def _exponential(b, x):
+    """e ** x within 2e-7 relative for x <= 0; below -87 as at -87. Polynomial: Cephes' expf."""
+    k = lambda v: const(FLOATS, v)
+    ceiling = b.fcmp_ordered(">", x, k(-87.0))
+    x = b.select(ceiling, x, k(-87.0))
+    # Rounded by converting to int, which cuts towards 0 (x is not positive): numba's fastmath would undo adding a large number.
+    power = b.fptosi(b.fsub(b.fmul(x, k(1.44269504)), k(0.5)), INTS)
+    whole = b.sitofp(power, FLOATS)
+    r = fma(b, whole, k(2.12194440e-4), fma(b, whole, k(-0.693359375), x))
+    p = k(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5):
+        p = fma(b, p, r, k(c))
+    p = fma(b, b.fmul(p, r), r, b.fadd(r, k(1.0)))
+    return b.fmul(p, b.bitcast(b.shl(b.add(power, const(INTS, 127)), const(INTS, 23)), FLOATS))
+
+
+def _soften(b, s, n, low, high, out, width, state):
+    """s [n] becomes exp(s - top), 0 outside of low to high; out [width] and state (top, sum) follow if the top has risen."""
+    vectors = b.sdiv(n, word(LANES))
+    lane = ir.Constant(INTS, list(range(LANES)))
+    first, last = (splat(b, b.trunc(v, I32), LANES) for v in (low, high))
+
+    def visible(i):
+        index = b.add(lane, splat(b, b.trunc(b.mul(i, word(LANES)), I32), LANES))
+        return b.and_(b.icmp_signed(">=", index, first), b.icmp_signed("<", index, last))
+
+    loop = Loop(b, vectors, [const(FLOATS, float(LOW))])
+    v = load(b, b.add(s, b.mul(loop.i, word(4 * LANES))), FLOATS, 0, 4)
+    v = b.select(visible(loop.i), v, const(FLOATS, float(LOW)))
+    (tops,) = loop.close([b.select(b.fcmp_ordered(">", v, loop.now[0]), v, loop.now[0])])
+    top = named(b, f"llvm.vector.reduce.fmax.v{LANES}f32", F32, tops, fast=("nnan",))
+    before = load(b, state, F32, 0, 4)
+    top = b.select(b.fcmp_ordered(">", top, before), top, before)
+    loop = Loop(b, vectors, [const(FLOATS, 0.0)])
+    at = b.add(s, b.mul(loop.i, word(4 * LANES)))
+    e = _exponential(b, b.fsub(load(b, at, FLOATS, 0, 4), splat(b, top, LANES)))
+    e = b.select(visible(loop.i), e, const(FLOATS, 0.0))
+    store(b, e, at, 0, 4)
+    (sums,) = loop.close([b.fadd(loop.now[0], e)])
+    total = named(b, f"llvm.vector.reduce.fadd.v{LANES}f32", F32, const(F32, 0.0), sums, fast=("reassoc",))
+    with b.if_then(b.fcmp_ordered(">", top, before)):
+        shrink = _exponential(b, splat(b, b.fsub(before, top), LANES))
+        loop = Loop(b, b.sdiv(width, word(LANES)), [])
+        at = b.add(out, b.mul(loop.i, word(4 * LANES)))
+        store(b, b.fmul(load(b, at, FLOATS, 0, 4), shrink), at, 0, 4)
+        loop.close([])
+        sum_before = load(b, state, F32, 4, 4)
+        store(b, b.fmul(sum_before, b.extract_element(shrink, const(I32, 0))), state, 4, 4)
+        store(b, top, state, 0, 4)
+    store(b, b.fadd(load(b, state, F32, 4, 4), total), state, 4, 4)
+
+
+_soften_row = function(types.void(*[types.int64] * 7), _soften)
+
+
 @jit(**HELP)
-def attend(kernels, kind, size, table, inside, head, width, M, q, first, end, limits, window, cap, work, out, state):
-    """Queries q [head, M] meet positions first (a multiple of 16) to `end` of a sequence.
+def attend(
+    kernels, kind, size, table, inside, head, width, groups, M, q, first, end, limits, window, cap, work, out, state
+):
+    """Queries q [groups, head, M] meet positions first (a multiple of 16) to `end` of a sequence, page by page.
 
     table: addresses of its pages; inside: where the head's stretch lies in a page; limits [M]: the last position that each
-    query may see; window: how many it sees at most, 0 for all; cap: soft-cap of scores, 0 for none; work: [M, PAGE].
-    out [M, width] and state [M, 2] become Σ exp(score - top) · value, top and Σ exp(score - top).
+    query of a group may see; window: how many it sees at most, 0 for all; cap: soft-cap of scores, 0 for none; work: [M, PAGE].
+    out [groups, M, width] and state [groups, M, 2] become Σ exp(score - top) · value, top and Σ exp(score - top).
     """
-    state_, sums = floats(state, 0, 2 * M), floats(out, 0, M * width)
-    for m in range(M):
-        state_[2 * m], state_[2 * m + 1] = LOW, f4(0)
-    for i in range(M * width):
+    states, sums = floats(state, 0, 2 * groups * M), floats(out, 0, groups * M * width)
+    for m in range(groups * M):
+        states[2 * m], states[2 * m + 1] = LOW, f4(0)
+    for i in range(groups * M * width):
         sums[i] = f4(0)
     at = first
     while at < end:
@@ -221,49 +295,35 @@ def attend(kernels, kind, size, table, inside, head, width, M, q, first, end, li
         begin = at - page * PAGE
         stop = min(PAGE, end - page * PAGE)
         panels = (stop - begin + 15) // 16
-        stretch = table[page] + inside
-        _call(kernels[M - 1], q, stretch + size * begin * head, work + 4 * begin, head, panels)
-        values = stretch + size * PAGE * head
-        for m in range(M):
-            s = floats(work, m * PAGE, PAGE)
-            low = begin
-            if window > 0:
-                low = min(max(begin, limits[m] - window + 1 - page * PAGE), PAGE)
-            high = max(min(stop, limits[m] + 1 - page * PAGE), low)
-            for i in range(begin, low):
-                s[i] = LOW
-            for i in range(high, begin + panels * 16):
-                s[i] = LOW
-            if kind == Q8_KIND:
-                scales = floats(values + PAGE * width, 0, PAGE)
-                for i in range(low, high):
-                    s[i] *= scales[i]
-            if cap > 0:
-                for i in range(low, high):
-                    s[i] = cap * math.tanh(s[i] / cap)
-            _online(s, begin, begin + panels * 16, floats(out, m * width, width), floats(state, 2 * m, 2))
-            if kind == Q8_KIND:
-                scales = floats(values + PAGE * (width + 4), 0, PAGE)
-                for i in range(begin, stop):
-                    s[i] *= scales[i]
-        _call(kernels[3 + M], work + 4 * begin, values + size * begin * width, stop - begin, out, width)
+        keys = table[page] + inside
+        values = keys + size * PAGE * head
+        for g in range(groups):
+            _call(kernels[M - 1], q + 4 * g * M * head, keys + size * begin * head, work + 4 * begin, head, panels)
+            for m in range(M):
+                low, high, row = begin, min(stop, limits[m] + 1 - page * PAGE), work + 4 * m * PAGE
+                if window > 0:
+                    low = max(begin, limits[m] - window + 1 - page * PAGE)
+                if kind == Q8_KIND:
+                    _scale(row, values + PAGE * width, begin, stop)
+                if cap > 0:
+                    _cap(row, begin, stop, cap)
+                _soften_row(row + 4 * begin, panels * 16, low - begin, high - begin, out + 4 * (g * M + m) * width, width,
+                            state + 8 * (g * M + m))  # fmt: skip
+                if kind == Q8_KIND:
+                    _scale(row, values + PAGE * (width + 4), begin, stop)
+            _call(kernels[3 + M], work + 4 * begin, values + size * begin * width, stop - begin, out + 4 * g * M * width, width)
         at = (page + 1) * PAGE
 
 
 @jit(**HELP)
-def _online(s, begin, end, out, state):
-    """s[begin:end] becomes exp(s - top), and what was summed before is scaled down if the top has risen."""
-    top = state[0]
+def _scale(row, scales, begin, end):
+    s, by = floats(row, 0, PAGE), floats(scales, 0, PAGE)
     for i in range(begin, end):
-        top = maximum(top, s[i])
-    total = f4(0)
+        s[i] *= by[i]
+
+
+@jit(**HELP)
+def _cap(row, begin, end, cap):
+    s = floats(row, 0, PAGE)
     for i in range(begin, end):
-        s[i] = exp(s[i] - top) if s[i] > LOW else f4(0)
-        total += s[i]
-    if top > state[0]:
-        shrink = exp(state[0] - top) if state[0] > LOW else f4(0)
-        for i in range(len(out)):
-            out[i] *= shrink
-        state[1] *= shrink
-        state[0] = top
-    state[1] += total
+        s[i] = cap * math.tanh(s[i] / cap)

@@ -96,7 +96,9 @@ class PrefixCache:
     `identity`); a file that is damaged is not used. Bytes on disk are limited to `disk_limit`.
     """
 
-    def __init__(self, page_bytes: int, limit: int, folder: Path | None = None, identity: str = "", disk_limit: int = 1 << 30):
+    def __init__(
+        self, page_bytes: int, limit: int, folder: Path | None = None, identity: str = "", disk_limit: int = 1 << 30
+    ):
         self.page_bytes, self.limit, self.folder, self.identity = page_bytes, limit, folder, identity
         self.root, self.clock, self.nbytes, self.disk_limit = _Node(None, b"", None), 0, 0, disk_limit
         if folder is not None:

@@ -24,7 +24,15 @@ from organs import kernels
 from organs.giant.attention import F16_KIND, KINDS, PAGE, QUERIES, attend, kernels_of, store_pair
 from organs.giant.lanes import c_function, function, jit
 from organs.giant.products import (
-    BLOCK, ROWS, TILE, copy_plain, quantise_narrow, quantise_wide, row_reader, tile,
+    BLOCK,
+    ROWS,
+    TILE,
+    copy_plain,
+    quantise_double,
+    quantise_narrow,
+    quantise_wide,
+    row_reader,
+    tile,
 )  # fmt: skip
 
 ground = kernels.ground
@@ -44,10 +52,11 @@ _ROW_WORDS = (
     "width",  # numbers of a token
     "norm",  # address of float32 weights; 0: none
     "ones",  # address of as many ones
-    "wide", "narrow", "plain",  # address of quantised tiles; 0: not wanted
-    "one_wide", "one_plain",  # of a single token: bytes into the thread's own memory (gated: an address); -1: not wanted
+    "wide", "narrow", "double", "plain",  # address of quantised tiles; 0: not wanted
+    "one_wide", "one_double", "one_plain",  # of a single token: bytes into the thread's own memory (gated: an address); -1: not wanted
     "weight", "panels", "blocks", "panel_bytes", "kernel", "kernel_one",  # a packed matrix and its kernels
     "weight2", "blocks2", "panel_bytes2", "kernel2", "kernel2_one",  # a second one (gate and up)
+    "tiles2", "tile_bytes2", "single2",  # and the activations it takes
     "tiles", "tile_bytes",  # activations it takes: address, bytes of a tile
     "single", "shared",  # of a single token: bytes into the thread's own memory, or (not 0) an address
     "is_gelu", "merge",
@@ -97,7 +106,9 @@ _call_reader = function(types.void(*[types.int64] * 4), _jump_tile)
 # --- The team. ---
 
 TEAM_WORDS = 64
-POSTED, ARRIVED, ROUND, SLEEPERS, STOP, PATIENCE, NAPS = (64 * i for i in range(7))  # bytes; each on a cache line of its own
+POSTED, ARRIVED, ROUND, SLEEPERS, STOP, PATIENCE, NAPS = (
+    64 * i for i in range(7)
+)  # bytes; each on a cache line of its own
 IDLE_NS = 1_500_000  # how long a helper spins between two steps
 _FUTEX = {"x86_64": 202, "AMD64": 202, "aarch64": 98}.get(platform.machine(), 0)
 _system_call = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
@@ -258,12 +269,16 @@ def _merge(r, m, out):
         best, total = f4(-1e30), f4(0)
         result = floats(out, q * r.head, r.head)
         for c in range(m.chunks):
-            part = floats(m.parts, (((q // group) * m.chunks + c) * group + q % group) * m.parts_stride, r.head_width + 2)
+            part = floats(
+                m.parts, (((q // group) * m.chunks + c) * group + q % group) * m.parts_stride, r.head_width + 2
+            )
             best = max(best, part[r.head_width])
         for i in range(r.head):
             result[i] = f4(0)
         for c in range(m.chunks):
-            part = floats(m.parts, (((q // group) * m.chunks + c) * group + q % group) * m.parts_stride, r.head_width + 2)
+            part = floats(
+                m.parts, (((q // group) * m.chunks + c) * group + q % group) * m.parts_stride, r.head_width + 2
+            )
             weight = exp(part[r.head_width] - best)
             total += weight * part[r.head_width + 1]
             for i in range(r.head):
@@ -273,9 +288,33 @@ def _merge(r, m, out):
             result[i] *= total
 
 
+@jit(**HELP)
+def _into_one(r, base, x, n, factors, factor, first):
+    """A single token's activations: n blocks from number `first` on, in the forms that are wanted."""
+    if r.one_wide >= 0:
+        quantise_wide(x, n, factors, factor, base + r.one_wide + first * 80, 1, 0)
+    if r.one_double >= 0:
+        quantise_double(x, n, factors, factor, base + r.one_double + first * 80, 1, 0)
+    if r.one_plain >= 0:
+        copy_plain(x, n, factors, factor, base + r.one_plain + first * 128, 1, 0)
+
+
+@jit(**HELP)
+def _into_tile(r, x, n, factors, factor, block, t):
+    """Token t of a tile: n blocks, of which the first is number `block` of all tiles."""
+    if r.narrow:
+        quantise_narrow(x, n, factors, factor, r.narrow + block * TILE * 48, TILE, t)
+    if r.wide:
+        quantise_wide(x, n, factors, factor, r.wide + block * TILE * 80, TILE, t)
+    if r.double:
+        quantise_double(x, n, factors, factor, r.double + block * TILE * 80, TILE, t)
+    if r.plain:
+        copy_plain(x, n, factors, factor, r.plain + block * TILE * 128, TILE, t)
+
+
 @operation
 def quantise(r, m):
-    """Tiles (wide, narrow, plain) of norm(input), or of input where there is no norm."""
+    """Activations, in the forms that are wanted, of norm(input), or of input where there is no norm."""
     n_blocks = (r.width + BLOCK - 1) // BLOCK
     factors = r.norm if r.norm else r.ones
     if m.n == 1 or _only_last(r, m):
@@ -284,22 +323,14 @@ def quantise(r, m):
             x = m.own + m.scratch
             _merge(r, m, x)
         factor = _root_mean_square(x, r.width, r.epsilon) if r.norm else f4(1)
-        if r.one_wide >= 0:
-            quantise_wide(x, n_blocks, factors, factor, m.own + r.one_wide, 1, 0)
-        if r.one_plain >= 0:
-            copy_plain(x, n_blocks, factors, factor, m.own + r.one_plain, 1, 0)
+        _into_one(r, m.own, x, n_blocks, factors, factor, 0)
         return
     first, end = _share(_tiles(m), m)
     for i in range(first, end):
         for t in range(TILE):
             x = r.input + (i * TILE + t) * r.input_stride
             factor = _root_mean_square(x, r.width, r.epsilon) if r.norm else f4(1)
-            if r.narrow:
-                quantise_narrow(x, n_blocks, factors, factor, r.narrow + i * n_blocks * TILE * 48, TILE, t)
-            if r.wide:
-                quantise_wide(x, n_blocks, factors, factor, r.wide + i * n_blocks * TILE * 80, TILE, t)
-            if r.plain:
-                copy_plain(x, n_blocks, factors, factor, r.plain + i * n_blocks * TILE * 128, TILE, t)
+            _into_tile(r, x, n_blocks, factors, factor, i * n_blocks, t)
     barrier(m)
 
 
@@ -352,39 +383,29 @@ def _gate(gate, up, n, is_gelu):
 
 @operation
 def gated(r, m):
-    """Tiles of act(input · gateᵀ) · (input · upᵀ): two panels of each at a time, quantised at once and never stored."""
+    """Activations of act(input · gateᵀ) · (input · upᵀ): two panels of each at a time, quantised at once and never stored."""
     first, end = _share(r.panels // 2, m)
-    space = m.own + m.scratch
-    if m.n == 1:
-        for p in range(first, end):
-            for k in range(2):
-                panel = 2 * p + k
-                _call_tile(r.kernel_one, r.weight + panel * r.panel_bytes, m.own + r.single, space + 64 * k, r.blocks, 128, 0)
-                _call_tile(r.kernel2_one, r.weight2 + panel * r.panel_bytes2, m.own + r.single, space + 128 + 64 * k,
-                           r.blocks2, 128, 0)  # fmt: skip
-            _gate(space, space + 128, BLOCK, r.is_gelu)
-            if r.one_wide >= 0:
-                quantise_wide(space, 1, r.ones, f4(1), r.one_wide + p * 80, 1, 0)
-            if r.one_plain >= 0:
-                copy_plain(space, 1, r.ones, f4(1), r.one_plain + p * 128, 1, 0)
-        return
-    n_blocks, up = r.panels // 2, space + 128 * TILE
+    gate, up = m.own + m.scratch, m.own + m.scratch + 128 * TILE
     for p in range(first, end):
-        for i in range(_tiles(m)):
-            tile_ = r.tiles + i * r.tile_bytes
-            for k in range(2):
-                panel = 2 * p + k
-                _call_tile(r.kernel, r.weight + panel * r.panel_bytes, tile_, space + 64 * k, r.blocks, 128, 0)
-                _call_tile(r.kernel2, r.weight2 + panel * r.panel_bytes2, tile_, up + 64 * k, r.blocks2, 128, 0)
-            _gate(space, up, BLOCK * TILE, r.is_gelu)
-            for t in range(TILE):
-                x = space + 128 * t
-                if r.narrow:
-                    quantise_narrow(x, 1, r.ones, f4(1), r.narrow + (i * n_blocks + p) * TILE * 48, TILE, t)
-                if r.wide:
-                    quantise_wide(x, 1, r.ones, f4(1), r.wide + (i * n_blocks + p) * TILE * 80, TILE, t)
-                if r.plain:
-                    copy_plain(x, 1, r.ones, f4(1), r.plain + (i * n_blocks + p) * TILE * 128, TILE, t)
+        if m.n == 1:
+            for panel in range(2 * p, 2 * p + 2):
+                at = 64 * (panel - 2 * p)
+                _call_tile(r.kernel_one, r.weight + panel * r.panel_bytes, m.own + r.single, gate + at, r.blocks, 128, 0)
+                _call_tile(
+                    r.kernel2_one, r.weight2 + panel * r.panel_bytes2, m.own + r.single2, up + at, r.blocks2, 128, 0
+                )
+            _gate(gate, up, BLOCK, r.is_gelu)
+            _into_one(r, 0, gate, 1, r.ones, f4(1), p)
+        else:
+            for i in range(_tiles(m)):
+                x, x2 = r.tiles + i * r.tile_bytes, r.tiles2 + i * r.tile_bytes2
+                for panel in range(2 * p, 2 * p + 2):
+                    at = 64 * (panel - 2 * p)
+                    _call_tile(r.kernel, r.weight + panel * r.panel_bytes, x, gate + at, r.blocks, 128, 0)
+                    _call_tile(r.kernel2, r.weight2 + panel * r.panel_bytes2, x2, up + at, r.blocks2, 128, 0)
+                _gate(gate, up, BLOCK * TILE, r.is_gelu)
+                for t in range(TILE):
+                    _into_tile(r, gate + 128 * t, 1, r.ones, f4(1), i * (r.panels // 2) + p, t)
 
 
 @operation
@@ -480,15 +501,11 @@ def _first_seen(r, position):
 
 @jit(**HELP)
 def _attend_apart(r, m):
-    """Every token by itself: keys and values of its head, then all queries that share them."""
+    """Every token by itself: keys and values of its head, then all queries that share them, QUERIES at a time."""
     group, items = r.queries // r.heads, m.n * r.heads * m.chunks
     first, end = _share(items, m)
-    space = m.own + m.scratch
-    limits, kernels_ = longs(space, QUERIES), longs(r.attention_kernels, 2 * QUERIES)
-    q = space + 64
-    work = q + 4 * QUERIES * r.head
-    out = work + 4 * QUERIES * PAGE
-    state = out + 4 * QUERIES * r.head_width
+    limits = longs(m.own + m.scratch, QUERIES)
+    q, work, out, state = _attention_space(r, m, 1)
     for item in range(first, end):
         c, h, t = item % m.chunks, item // m.chunks % r.heads, item // (m.chunks * r.heads)
         position = longs(m.positions, m.n)[t]
@@ -504,57 +521,67 @@ def _attend_apart(r, m):
             for i in range(M):
                 _query(r, m, t, h * group + done + i, q + 4 * i, M)
                 limits[i] = position
-            attend(kernels_, r.kind, r.size, table, r.inside + h * r.stretch, r.head, r.head_width, M, q, a, b, limits,
-                   r.window, f4(r.cap), work, out, state)  # fmt: skip
+            _attend(r, table, h, 1, M, a, b, limits, q, work, out, state)
             for i in range(M):
-                _deliver(r, m, t, item, h, done + i, group, floats(out, i * r.head_width, r.head_width), floats(state, 2 * i, 2))
+                _deliver(r, m, t, h * group + done + i, item * group + done + i, out + 4 * i * r.head_width, state + 8 * i)
             done += M
 
 
 @jit(**HELP)
-def _deliver(r, m, t, item, h, i, group, sums, state):
+def _attention_space(r, m, groups):
+    """Addresses of queries, scores, sums and states of so many groups, behind the limits."""
+    q = m.own + m.scratch + 64
+    work = q + 4 * groups * QUERIES * r.head
+    out = work + 4 * QUERIES * PAGE
+    return q, work, out, out + 4 * groups * QUERIES * r.head_width
+
+
+@jit(**HELP)
+def _attend(r, table, h, groups, M, first, end, limits, q, work, out, state):
+    attend(longs(r.attention_kernels, 2 * QUERIES), r.kind, r.size, table, r.inside + h * r.stretch, r.head, r.head_width,
+           groups, M, q, first, end, limits, r.window, f4(r.cap), work, out, state)  # fmt: skip
+
+
+@jit(**HELP)
+def _deliver(r, m, t, query, part, sums, state):
+    """A query's result: to the output, or as a part that `quantise` merges."""
+    x, s = floats(sums, 0, r.head_width), floats(state, 0, 2)
     if m.chunks > 1:
-        part = floats(m.parts, (item * group + i) * m.parts_stride, r.head_width + 2)
+        out = floats(m.parts, part * m.parts_stride, r.head_width + 2)
         for k in range(r.head_width):
-            part[k] = sums[k]
-        part[r.head_width], part[r.head_width + 1] = state[0], state[1]
+            out[k] = x[k]
+        out[r.head_width], out[r.head_width + 1] = s[0], s[1]
     else:
-        result, inverse = floats(r.output + t * r.output_stride, (h * group + i) * r.head, r.head), f4(1) / state[1]
+        out, inverse = floats(r.output + t * r.output_stride, query * r.head, r.head), f4(1) / s[1]
         for k in range(r.head):
-            result[k] = sums[k] * inverse
+            out[k] = x[k] * inverse
 
 
 @jit(**HELP)
 def _attend_together(r, m):
-    """First all keys and values; then, head by head, a few neighbouring tokens at a time."""
-    group, space = r.queries // r.heads, m.own + m.scratch
+    """First all keys and values; then, for a few neighbouring tokens, all queries that share a head, so that it is read once."""
+    group = r.queries // r.heads
     first, end = _share(m.n, m)
     for t in range(first, end):
         for h in range(r.heads):
-            _remember(r, m, t, h, space)
+            _remember(r, m, t, h, m.own + m.scratch)
     barrier(m)
-    limits, kernels_ = longs(space, QUERIES), longs(r.attention_kernels, 2 * QUERIES)
-    q = space + 64
-    work = q + 4 * QUERIES * r.head
-    out = work + 4 * QUERIES * PAGE
-    state = out + 4 * QUERIES * r.head_width
-    positions = longs(m.positions, m.n)
-    item = m.thread
-    while item < (m.n + QUERIES - 1) // QUERIES * r.queries:
-        t, query = item // r.queries * QUERIES, item % r.queries
-        h, M = query // group, min(QUERIES, m.n - t)
+    positions, limits = longs(m.positions, m.n), longs(m.own + m.scratch, QUERIES)
+    q, work, out, state = _attention_space(r, m, group)
+    stretches, item = (m.n + QUERIES - 1) // QUERIES, m.thread
+    while item < stretches * r.heads:
+        h, t = item // stretches, item % stretches * QUERIES
+        M = min(QUERIES, m.n - t)
         for i in range(M):
-            _query(r, m, t + i, query, q + 4 * i, M)
             limits[i] = positions[t + i]
-        last = positions[t + M - 1]
-        table = longs(longs(m.tables, m.n)[t], last // PAGE + 1)
-        attend(kernels_, r.kind, r.size, table, r.inside + h * r.stretch, r.head, r.head_width, M, q,
-               _first_seen(r, positions[t]), last + 1, limits, r.window, f4(r.cap), work, out, state)  # fmt: skip
+            for g in range(group):
+                _query(r, m, t + i, h * group + g, q + 4 * (g * M * r.head + i), M)
+        table = longs(longs(m.tables, m.n)[t], limits[M - 1] // PAGE + 1)
+        _attend(r, table, h, group, M, _first_seen(r, limits[0]), limits[M - 1] + 1, limits, q, work, out, state)
         for i in range(M):
-            sums, inverse = floats(out, i * r.head_width, r.head), f4(1) / floats(state, 2 * i, 2)[1]
-            result = floats(r.output + (t + i) * r.output_stride, query * r.head, r.head)
-            for k in range(r.head):
-                result[k] = sums[k] * inverse
+            for g in range(group):
+                k = g * M + i
+                _deliver(r, m, t + i, h * group + g, 0, out + 4 * k * r.head_width, state + 8 * k)
         item += m.threads
 
 
@@ -654,3 +681,46 @@ class Team:
 def _dismiss(team):
     atomic_add(team + POSTED, 1)
     _wake(team, POSTED)
+
+
+class Pace:
+    """Whether single tokens are faster by all threads or by one alone.
+
+    Beside a busy process, one of our threads waits for its core again and again, and all the others at every barrier for it. That
+    shows as naps, and only then is working alone tried; while alone, the team is tried again, ever more rarely.
+    """
+
+    TRIES, PATIENCE, SHORTEST, LONGEST = 2, 4, 16, 128  # steps of a trial; naps that make one; steps between trials
+
+    def __init__(self):
+        self.alone, self.trial = False, 0  # what is the rule now; how many steps of a trial are left
+        self.seconds: dict[bool, list[float]] = {False: [], True: []}  # of the last steps, together and alone
+        self.naps, self.wait = 0.0, self.SHORTEST
+        self.rest = 0  # steps until the next trial is allowed
+
+    def choose(self) -> bool:
+        """Whether the next step is made alone."""
+        if self.trial == 0 and self.rest <= 0 and (self.alone or self.naps >= self.PATIENCE):
+            self.trial, self.seconds[not self.alone] = self.TRIES, []
+        return self.alone != (self.trial > 0)
+
+    def note(self, alone: bool, seconds: float, naps: int) -> None:
+        """What a step took, and how often a thread slept in it."""
+        recent = self.seconds[alone]
+        recent.append(seconds)
+        del recent[:-8]
+        self.rest -= 1
+        if not alone:
+            self.naps = max(0.0, self.naps - 0.25) + min(naps, 1)
+        if self.trial and alone != self.alone:
+            self.trial -= 1
+            if self.trial == 0:
+                self._judge()
+
+    def _judge(self) -> None:
+        usual, tried = sorted(self.seconds[self.alone]), sorted(self.seconds[not self.alone])
+        if tried[0] < 0.9 * usual[len(usual) // 2]:
+            self.alone, self.wait = not self.alone, self.SHORTEST
+        else:
+            self.wait = min(2 * self.wait, self.LONGEST)
+        self.rest, self.naps = self.wait, 0.0

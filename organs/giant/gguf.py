@@ -132,7 +132,7 @@ class _Part:
     def __init__(self, path: Path, number: int = 0):
         self.path, self.number = path, number
         try:
-            self.file = open(path, "rb")  # noqa: SIM115 - closed by close()
+            self.file = open(path, "rb")
             self.size = os.fstat(self.file.fileno()).st_size
             if self.size < 24:
                 raise GGUFError(f"{path}: {self.size} bytes are too few for a GGUF file")
@@ -162,7 +162,9 @@ class _Part:
             while done < out.nbytes:
                 count = os.preadv(self.file.fileno(), [rest[done:]], info.offset + begin + done)
                 if count == 0:
-                    raise GGUFError(f"{self.path}: ended inside of the tensor {info.name!r}; it was cut after it was opened")
+                    raise GGUFError(
+                        f"{self.path}: ended inside of the tensor {info.name!r}; it was cut after it was opened"
+                    )
                 done += count
         except (OSError, ValueError) as error:
             if isinstance(error, GGUFError):
@@ -210,12 +212,16 @@ class _Part:
         for size in shape:
             count *= size
         if shape[-1] % form.block:
-            raise GGUFError(f"{where} has rows of {shape[-1]} numbers, which {form.name} cannot hold (multiples of {form.block})")
+            raise GGUFError(
+                f"{where} has rows of {shape[-1]} numbers, which {form.name} cannot hold (multiples of {form.block})"
+            )
         nbytes = count // form.block * form.nbytes
         if offset % alignment:
             raise GGUFError(f"{where} begins at {offset}, which is not a multiple of {alignment}")
         if start + offset + nbytes > self.size:
-            raise GGUFError(f"{where} needs {start + offset + nbytes:,} bytes, and the file has {self.size:,}; is it cut off?")
+            raise GGUFError(
+                f"{where} needs {start + offset + nbytes:,} bytes, and the file has {self.size:,}; is it cut off?"
+            )
         return TensorInfo(name, shape, form.name, start + offset, nbytes, self.number)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -72,7 +73,9 @@ class Giant:
             raise
         return giant
 
-    def _set_up(self, file: GGUFFile, context: int | None, kind: str, threads: int, exact: bool, say: Callable | None) -> None:
+    def _set_up(
+        self, file: GGUFFile, context: int | None, kind: str, threads: int, exact: bool, say: Callable | None
+    ) -> None:
         if say is not None and not _has_kernels():
             say("compiling kernels for this model, once for this machine…")
         from organs.giant import architectures, engine, products
@@ -104,6 +107,7 @@ class Giant:
         for row, name in zip(self._inputs, ("tokens", "positions", "tables"), strict=True):
             self._machines[name] = row.ctypes.data
         self._team = engine.Team(program, self._machines)
+        self._pace = engine.Pace()
         self._lock = threading.Lock()
 
     def _identity(self, kind: str, exact: bool) -> str:
@@ -123,7 +127,14 @@ class Giant:
         m["chunks"] = self.threads // int(np.gcd(heads, self.threads)) if n == 1 and positions[0] >= 32 else 1
         m["logits"], m["logits_stride"] = logits.ctypes.data, 4 * self._logits_width
         m["states"] = 0 if states is None else states.ctypes.data
-        self._team.step()
+        if n > 1 or self.threads == 1:
+            self._team.step()
+            return
+        alone, naps, began = self._pace.choose(), self._team.naps, time.perf_counter()
+        if alone:
+            m["chunks"] = 1
+        self._team.step(alone)
+        self._pace.note(alone, time.perf_counter() - began, self._team.naps - naps)
 
     def _read(self, pages: Pages, start: int, tokens: np.ndarray, out: np.ndarray | None = None,
               states: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
@@ -206,7 +217,9 @@ class Giant:
                     session._pages.reserve(len(session.tokens) + 1)
                 positions = np.array([len(session.tokens) for session in some])
                 tables = [session._pages.table for session in some]
-                self._step(ids[first : first + len(some)], positions, tables, together=False, logits=out[first:], is_all=True)
+                self._step(
+                    ids[first : first + len(some)], positions, tables, together=False, logits=out[first:], is_all=True
+                )
         for session, token in zip(sessions, ids.tolist(), strict=True):
             session._joined([token])
         return out[: len(ids), : self.vocab_size]

@@ -227,24 +227,41 @@ def pairs_product(b, total, w, x):
     return b.add(total, b.add(low, b.mul(b.ashr(w, sixteen), b.ashr(x, sixteen))))
 
 
-def bytes_product(b, weights, xs, peak: int):
-    """Σ over four bytes and all groups, in every 32-bit lane: of unsigned weights up to `peak` and signed x."""
-    n = weights[0].type.count
-    ints = vector(I32, n)
-    total = const(ints, 0)
-    if PATH == "vnni":
-        for w, x in zip(weights, xs, strict=True):
-            total = named(b, "llvm.x86.avx512.vpdpbusd.512", ints, total, w, x)
+class BytesSum:
+    """Sums of products of unsigned bytes up to `peak` and signed ones, four in every 32-bit lane.
+
+    AVX2 sums pairs in 16 bits, which hold only so many: those are added up in 32 bits in time, at the latest after `most`.
+    """
+
+    def __init__(self, b, peak: int, most: int):
+        self.b, self.kind = b, vector(I32, LANES)
+        self.period = most if PATH == "vnni" else min(most, 32767 // (2 * 127 * peak))
+        self.total, self.short, self.count = None, None, 0
+
+    def add(self, w, x):
+        if PATH == "vnni":
+            total = const(self.kind, 0) if self.total is None else self.total
+            self.total = named(self.b, "llvm.x86.avx512.vpdpbusd.512", self.kind, total, w, x)
+            return
+        quads, shorts = vector(I8, 4 * LANES), vector(I16, 2 * LANES)
+        product = named(self.b, "llvm.x86.avx2.pmadd.ub.sw", shorts, self.b.bitcast(w, quads), self.b.bitcast(x, quads))
+        self.short = product if self.short is None else self.b.add(self.short, product)
+        self.count += 1
+        if self.count == self.period:
+            self._carry()
+
+    def _carry(self):
+        if self.short is not None:
+            ones = const(vector(I16, 2 * LANES), 1)
+            more = named(self.b, "llvm.x86.avx2.pmadd.wd", self.kind, self.short, ones)
+            self.total = more if self.total is None else self.b.add(self.total, more)
+            self.short, self.count = None, 0
+
+    def take(self):
+        """The sums in 32 bits; it begins anew."""
+        self._carry()
+        total, self.total = self.total, None
         return total
-    quads, halves = vector(I8, 4 * n), vector(I16, 2 * n)
-    period, sixteen = 32767 // (2 * 127 * peak), None  # how many sums of two products 16 bits hold
-    for g, (w, x) in enumerate(zip(weights, xs, strict=True)):
-        product = named(b, "llvm.x86.avx2.pmadd.ub.sw", halves, b.bitcast(w, quads), b.bitcast(x, quads))
-        sixteen = product if sixteen is None else b.add(sixteen, product)
-        if (g + 1) % period == 0 or g + 1 == len(weights):
-            total = b.add(total, named(b, "llvm.x86.avx2.pmadd.wd", ints, sixteen, const(halves, 1)))
-            sixteen = None
-    return total
 
 
 def lookup(b, codes, table: list[int]):
@@ -254,7 +271,9 @@ def lookup(b, codes, table: list[int]):
     index = b.bitcast(codes, quads)
     if PATH != "portable":
         name = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}[n]
-        return b.bitcast(named(b, name, quads, ir.Constant(quads, [v & 255 for v in table] * (n // 4)), index), codes.type)
+        return b.bitcast(
+            named(b, name, quads, ir.Constant(quads, [v & 255 for v in table] * (n // 4)), index), codes.type
+        )
     rows = [const(quads, v & 255) for v in table]
     for bit in range(4):
         is_set = b.icmp_unsigned("!=", b.and_(index, const(quads, 1 << bit)), const(quads, 0))
@@ -263,7 +282,7 @@ def lookup(b, codes, table: list[int]):
 
 
 def can_multiply_bytes(peak: int, signed: bool) -> bool:
-    """Whether bytes_product may be used: the portable path has none, AVX2's saturates where weights are large."""
+    """Whether BytesSum may be used: the portable path has none, AVX2's saturates where weights are large."""
     if PATH == "vnni":
         return True
     return PATH == "avx2" and not signed and 2 * 127 * peak <= 32767

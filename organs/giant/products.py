@@ -5,9 +5,9 @@ or byte scales), the same item of all sixteen rows side by side. So one load bri
 lanes of a vector, every lane sums for its own row, and nothing is ever summed across lanes. A panel has as many bytes as its
 rows had in the file, and its scales are the file's: `Layout` says how a format's codes and scales are read.
 
-**Activations** become blocks of 32 numbers that share a scale, in tiles of T tokens (`Form`): "wide" ones are 16 bits, so that
-a product is as good as exact; "narrow" ones are 8 bits, which halves the work of the prefill; "plain" ones are float32, for
-matrices that are not quantised. Behind a tile's numbers stand, for each token: the scale, scale · Σ, and the same for both halves.
+**Activations** become blocks of 32 numbers that share a scale, in tiles of T tokens, in a form: "narrow" ones are 8 bits, which halves the work of reading a prompt; "wide" ones are 16 bits, so
+that a product is as good as exact, and "double" ones the same as 256 · high + low for products of bytes; "plain" ones are
+float32, for matrices that are not quantised. Behind a tile's numbers stand, for each token: the scale, scale · Σ, and the same for both halves.
 
 A kernel is made for a format, a form and a T when a model first needs it, and kept in the compile cache.
 """
@@ -24,14 +24,35 @@ from numba import types
 from organs.giant import lanes
 from organs.giant.formats import FORMATS, IQ4_VALUES, MXFP4_VALUES
 from organs.giant.lanes import (
-    F32, I8, I16, I32, LANES, Loop, bytes_product, c_function, const, fma, from_half, function, jit, load, lookup, named,
-    pairs_product, splat, store, vector, widen, word,
+    F32,
+    I8,
+    I16,
+    I32,
+    LANES,
+    BytesSum,
+    Loop,
+    c_function,
+    const,
+    fma,
+    from_half,
+    function,
+    jit,
+    load,
+    lookup,
+    named,
+    pairs_product,
+    splat,
+    store,
+    vector,
+    widen,
+    word,
 )  # fmt: skip
 
 ROWS = 16  # of a panel
 TILE = {"vnni": 16, "avx2": 4, "portable": 4}[lanes.PATH]  # tokens of a tile in the prefill
 BLOCK = 32  # numbers that share a scale of activations
-BYTES = {"wide": 80, "narrow": 48, "plain": 128}  # of 32 activations of one token, with what stands behind them
+BYTES = {"wide": 80, "double": 80, "narrow": 48, "plain": 128}  # of 32 activations of one token, with what stands behind them
+AHEAD = 2048  # bytes
 FLOATS, INTS = vector(F32, LANES), vector(I32, LANES)
 
 
@@ -50,7 +71,9 @@ class View:
 
     def halves(self, at: int):
         """float32 lanes: the float16 at byte `at`."""
-        return from_half(self.b, load(self.b, self.base, vector(ir.HalfType(), LANES), ROWS * at + 2 * LANES * self.part))
+        return from_half(
+            self.b, load(self.b, self.base, vector(ir.HalfType(), LANES), ROWS * at + 2 * LANES * self.part)
+        )
 
     def bytes(self, at: int, signed=False):
         """int32 lanes: the byte at `at`."""
@@ -224,11 +247,13 @@ PLAIN = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a number
 
 
 def form_of(name: str, fast: bool) -> str:
-    """Which activations a matrix of this format takes: "plain", "narrow" (if fast, where the CPU can) or "wide"."""
+    """Which activations a matrix of this format takes: "plain", "narrow" (if fast) or "double" where the CPU can, or "wide"."""
     if name in PLAIN:
         return "plain"
     layout = LAYOUTS[name]
-    return "narrow" if fast and lanes.can_multiply_bytes(layout.peak, layout.signed) else "wide"
+    if not lanes.can_multiply_bytes(layout.peak, layout.signed):
+        return "wide"
+    return "narrow" if fast else "double"
 
 
 def block_bytes(name: str) -> int:
@@ -274,7 +299,12 @@ def _interleave(raw, out, rows, row_bytes, n_blocks, size, fields):
                                         byte |= ((raw[s + bit // 8] >> (bit % 8)) & 1) << g
                                     out[at + i] = byte
                             elif item == 4:
-                                out[at], out[at + 1], out[at + 2], out[at + 3] = raw[s], raw[s + 1], raw[s + 2], raw[s + 3]
+                                out[at], out[at + 1], out[at + 2], out[at + 3] = (
+                                    raw[s],
+                                    raw[s + 1],
+                                    raw[s + 2],
+                                    raw[s + 3],
+                                )
                             else:
                                 for i in range(item):
                                     out[at + i] = raw[s + i]
@@ -310,73 +340,106 @@ class _Tile:
 
     def __init__(self, name: str, form: str, T: int):
         self.name, self.form, self.T = name, form, T
-        # A single token's time goes into loading: all rows at once, so that each cache line is touched once.
-        self.together = ROWS // LANES if T == 1 and lanes.PATH != "portable" else 1
+        # All sixteen rows at once: a cache line is touched once, and an activation spread over the lanes once.
+        self.together = 1 if lanes.PATH == "portable" else ROWS // LANES
 
     def __call__(self, b, w, x, out, n_blocks, stride, add):
         for first in range(0, ROWS // LANES, self.together):
             parts = range(first, first + self.together)
             loop = Loop(b, n_blocks, [const(FLOATS, 0.0)] * (self.T * self.together))
             base = b.add(w, b.mul(loop.i, word(block_bytes(self.name))))
+            views = [View(b, base, part) for part in parts]
+            if self.T == 1:
+                self.fetch_ahead(b, base)
             sums = list(loop.now)
             if self.form == "plain":
                 xs = b.add(x, b.mul(loop.i, word(self.T * BYTES["plain"])))
-                sums = self.plain(b, base, xs, parts, sums)
+                sums = self.plain(b, views, xs, sums)
             else:
                 layout = LAYOUTS[self.name]
                 for s in range(layout.parts):
                     step = self.T * BYTES[self.form]
                     xs = b.add(x, b.add(b.mul(loop.i, word(step * layout.parts)), word(step * s)))
-                    for i, part in enumerate(parts):
-                        here = slice(i * self.T, (i + 1) * self.T)
-                        sums[here] = self.part(b, View(b, base, part), layout, s, xs, sums[here])
+                    sums = self.quantised(b, views, layout, s, xs, sums)
             self.write(b, loop.close(sums), out, stride, add, parts)
 
-    def plain(self, b, base, xs, parts, sums):
+    def fetch_ahead(self, b, base):
+        """Ask for the weights that come AHEAD bytes later: a single token waits for memory, and the CPU's own guesses are late."""
+        for line in range(0, block_bytes(self.name), 64):
+            at = b.inttoptr(b.add(base, word(AHEAD + line)), I8.as_pointer())
+            kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+            prefetch = b.module.globals.get("llvm.prefetch.p0") or ir.Function(b.module, kind, "llvm.prefetch.p0")
+            b.call(prefetch, [at, const(I32, 0), const(I32, 3), const(I32, 1)])  # to read, into all caches, data
+
+    def plain(self, b, views, xs, sums):
+        """Add 32 numbers, with sums [views, T] in one list."""
         for k in range(BLOCK):
-            x = [splat(b, load(b, xs, F32, 128 * t + 4 * k, 4), LANES) for t in range(self.T)]
-            for i, part in enumerate(parts):
-                w = _load_plain(b, base, self.name, ROWS * k + LANES * part)
-                for t in range(self.T):
-                    sums[i * self.T + t] = fma(b, w, x[t], sums[i * self.T + t])
+            weights = [_load_plain(b, view.base, self.name, ROWS * k + LANES * view.part) for view in views]
+            for t in range(self.T):
+                x = splat(b, load(b, xs, F32, 128 * t + 4 * k, 4), LANES)
+                for i, w in enumerate(weights):
+                    sums[i * self.T + t] = fma(b, w, x, sums[i * self.T + t])
         return sums
 
-    def part(self, b, view, layout, s, xs, sums):
-        """Add 32 numbers of LANES rows times T tokens."""
-        T, behind = self.T, self.T * (32 if self.form == "narrow" else 64)
+    def quantised(self, b, views, layout, s, xs, sums):
+        """Add the s-th 32 numbers of a block."""
+        T, behind = self.T, self.T * (BYTES[self.form] - 16)
         read = lambda which, t: splat(b, load(b, xs, F32, behind + 4 * (which * T + t), 4), LANES)
-        scales, minima = layout.scales(view, s)
-        codes, zero = layout.codes(view, s), layout.zero
-        if self.form == "narrow" and layout.signed:
-            codes, zero = [b.xor(c, const(INTS, 0x80808080 - (1 << 32))) for c in codes], 128
-        if zero:
-            minima = [b.fmul(scale, const(FLOATS, float(zero))) for scale in scales]
-        halves = len(scales)
-        per = 8 // halves
-        integers = [[const(INTS, 0)] * halves for _ in range(T)]
-        if self.form == "narrow":
-            peak = 255 if layout.signed else layout.peak
-            for t in range(T):
-                quads = [splat(b, load(b, xs, I32, 32 * t + 4 * g, 4), LANES) for g in range(8)]
-                for half in range(halves):
-                    some = slice(half * per, (half + 1) * per)
-                    integers[t][half] = bytes_product(b, codes[some], quads[some], peak)
-        else:
-            for g in range(8):
-                for i, w in enumerate(widen(b, codes[g], layout.signed)):
-                    for t in range(T):
-                        x = splat(b, load(b, xs, I32, 64 * t + 8 * g + 4 * i, 4), LANES)
-                        integers[t][g // per] = pairs_product(b, integers[t][g // per], w, x)
+        halves = len(layout.scales(views[0], s)[0])
+        integers = (self.wide if self.form == "wide" else self.bytes)(b, views, layout, s, xs, halves)
+        zero = 128 if self.form != "wide" and layout.signed else layout.zero
         out = []
-        for t in range(T):
-            total = b.fmul(scales[0], b.sitofp(integers[t][0], FLOATS))
-            if halves == 2:
-                total = fma(b, scales[1], b.sitofp(integers[t][1], FLOATS), total)
-            result = fma(b, total, read(0, t), sums[t])
-            for half, minimum in enumerate(minima or ()):
-                result = fma(b, b.fneg(minimum), read(1 if halves == 1 else 2 + half, t), result)
-            out.append(result)
+        for i, view in enumerate(views):
+            scales, minima = layout.scales(view, s)
+            if zero:
+                minima = [b.fmul(scale, const(FLOATS, float(zero))) for scale in scales]
+            for t in range(T):
+                parts = integers[i][t]
+                total = b.fmul(scales[0], b.sitofp(parts[0], FLOATS))
+                if halves == 2:
+                    total = fma(b, scales[1], b.sitofp(parts[1], FLOATS), total)
+                result = fma(b, total, read(0, t), sums[i * T + t])
+                for half, minimum in enumerate(minima or ()):
+                    result = fma(b, b.fneg(minimum), read(1 if halves == 1 else 2 + half, t), result)
+                out.append(result)
         return out
+
+    def bytes(self, b, views, layout, s, xs, halves):
+        """Integer sums [views][T][halves] of bytes; of doubles, 256 times those of the high ones and those of the low ones."""
+        codes = [layout.codes(view, s) for view in views]
+        if layout.signed:
+            codes = [[b.xor(c, const(INTS, 0x80808080 - (1 << 32))) for c in some] for some in codes]
+        terms = 2 if self.form == "double" else 1
+        peak, most = 255 if layout.signed else layout.peak, 8 // halves
+        sums = [[[BytesSum(b, peak, most) for _ in range(terms)] for _ in range(self.T)] for _ in views]
+        out = [[[] for _ in range(self.T)] for _ in views]
+        for g in range(8):
+            for t in range(self.T):
+                for k in range(terms):
+                    x = splat(b, load(b, xs, I32, 32 * (terms * t + k) + 4 * g, 4), LANES)
+                    for i in range(len(views)):
+                        sums[i][t][k].add(codes[i][g], x)
+                if (g + 1) % most == 0:
+                    for i in range(len(views)):
+                        total = sums[i][t][0].take()
+                        if terms == 2:
+                            total = b.add(b.shl(total, const(INTS, 8)), sums[i][t][1].take())
+                        out[i][t].append(total)
+        return out
+
+    def wide(self, b, views, layout, s, xs, halves):
+        """Integer sums [views][T][halves] of 16-bit numbers."""
+        codes = [layout.codes(view, s) for view in views]
+        sums = [[[const(INTS, 0)] * halves for _ in range(self.T)] for _ in views]
+        for g in range(8):
+            pairs = [widen(b, some[g], layout.signed) for some in codes]
+            half = g * halves // 8
+            for k in range(2):
+                for t in range(self.T):
+                    x = splat(b, load(b, xs, I32, 64 * t + 8 * g + 4 * k, 4), LANES)
+                    for i in range(len(views)):
+                        sums[i][t][half] = pairs_product(b, sums[i][t][half], pairs[i][k], x)
+        return sums
 
     def write(self, b, sums, out, stride, add, parts):
         is_added = b.icmp_signed("!=", add, word(0))
@@ -476,76 +539,72 @@ def _rounded(b, v):
     return b.fptosi(named(b, f"llvm.rint.v{n}f32", v.type, v), vector(I32, n))
 
 
+HUGE = 2 << 20  # bytes of a huge page
+PEAK = {"narrow": 127.0, "wide": 32767.0, "double": 127.0 * 256}
+
+
 def _quantise(form: str):
     """Builds: (32 float32, 32 factors, a factor for all, block of the tile, T, which token) -> nothing."""
-    peak = 127.0 if form == "narrow" else 32767.0
 
     def build(b, x, factors, factor, block, T, t):
         floats = vector(F32, BLOCK)
         v = b.fmul(b.fmul(load(b, x, floats, 0, 4), load(b, factors, floats, 0, 4)), splat(b, factor, BLOCK))
+        if form == "plain":
+            store(b, v, b.add(block, b.mul(t, word(128))), 0, 4)
+            return
         top = _absolute_peak(b, v)
         is_some = b.fcmp_ordered(">", top, const(F32, 1e-30))
-        scale = b.select(is_some, b.fmul(top, const(F32, 1 / peak)), const(F32, 0.0))
-        inverse = b.select(is_some, b.fdiv(const(F32, peak), top), const(F32, 0.0))
+        scale = b.select(is_some, b.fmul(top, const(F32, 1 / PEAK[form])), const(F32, 0.0))
+        inverse = b.select(is_some, b.fdiv(const(F32, PEAK[form]), top), const(F32, 0.0))
         q = _rounded(b, b.fmul(v, splat(b, inverse, BLOCK)))
+        at = b.add(block, b.mul(t, word(BYTES[form] - 16)))
+        quads = vector(I8, BLOCK)
         if form == "narrow":
-            store(b, b.trunc(q, vector(I8, BLOCK)), b.add(block, b.mul(t, word(32))))
+            store(b, b.trunc(q, quads), at)
+        elif form == "double":
+            high = b.ashr(b.add(q, const(q.type, 128)), const(q.type, 8))
+            store(b, b.trunc(high, quads), at)
+            store(b, b.trunc(q, quads), at, 32)  # its low byte, as a signed one: q - 256 · high
         else:  # of four, the first and third are a pair: see lanes.widen
             order = [4 * (i // 4) + (0, 2, 1, 3)[i % 4] for i in range(BLOCK)]
             shorts = b.trunc(q, vector(I16, BLOCK))
-            shorts = b.shuffle_vector(shorts, shorts, const(vector(I32, BLOCK), order))
-            store(b, shorts, b.add(block, b.mul(t, word(64))))
+            store(b, b.shuffle_vector(shorts, shorts, const(vector(I32, BLOCK), order)), at)
         halves = []
         for first in (0, 16):
             some = b.shuffle_vector(q, q, const(vector(I32, 16), list(range(first, first + 16))))
             halves.append(named(b, "llvm.vector.reduce.add.v16i32", I32, some))
         sums = [b.sitofp(h, F32) for h in (b.add(*halves), *halves)]
-        at = b.add(b.add(block, b.mul(T, word(32 if form == "narrow" else 64))), b.mul(t, word(4)))
+        at = b.add(b.add(block, b.mul(T, word(BYTES[form] - 16))), b.mul(t, word(4)))
         for value in (scale, *(b.fmul(scale, s) for s in sums)):
             store(b, value, at, 0, 4)
             at = b.add(at, b.mul(T, word(4)))
 
-    return build
+    return function(types.void(types.int64, types.int64, types.float32, types.int64, types.int64, types.int64), build)
 
 
-_QUANTISE = types.void(types.int64, types.int64, types.float32, types.int64, types.int64, types.int64)
-_narrow = function(_QUANTISE, lambda b, x, f, s, at, T, t: _quantise("narrow")(b, x, f, s, at, T, t))
-_wide = function(_QUANTISE, lambda b, x, f, s, at, T, t: _quantise("wide")(b, x, f, s, at, T, t))
+def _quantiser(form: str):
+    one, size = _quantise(form), BYTES[form]
+
+    def run(x, n_blocks, factors, factor, tile, T, t):
+        for block in range(n_blocks):
+            one(x + 128 * block, factors + 128 * block, factor, tile + block * T * size, T, t)
+
+    run.__name__ = run.__qualname__ = f"quantise_{form}"
+    return jit(nogil=True)(run)
 
 
-def _copy(b, x, factors, factor, block, T, t):
-    floats = vector(F32, BLOCK)
-    v = b.fmul(b.fmul(load(b, x, floats, 0, 4), load(b, factors, floats, 0, 4)), splat(b, factor, BLOCK))
-    store(b, v, b.add(block, b.mul(t, word(128))), 0, 4)
-
-
-_plain = function(_QUANTISE, _copy)
-
-
-@jit()
-def quantise_wide(x, n_blocks, factors, factor, tile, T, t):
-    """x · factors · factor [32 · n_blocks] becomes token t of a wide tile of T. All by address."""
-    for block in range(n_blocks):
-        _wide(x + 128 * block, factors + 128 * block, factor, tile + block * T * 80, T, t)
-
-
-@jit()
-def quantise_narrow(x, n_blocks, factors, factor, tile, T, t):
-    """As quantise_wide."""
-    for block in range(n_blocks):
-        _narrow(x + 128 * block, factors + 128 * block, factor, tile + block * T * 48, T, t)
-
-
-@jit()
-def copy_plain(x, n_blocks, factors, factor, tile, T, t):
-    """As quantise_wide."""
-    for block in range(n_blocks):
-        _plain(x + 128 * block, factors + 128 * block, factor, tile + block * T * 128, T, t)
+# (x, blocks, factors, factor, tile, T, t): x · factors · factor becomes token t of a tile of T. All by address.
+quantise_narrow, quantise_wide, quantise_double, copy_plain = map(_quantiser, ("narrow", "wide", "double", "plain"))
+QUANTISERS = {"narrow": quantise_narrow, "wide": quantise_wide, "double": quantise_double, "plain": copy_plain}
 
 
 def aligned(nbytes: int, dtype=np.uint8) -> np.ndarray:
-    """Zeros at a multiple of 64 bytes; pages that are never touched take no memory."""
-    raw = np.zeros(nbytes + 64, np.uint8)
+    """Zeros at a multiple of 64 bytes; pages that are never touched take no memory. Large ones begin at a huge page."""
+    large = nbytes >= HUGE
+    raw = np.zeros(nbytes + (HUGE if large else 64), np.uint8)
+    if large:
+        skip = -raw.ctypes.data % HUGE
+        return raw[skip : skip + nbytes].view(dtype)
     skip = -raw.ctypes.data % 64
     return raw[skip : skip + nbytes].view(dtype)
 
@@ -554,7 +613,7 @@ def multiply(panels: np.ndarray, name: str, rows: int, x: np.ndarray, form: str,
     """float32 [tokens, rows]: x [tokens, columns] times a packed matrix, tile by tile; for tests and measurements."""
     tokens, columns = x.shape
     n32 = -(-columns // BLOCK)
-    kernel, quantise = make(name, form, T), {"wide": quantise_wide, "narrow": quantise_narrow, "plain": copy_plain}[form]
+    kernel, quantise = make(name, form, T), QUANTISERS[form]
     padded = np.zeros((-(-tokens // T) * T, n32 * BLOCK), np.float32)
     padded[:tokens, :columns] = x
     n_panels, size = -(-rows // ROWS), panel_bytes(name, columns)

@@ -7,7 +7,7 @@ the model; what a layer has besides (biases, norms of queries and keys, norms be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -110,7 +110,9 @@ class Activations:
 class Recorder:
     """Collects rows, matrices and memory of a model; `program()` is the result."""
 
-    def __init__(self, file: GGUFFile, *, kv_cache: str, threads: int, exact: bool, say: Callable[[str], None] | None = None):
+    def __init__(
+        self, file: GGUFFile, *, kv_cache: str, threads: int, exact: bool, say: Callable[[str], None] | None = None
+    ):
         self.file, self.shape, self.kind, self.threads, self.exact = file, Shape.of(file), kv_cache, threads, exact
         s = self.shape
         self.rows: list[dict] = []
@@ -121,13 +123,16 @@ class Recorder:
         self.attention_width = s.queries * s.head
         self.joined = (s.queries + 2 * s.heads) * s.head
         floats = s.width * 2 + self.joined + self.attention_width
-        self.chunk = max(TILE * 4, min(LONGEST_CHUNK, WORKSPACE // (4 * floats + 3 * (s.hidden + 2 * s.width)) // 16 * 16))
+        self.chunk = max(
+            TILE * 4, min(LONGEST_CHUNK, WORKSPACE // (4 * floats + 3 * (s.hidden + 2 * s.width)) // 16 * 16)
+        )
         self.x, self.x_stride = self.buffer(s.width)
         self.qkv, self.qkv_stride = self.buffer(self.joined)
         self.out, self.out_stride = self.buffer(self.attention_width)
         self.spare: tuple[int, int] | None = None  # for norms behind, when one is asked for
         self.ones = self.keep(np.ones(max(s.width, s.hidden, self.attention_width) + BLOCK, np.float32))
         self.own_bytes = 0
+        self.left: np.ndarray | None = None  # of the stretch for matrices
         self.activations: dict[tuple[str, int], Activations] = {}
         self.turned: dict[Rope, int] = {}
         self.scratch = 0
@@ -152,17 +157,30 @@ class Recorder:
         self.own_bytes += -(-nbytes // 64) * 64
         return at
 
-    def quantised(self, use: str, width: int, forms: set[str], is_shared: bool = False) -> Activations:
-        """Room for activations; shared by all layers, since they come one after the other."""
+    def quantised(self, use: str, width: int, matrices: Sequence[Matrix], is_shared: bool = False) -> Activations:
+        """Room for activations in what forms these matrices take; shared by all layers, which come one after the other."""
         a = self.activations.setdefault((use, width), Activations(width, {}, {}, is_shared))
-        for form in sorted(forms):
+        for form in sorted({self.form(m) for m in matrices}):
             if form not in a.tiles:
                 a.tiles[form] = self.keep(products.aligned(self.chunk * a.blocks * BYTES[form]))
-            single = "plain" if form == "plain" else "wide"
-            if single not in a.one:
-                size = a.blocks * BYTES[single]
-                a.one[single] = self.keep(products.aligned(size)) if is_shared else self.own(size)
+        for form in sorted({self.form_of_one(m) for m in matrices}):
+            if form not in a.one:
+                size = a.blocks * BYTES[form]
+                a.one[form] = self.keep(products.aligned(size)) if is_shared else self.own(size)
         return a
+
+    def space(self, nbytes: int) -> np.ndarray:
+        """Room for panels, uint8, at a multiple of 64: in one stretch for all matrices, which the kernel may map by huge pages.
+
+        With pages of 4 KB, a token misses the address cache once for each of them, and no prefetch crosses their borders.
+        """
+        nbytes = -(-nbytes // 64) * 64
+        if self.left is None or len(self.left) < nbytes:
+            wanted = sum(info.nbytes for info in self.file.tensors.values()) if self.left is None else 0
+            self.left = products.aligned(max(nbytes, wanted))
+            self.kept.append(self.left)
+        space, self.left = self.left[:nbytes], self.left[nbytes:]
+        return space
 
     # --- Tensors. ---
 
@@ -190,8 +208,7 @@ class Recorder:
         if info.shape != (rows, columns):
             raise GGUFError(f"{self.file.path}: {name} has the shape {info.shape}, not {(rows, columns)}")
         panels, size = -(-rows // multiple) * multiple // ROWS, products.panel_bytes(info.format, columns)
-        raw = np.empty(panels * size + 64, np.uint8)
-        data = raw[-raw.ctypes.data % 64 :][: panels * size]
+        data = self.space(panels * size)[: panels * size]
         if panels * ROWS - rows >= ROWS:
             data[(panels - 1) * size :] = 0
         row_bytes = info.nbytes // rows
@@ -204,48 +221,59 @@ class Recorder:
             products.pack(slab, info.format, count, columns, data[first // ROWS * size :])
 
         self.jobs += [self.pool.submit(pack, first) for first in range(0, rows, step)]
-        self.keep(data)
         return Matrix(info.format, rows, columns, data)
 
     # --- Rows. ---
 
     def row(self, operation: str, **fields) -> dict:
-        fields.setdefault("one_wide", -1)
-        fields.setdefault("one_plain", -1)
+        for form in products.QUANTISERS:
+            if form != "narrow":
+                fields.setdefault(f"one_{form}", -1)
         self.rows.append(dict(fields, operation=engine.address(operation)))
         return self.rows[-1]
 
     def form(self, matrix: Matrix) -> str:
+        """Of the activations of a prompt."""
         return products.form_of(matrix.format, not self.exact)
+
+    def form_of_one(self, matrix: Matrix) -> str:
+        """Of a single token's."""
+        return products.form_of(matrix.format, False)
+
+    def wanted(self, a: Activations, matrices: Sequence[Matrix]) -> dict:
+        """The fields that say in what forms activations are made."""
+        return {form: a.tiles[form] for form in map(self.form, matrices)} | {
+            f"one_{form}": a.one[form] for form in map(self.form_of_one, matrices)
+        }
 
     def need(self, nbytes: int) -> None:
         self.scratch = max(self.scratch, nbytes)
 
-    def quantise(self, use: str, source: tuple[int, int], width: int, forms: set[str], norm: int = 0, **fields) -> Activations:
-        a = self.quantised(use, width, forms)
+    def quantise(self, use: str, source: tuple[int, int], width: int, matrices: Sequence[Matrix], norm: int = 0, **fields) -> Activations:
+        """The row that makes the activations which these matrices take."""
+        a = self.quantised(use, width, matrices)
         self.row("quantise", input=source[0], input_stride=source[1], width=width, norm=norm, ones=self.ones,
-                 epsilon=self.shape.epsilon, one_wide=a.one.get("wide", -1), one_plain=a.one.get("plain", -1),
-                 **{form: a.tiles[form] for form in forms}, **fields)  # fmt: skip
+                 epsilon=self.shape.epsilon, **self.wanted(a, matrices), **fields)  # fmt: skip
         return a
 
     def kernels(self, matrix: Matrix, suffix: str = "") -> dict:
         """The fields that say which matrix, and by which kernels."""
-        form = self.form(matrix)
+        many, one = (engine.tile_address(matrix.format, form, T) for form, T in
+                     ((self.form(matrix), TILE), (self.form_of_one(matrix), 1)))  # fmt: skip
         return {
             f"weight{suffix}": matrix.data.ctypes.data, f"blocks{suffix}": matrix.blocks,
-            f"panel_bytes{suffix}": matrix.panel_bytes, f"kernel{suffix}": engine.tile_address(matrix.format, form, TILE),
-            f"kernel{suffix}_one": engine.tile_address(matrix.format, "plain" if form == "plain" else "wide", 1),
+            f"panel_bytes{suffix}": matrix.panel_bytes, f"kernel{suffix}": many, f"kernel{suffix}_one": one,
         }  # fmt: skip
 
-    def taken(self, a: Activations, form: str) -> dict:
+    def taken(self, a: Activations, matrix: Matrix, suffix: str = "") -> dict:
         """The fields that say which activations are taken."""
-        one = a.one["plain" if form == "plain" else "wide"]
-        return dict(tiles=a.tiles[form], tile_bytes=TILE * a.blocks * BYTES[form],
-                    **({"shared": one} if a.is_shared else {"single": one}))  # fmt: skip
+        form, one = self.form(matrix), a.one[self.form_of_one(matrix)]
+        return {f"tiles{suffix}": a.tiles[form], f"tile_bytes{suffix}": TILE * a.blocks * BYTES[form],
+                ("shared" if a.is_shared else f"single{suffix}"): one}  # fmt: skip
 
     def product(self, a: Activations, matrix: Matrix, target: tuple[int, int], **fields) -> dict:
         return self.row("product", output=target[0], output_stride=target[1], panels=matrix.panels,
-                        **self.kernels(matrix), **self.taken(a, self.form(matrix)), **fields)  # fmt: skip
+                        **self.kernels(matrix), **self.taken(a, matrix), **fields)  # fmt: skip
 
     # --- What architectures call. ---
 
@@ -274,13 +302,15 @@ class Recorder:
             self.turned[rope] = space
         return dict(rotated=2 * len(rope.frequencies), split=int(rope.split), angles=self.turned[rope])
 
-    def attention(self, layer: int, rope: Rope | None, window: int = 0, cap: float = 0.0, scale: float | None = None) -> None:
+    def attention(
+        self, layer: int, rope: Rope | None, window: int = 0, cap: float = 0.0, scale: float | None = None
+    ) -> None:
         """x += attention(norm(x)): with biases and norms where the layer has tensors for them."""
         s, block = self.shape, f"blk.{layer}."
         norm = self.keep(self.vector(block + "attn_norm.weight", s.width))
         rows = {"q": s.queries * s.head, "k": s.heads * s.head, "v": s.heads * s.head}
         matrices = {n: self.matrix(f"{block}attn_{n}.weight", rows[n], s.width) for n in rows}
-        a = self.quantise("x", (self.x, self.x_stride), s.width, {self.form(m) for m in matrices.values()}, norm)
+        a = self.quantise("x", (self.x, self.x_stride), s.width, list(matrices.values()), norm)
         at = self.qkv
         for name, matrix in matrices.items():
             if matrix.panels * ROWS != rows[name] and name != "v":
@@ -292,19 +322,23 @@ class Recorder:
         bias = 0
         if self.has(block + "attn_q.bias"):
             bias = self.keep(np.concatenate([self.vector(f"{block}attn_{n}.bias", rows[n]) for n in rows]))
-        head_norm = lambda n: self.keep(self.vector(f"{block}attn_{n}_norm.weight", s.head)) if self.has(f"{block}attn_{n}_norm.weight") else 0  # fmt: skip
+        norms = {}
+        for n in ("q", "k"):
+            name = f"{block}attn_{n}_norm.weight"
+            norms[n] = self.keep(self.vector(name, s.head)) if self.has(name) else 0
         width, kinds = attention.width_of(s.head), list(attention.KINDS)
         stretch = attention.stretch_bytes(self.kind, s.head)
-        self.need(64 + 4 * attention.QUERIES * (s.head + attention.PAGE + width + 2) + 4 * s.head)
+        groups = s.queries // s.heads
+        self.need(64 + 4 * attention.QUERIES * (groups * (s.head + width + 2) + attention.PAGE) + 4 * s.head)
         self.row("attention", input=self.qkv, input_stride=self.qkv_stride, output=self.out, output_stride=self.out_stride,
                  queries=s.queries, heads=s.heads, head=s.head, head_width=width, inside=layer * s.heads * stretch,
-                 stretch=stretch, window=window, bias=bias, query_norm=head_norm("q"), key_norm=head_norm("k"),
+                 stretch=stretch, window=window, bias=bias, query_norm=norms["q"], key_norm=norms["k"],
                  kind=kinds.index(self.kind), size=attention.KINDS[self.kind], epsilon=s.epsilon, cap=cap,
                  factor=scale if scale is not None else 1 / math.sqrt(s.head),
                  attention_kernels=engine.attention_addresses(self.kind).ctypes.data, barrier=1, **self.turns(rope))  # fmt: skip
         matrix = self.matrix(block + "attn_output.weight", s.width, self.attention_width)
         self.need(4 * self.attention_width + 4 * BLOCK)
-        a = self.quantise("attention", (self.out, self.out_stride), self.attention_width, {self.form(matrix)}, merge=1,
+        a = self.quantise("attention", (self.out, self.out_stride), self.attention_width, [matrix], merge=1,
                           queries=s.queries, heads=s.heads, head=s.head, head_width=width)  # fmt: skip
         self._back(a, matrix, block + "attn_output.bias", block + "post_attention_norm.weight")
 
@@ -318,15 +352,11 @@ class Recorder:
         gate = self.matrix(block + "ffn_gate.weight", s.hidden, s.width, BLOCK)
         up = self.matrix(block + "ffn_up.weight", s.hidden, s.width, BLOCK)
         down = self.matrix(block + "ffn_down.weight", s.width, s.hidden)
-        form = self.form(gate)
-        if self.form(up) != form:
-            raise GGUFError(f"{self.file.path}: layer {layer} has a gate in {gate.format} and its partner in {up.format}")
-        a = self.quantise("x", (self.x, self.x_stride), s.width, {form}, norm)
-        h = self.quantised("hidden", s.hidden, {self.form(down)}, is_shared=True)
+        a = self.quantise("x", (self.x, self.x_stride), s.width, [gate, up], norm)
+        h = self.quantised("hidden", s.hidden, [down], is_shared=True)
         self.need(256 * TILE)
         self.row("gated", panels=gate.panels, is_gelu=int(is_gelu), ones=self.ones, barrier=1, **self.kernels(gate),
-                 **self.kernels(up, "2"), **self.taken(a, form), one_wide=h.one.get("wide", -1),
-                 one_plain=h.one.get("plain", -1), **{self.form(down): h.tiles[self.form(down)]})  # fmt: skip
+                 **self.kernels(up, "2"), **self.taken(a, gate), **self.taken(a, up, "2"), **self.wanted(h, [down]))  # fmt: skip
         self._back(h, down, block + "ffn_down.bias", block + "post_ffw_norm.weight")
 
     def _back(self, a: Activations, matrix: Matrix, bias: str, norm: str) -> None:
@@ -357,7 +387,7 @@ class Recorder:
         assert table is not None, "embed comes first"
         common = dict(input=self.x, input_stride=self.x_stride, width=s.width, norm=norm, epsilon=s.epsilon)
         self.row("states", **common)
-        a = self.quantise("x", (self.x, self.x_stride), s.width, {self.form(table)}, norm, last=1)
+        a = self.quantise("x", (self.x, self.x_stride), s.width, [table], norm, last=1)
         self.product(a, table, (0, 0), last=1, barrier=1)
         if cap > 0:
             self.row("cap", cap=cap, panels=table.panels, barrier=1)
@@ -406,7 +436,9 @@ def rope_of(file: GGUFFile, shape: Shape, *, split: bool, base_key: str = "rope.
     elif kind == "yarn":
         frequencies, magnitude = _yarn(file, name, frequencies, base, rotated, factor, shape.context)
     elif kind not in ("none", "ntk"):
-        raise GGUFError(f"{file.path}: RoPE scaling {kind!r} is not supported (linear, ntk, yarn and llama3's factors are)")
+        raise GGUFError(
+            f"{file.path}: RoPE scaling {kind!r} is not supported (linear, ntk, yarn and llama3's factors are)"
+        )
     factors = file.tensors.get("rope_freqs.weight")
     if factors is not None and is_scaled:
         if factors.shape != (rotated // 2,):

@@ -17,5 +17,7 @@ def record(recorder: Recorder) -> None:
     """Record the model of the recorder's file. Raises GGUFError for an architecture that is not supported."""
     name = recorder.file.architecture
     if name not in FILES:
-        raise GGUFError(f"{recorder.file.path}: the architecture {name!r} is not supported; supported are {', '.join(FILES)}")
+        raise GGUFError(
+            f"{recorder.file.path}: the architecture {name!r} is not supported; supported are {', '.join(FILES)}"
+        )
     importlib.import_module(f"organs.giant.architectures.{FILES[name]}").record(recorder)
