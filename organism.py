@@ -3101,8 +3101,9 @@ def recollect(memory: Memory, text: str, limit: int, before: int | None = None) 
 class Reply:
     """Iterate for pieces of text as they come; `text` and the figures are there once it is complete.
 
-    source: "field", "body" or "blend". surprise_bits: bits per byte of what was said to it, before it was learned.
+    source: "field", "body", "blend" or "giant". surprise_bits: bits per byte of what was said to it, before it was learned.
     entropy_bits: mean entropy of the distributions it drew from. recalled: the remembered line it leaned on, if any.
+    remembered: sentences that a giant was shown.
     """
 
     def __init__(self, pieces: Iterator[str]):
@@ -3110,6 +3111,7 @@ class Reply:
         self.source, self.surprise_bits, self.entropy_bits = "field", 0.0, 0.0
         self.tokens, self.seconds, self.first_seconds, self.temperature = 0, 0.0, 0.0, 0.0
         self.recalled: Recollection | None = None
+        self.remembered: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[str]:
         for piece in self._pieces:
@@ -5547,6 +5549,7 @@ class Organism:
             raise
         self.buffer = QuantumBuffer(self.config.learning)
         self._buffered: set[int] = set()
+        self.giant: Any = None  # who answers in its place (organs.giant.bridge.Advisor), while it reads along
         self.voice_rng = np.random.Generator(np.random.PCG64(seed if seed is not None else int(time.time_ns() % 2**63)))
 
     def __enter__(self) -> Organism:
@@ -5652,7 +5655,7 @@ class Organism:
         text = text.strip()
         asked = self.memory.add_message("user", text, learn=f"H: {_one_line(text)}\n")
         self._wake_up.set()
-        reply = self._remembered(self._prepare(text, asked))
+        reply = self._remembered(self.giant.reply(self, text, asked) if self.giant else self._prepare(text, asked))
         if on_piece is not None:
             for piece in reply:
                 on_piece(piece)
@@ -5690,11 +5693,16 @@ class Organism:
             finally:
                 self._set_speaking(-1)
             reply.seconds = time.perf_counter() - began
-            self.memory.add_message("organism", reply._text.strip())
+            said = reply._text.strip()
+            if reply.source == "giant":
+                self.memory.add_message("organism", said, "giant", learn=f"A: {_one_line(said)}\n" if said else None)
+            else:
+                self.memory.add_message("organism", said)
             self.surprise.measure(reply.surprise_bits)
             self._boosts = self._boosts * self.config.field.boost_decay
             self.memory.event("reply", dict(source=reply.source, surprise_bits=reply.surprise_bits, entropy_bits=reply.entropy_bits,
-                                            tokens=reply.tokens, recalled=reply.recalled.origin if reply.recalled else None))  # fmt: skip
+                                            tokens=reply.tokens, recalled=reply.recalled.origin if reply.recalled else None,
+                                            remembered=len(reply.remembered)))  # fmt: skip
             self._reply = None
 
         reply._pieces = told()
@@ -5715,7 +5723,8 @@ class Organism:
             return "I have not said anything yet."
         data = replies[0].data
         source = {"field": "from the field alone (what I have read, counted)", "body": "from my body alone",
-                  "blend": "from my body, which stands on the field"}[data["source"]]  # fmt: skip
+                  "blend": "from my body, which stands on the field",
+                  "giant": f"from the giant beside me, who was shown {data.get('remembered', 0)} things that I remember"}[data["source"]]  # fmt: skip
         leaned = {"told": " I leaned on something that you told me.",
                   "read": " I leaned on something that I have read."}  # fmt: skip
         return (f"My last reply came {source}. Your words cost me {data['surprise_bits']:.2f} bits per byte (usually "
@@ -5809,7 +5818,7 @@ class Organism:
             (accepted if verdict.accepted else refused).append((row, verdict))
         fresh = 0
         for row, _ in accepted:
-            tokens = learner.encode(row.text, 0 if row.source != "chat" else 1)
+            tokens = learner.encode(row.text, int(row.source in ("chat", "giant")))
             costs, view = learner.read(tokens)
             if learner.body.steps:
                 learner.predict(tokens, view, costs, learn_gate=True)
@@ -5817,7 +5826,7 @@ class Organism:
             fresh += len(tokens)
         learner.credit += fresh * self._replay
         loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
-        rows = [(row.source, row.text, 0 if row.source != "chat" else 1) for row, _ in accepted]
+        rows = [(row.source, row.text, int(row.source in ("chat", "giant"))) for row, _ in accepted]
         unwanted = [(row.source, row.text, verdict) for row, verdict in refused]
         self.memory.settle([row.id for row in pending], rows, unwanted, burst_id=self.published.number + 1)
         self.state["lived_bytes"] += sum(len(row.text) for row, _ in accepted)
@@ -6340,6 +6349,7 @@ _CHAT_HELP = """/help        this list
 /status      who it is now
 /learn FILE  read a file in the background
 /why         where the last reply came from
+/giant MODEL let a large model answer, with what it remembers; /giant off ends that
 /save        write a checkpoint now
 /sleep       stop learning until something is said
 /quit        save and leave (so do Ctrl-D and Ctrl-C)"""
@@ -6536,6 +6546,7 @@ _TAKES: dict[str, tuple[Any, Any, dict]] = {  # (click's type and its arguments,
     "text": (None, "TEXT", {}),
     "text or nothing": (None, "TEXT", dict(required=False)),
     "texts": (None, "TEXT", dict(multiple=True)),
+    "spec": (None, "SPEC", dict(required=True)),
     "share": (("FloatRange", dict(min=0, max=1)), "X", {}),
     "number": (("FloatRange", dict(min=-100, max=100)), "X", {}),
     "path": (None, "PATH", {}),
@@ -6618,8 +6629,11 @@ def _run_command(run: Callable[..., None], **options: Any) -> None:
 # --- chat ---
 
 
-@_command("chat")
-def _run_chat(asking: _Asking) -> None:
+_GIANT = ("--giant", "text", "Let this large model answer (a path, or a name that was pulled), with what it remembers.")
+
+
+@_command("chat", _GIANT)
+def _run_chat(asking: _Asking, giant: str | None) -> None:
     """Talk with it: it answers at once, and learns in the background.
 
     Reads piped lines too; /help lists what else can be typed.
@@ -6627,12 +6641,27 @@ def _run_chat(asking: _Asking) -> None:
     organism chat --home ~/anna
     """
     born = not (asking.folder / "body" / "CURRENT").exists()
-    with asking.wake() as life:
+    with _advisor(asking, giant) as advisor, asking.wake() as life:
+        life.giant = advisor
         asking.note(_greeting(life, born))
         life.start()
         _Conversation(asking, life).run()
         if sys.stdin.isatty():
             asking.note("Saving…")
+
+
+@contextlib.contextmanager
+def _advisor(asking: _Asking, giant: str | None) -> Iterator[Any]:
+    """The giant of --giant, ready to answer in an organism's place; None without one."""
+    if giant is None:
+        yield None
+        return
+    bridge = organ("giant.bridge")
+    advisor = bridge.Advisor(bridge.load(giant, threads=asking.threads, say=asking.note), seed=asking.seed)
+    try:
+        yield advisor
+    finally:
+        advisor.close()
 
 
 def _greeting(life: Organism, born: bool) -> str:
@@ -6652,8 +6681,13 @@ class _Conversation:
         self.asking, self.life = asking, life
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.trouble = ""
+        self.giants = contextlib.ExitStack()  # those that /giant called
 
     def run(self) -> None:
+        with self.giants:
+            self._run()
+
+    def _run(self) -> None:
         for line in self._terminal_lines() if self.terminal else _piped_lines():
             try:
                 if not self._answer(line):
@@ -6682,17 +6716,25 @@ class _Conversation:
             self.asking.result(self.life.say(text).as_dict())
             return
         try:
-            started = False
-            for piece in self.life.say(text):
+            started, reply = False, self.life.say(text)
+            for piece in reply:
                 shown = piece if started else piece.lstrip()
                 started = started or bool(shown)
                 sys.stdout.write(shown)
                 sys.stdout.flush()
             print(flush=True)
+            self._show_source(reply)
         except KeyboardInterrupt as error:
             if not self.terminal or isinstance(error, Terminated):
                 raise
             print(" …", flush=True)  # Ctrl-C in a reply: back to the prompt
+
+    def _show_source(self, reply: Reply) -> None:
+        """Beside a giant it is said who answered, and what of its memory the giant was shown."""
+        if self.life.giant is not None:
+            who = self.life.giant.title if reply.source == "giant" else f"itself, from its {reply.source}"
+            shown = "; ".join(f"“{_one_line(sentence)}”" for sentence in reply.remembered)
+            self.asking.note(f"[{who}{f'; remembered: {shown}' if shown else ''}]")
 
     def _slash(self, line: str) -> bool:
         """Run one slash command; False after /quit."""
@@ -6704,7 +6746,7 @@ class _Conversation:
         known: dict[str, Callable[[], str]] = {
             "help": lambda: _CHAT_HELP, "status": lambda: _as_lines(self.life.status()),
             "learn": lambda: self._learn(rest.strip()), "why": self.life.why, "save": self._save,
-            "sleep": self._sleep,
+            "sleep": self._sleep, "giant": lambda: self._call_giant(rest.strip()),
         }  # fmt: skip
         try:
             if name not in known:
@@ -6722,6 +6764,16 @@ class _Conversation:
             raise UsageError("Which file? /learn FILE")
         size = self.life.learn_file(str(Path(path).expanduser()))
         return f"{size:,} bytes of {path} wait to be learned in the background."
+
+    def _call_giant(self, model: str) -> str:
+        """Let a giant answer from now on, or no longer."""
+        if model in ("", "off"):
+            self.giants.close()
+            self.life.giant = None
+            return "It answers by itself again."
+        advisor = _advisor(self.asking, model)
+        self.life.giant = self.giants.enter_context(advisor)
+        return f"{self.life.giant.title} answers from now on; it reads along."
 
     def _sleep(self) -> str:
         self.life.sleep()
@@ -6788,19 +6840,24 @@ def _piped_lines() -> Iterator[str | OrganismError]:
 # --- say, eval, status ---
 
 
-@_command("say", ("text", "text", ""))
-def _run_say(asking: _Asking, text: str) -> None:
+@_command("say", ("text", "text", ""), _GIANT)
+def _run_say(asking: _Asking, text: str, giant: str | None) -> None:
     """Say one thing to it, print its answer, and exit.
 
     organism say "What do you remember of me?"
     """
     if not text.strip():
         raise UsageError("There is nothing to say: TEXT is empty.")
-    with asking.wake() as life:
-        if asking.json:
-            asking.result(life.say(text).as_dict())
-        else:
-            print(life.say(text).text, flush=True)
+    with _advisor(asking, giant) as advisor, asking.wake() as life:
+        life.giant = advisor
+        _print_reply(asking, life.say(text))
+
+
+def _print_reply(asking: _Asking, reply: Reply) -> None:
+    if asking.json:
+        asking.result(reply.as_dict())
+    else:
+        print(reply.text, flush=True)
 
 
 @_command(
@@ -7098,6 +7155,54 @@ def _run_backup(asking: _Asking, file: str) -> None:
     size = path.stat().st_size
     text = f"{path}, {size:,} bytes; mkdir HOME && tar -xzf {path.name} -C HOME brings it back."
     asking.result(dict(backup=str(path), bytes=size), text)
+
+
+# --- consult, distill ---
+
+_TEACHER = ("--teacher", "spec", "gguf:PATH, where PATH may be the name of a pulled model.")
+
+
+@contextlib.contextmanager
+def _teacher(asking: _Asking, spec: str) -> Iterator[Any]:
+    advisor = organ("giant.bridge").teacher(spec, threads=asking.threads, say=asking.note)
+    advisor.sampling["seed"] = asking.seed
+    try:
+        yield advisor
+    finally:
+        advisor.close()
+
+
+@_command("consult", ("text", "text", ""), _TEACHER)
+def _run_consult(asking: _Asking, text: str, teacher: str) -> None:
+    """Ask a large model once, print its answer, and live it.
+
+    organism consult "Why is the sky blue?" --teacher gguf:smollm2
+    """
+    if not text.strip():
+        raise UsageError("There is nothing to ask: TEXT is empty.")
+    with _teacher(asking, teacher) as advisor, asking.wake(kernels=_patient_kernels()) as life:
+        life.giant = advisor
+        reply = life.say(text)
+        _print_reply(asking, reply)
+        verdict = life.learn_now(())
+        asking.note(f"Learned from {teacher}: {verdict.decision}.")
+
+
+@_command("distill", _TEACHER, ("--seconds", "more than 0", "How long (default: 60)."))
+def _run_distill(asking: _Asking, teacher: str, seconds: float | None) -> None:
+    """Let a large model write about what it met, and train on that; its immunity judges each text first.
+
+    organism distill --teacher gguf:smollm2 --seconds 300
+    """
+
+    def event(data: dict[str, Any]) -> None:
+        if asking.json:
+            asking.result(data)
+        else:
+            asking.note(f"{data['decision']}: {_one_line(data['text'])[:100]}")
+
+    with _teacher(asking, teacher) as advisor, asking.wake(kernels=_patient_kernels()) as life:
+        asking.result(organ("giant.bridge").distill(life, advisor, seconds or 60.0, event, asking.seed))
 
 
 # --- giant: the bodies are in organs/giant/commands.py. ---

@@ -18,10 +18,6 @@ from typing import Any
 
 import numpy as np
 
-for _needed in ("gguf", "tokenizers", "jinja2"):
-    if importlib.util.find_spec(_needed) is None:
-        raise ImportError(f"{_needed} is not installed", name=_needed)
-
 from organism import OrganismError, UsageError
 from organs.giant import pull as pulling
 from organs.giant.gguf import GGUFError, GGUFFile, open_gguf
@@ -29,6 +25,10 @@ from organs.giant.giant import ContextFull
 from organs.giant.template import ChatTemplate
 from organs.giant.text import Chat, Generation, Giant
 from organs.giant.tokenizer import Tokenizer
+
+for _needed in ("gguf", "tokenizers", "jinja2"):
+    if importlib.util.find_spec(_needed) is None:
+        raise ImportError(f"{_needed} is not installed", name=_needed)
 
 SAMPLING = (
     "temperature",
