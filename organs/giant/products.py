@@ -5,9 +5,10 @@ or byte scales), the same item of all sixteen rows side by side. So one load bri
 lanes of a vector, every lane sums for its own row, and nothing is ever summed across lanes. A panel has as many bytes as its
 rows had in the file, and its scales are the file's: `Layout` says how a format's codes and scales are read.
 
-**Activations** become blocks of 32 numbers that share a scale, in tiles of T tokens, in a form: "narrow" ones are 8 bits, which halves the work of reading a prompt; "wide" ones are 16 bits, so
-that a product is as good as exact, and "double" ones the same as 256 · high + low for products of bytes; "plain" ones are
-float32, for matrices that are not quantised. Behind a tile's numbers stand, for each token: the scale, scale · Σ, and the same for both halves.
+**Activations** become blocks of 32 numbers that share a scale, in tiles of T tokens. "narrow" ones are 8 bits, which halves
+the work of reading a prompt; "wide" ones are 16 bits, so that a product is as good as exact, and "double" ones the same as
+256 · high + low, for products of bytes; "plain" ones are float32, for matrices that are not quantised. Behind a tile's
+numbers stand, for each token: the scale, scale · Σ, and the same for both halves of the block.
 
 A kernel is made for a format, a form and a T when a model first needs it, and kept in the compile cache.
 """
@@ -49,7 +50,7 @@ from organs.giant.lanes import (
 )  # fmt: skip
 
 ROWS = 16  # of a panel
-TILE = {"vnni": 16, "avx2": 4, "portable": 4}[lanes.PATH]  # tokens of a tile in the prefill
+TILE = {"vnni": 16, "avx2": 4, "portable": 2}[lanes.PATH]  # tokens of a tile in the prefill
 BLOCK = 32  # numbers that share a scale of activations
 BYTES = {"wide": 80, "double": 80, "narrow": 48, "plain": 128}  # of 32 activations of one token, with what stands behind them
 AHEAD = 2048  # bytes
@@ -59,38 +60,68 @@ FLOATS, INTS = vector(F32, LANES), vector(I32, LANES)
 # --- What stands in a panel. ---
 
 
+class Number:
+    """An int64 that is known when the kernel runs, with the arithmetic that layouts do; divisors are powers of two.
+
+    So a block of 256 is a loop over its eight parts: written out eight times, a kernel would compile eight times as long.
+    """
+
+    def __init__(self, b, value):
+        self.b, self.value = b, value
+
+    def __add__(self, other: Part) -> Number:
+        return Number(self.b, self.b.add(self.value, other.value if isinstance(other, Number) else word(other)))
+
+    def __mul__(self, other: int) -> Number:
+        return Number(self.b, self.b.mul(self.value, word(other)))
+
+    def __floordiv__(self, other: int) -> Number:
+        return Number(self.b, self.b.lshr(self.value, word(other.bit_length() - 1)))
+
+    def __mod__(self, other: int) -> Number:
+        return Number(self.b, self.b.and_(self.value, word(other - 1)))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+Part = int | Number  # which 32 numbers of a block
+
+
 class View:
     """One block of a panel, and which LANES of its sixteen rows are looked at, while a kernel is being built."""
 
     def __init__(self, b, base, part: int):
         self.b, self.base, self.part = b, base, part
 
-    def words(self, at: int, k: int):
+    def load(self, kind, offset: Part):
+        if isinstance(offset, Number):
+            return load(self.b, self.b.add(self.base, offset.value), kind)
+        return load(self.b, self.base, kind, offset)
+
+    def shifts(self, by: Part):
+        """The lanes' amount of a shift."""
+        return splat(self.b, self.b.trunc(by.value, I32), LANES) if isinstance(by, Number) else const(INTS, by)
+
+    def words(self, at: Part, k: Part):
         """int32 lanes: word k of the codes that begin at byte `at` of a row's block."""
-        return load(self.b, self.base, INTS, ROWS * at + 4 * (ROWS * k + LANES * self.part))
+        return self.load(INTS, ROWS * at + (4 * ROWS * k + 4 * LANES * self.part))
 
     def halves(self, at: int):
         """float32 lanes: the float16 at byte `at`."""
-        return from_half(
-            self.b, load(self.b, self.base, vector(ir.HalfType(), LANES), ROWS * at + 2 * LANES * self.part)
-        )
+        return from_half(self.b, self.load(vector(ir.HalfType(), LANES), ROWS * at + 2 * LANES * self.part))
 
-    def bytes(self, at: int, signed=False):
+    def bytes(self, at: Part, signed=False):
         """int32 lanes: the byte at `at`."""
         extend = self.b.sext if signed else self.b.zext
-        return extend(load(self.b, self.base, vector(I8, LANES), ROWS * at + LANES * self.part), INTS)
+        return extend(self.load(vector(I8, LANES), ROWS * at + LANES * self.part), INTS)
 
-    def field(self, v, shift: int, mask: int):
-        """(v >> shift) & mask in every byte of the words, or in every int32 lane if mask is a lane's."""
-        if shift:
-            v = self.b.lshr(v, const(INTS, shift))
-        return self.b.and_(v, const(INTS, mask * 0x01010101))
+    def field(self, v, shift: Part, mask: int):
+        """(v >> shift) & mask in every byte of the words."""
+        return self.bits(v, shift, mask * 0x01010101)
 
-    def bits(self, v, shift: int, mask: int):
+    def bits(self, v, shift: Part, mask: int):
         """(v >> shift) & mask in every int32 lane."""
-        if shift:
-            v = self.b.lshr(v, const(INTS, shift))
-        return self.b.and_(v, const(INTS, mask))
+        return self.b.and_(self.b.lshr(v, self.shifts(shift)), const(INTS, mask))
 
     def under(self, low, high, shift: int):
         """low | high << shift."""
@@ -116,8 +147,8 @@ class Layout:
 
     name: str
     fields: tuple[tuple[int, int, int], ...]
-    codes: Callable[[View, int], list]
-    scales: Callable[[View, int], tuple[list, list | None]]
+    codes: Callable[[View, Part], list]
+    scales: Callable[[View, Part], tuple[list, list | None]]
     peak: int = 15  # largest code, if unsigned
     zero: int = 0
     signed: bool = False
@@ -128,7 +159,7 @@ class Layout:
         return FORMATS[self.name].block // BLOCK
 
 
-def _nibbles(view: View, at: int) -> list:
+def _nibbles(view: View, at: Part) -> list:
     """16 bytes: low halves are the first 16 codes."""
     words = [view.words(at, k) for k in range(4)]
     return [view.field(w, 0, 15) for w in words] + [view.field(w, 4, 15) for w in words]
@@ -150,43 +181,44 @@ def _e8m0(view: View, at: int):
     return view.b.bitcast(view.b.shl(view.minus(e, 1), const(INTS, 23)), FLOATS)
 
 
-def _pair_nibbles(view: View, at: int, s: int) -> list:
+def _pair_nibbles(view: View, at: int, s: Part) -> list:
     """Q4_K, Q5_K: 32 bytes hold the s-th 32 codes (s even) low and the next 32 high."""
     return [view.field(view.words(at, 8 * (s // 2) + g), 4 * (s % 2), 15) for g in range(8)]
 
 
-def _q5_k_codes(view: View, s: int) -> list:
+def _q5_k_codes(view: View, s: Part) -> list:
     low = _pair_nibbles(view, 48, s)
     return [view.under(v, view.field(view.words(16, g), s, 1), 4) for g, v in enumerate(low)]
 
 
-def _sixes(view: View, s: int) -> tuple[list, list]:
+def _sixes(view: View, s: Part) -> tuple[list, list]:
     """The s-th of eight six-bit scales and minima, at bytes 4 to 16 (Q4_K, Q5_K)."""
     d, dmin = view.halves(0), view.halves(2)
-    if s < 4:
-        scale, minimum = view.bits(view.bytes(4 + s), 0, 63), view.bits(view.bytes(8 + s), 0, 63)
-    else:
-        both = view.bytes(8 + s)
-        scale = view.under(view.bits(both, 0, 15), view.bits(view.bytes(s), 6, 3), 4)
-        minimum = view.under(view.bits(both, 4, 15), view.bits(view.bytes(4 + s), 6, 3), 4)
+    before, here, behind = view.bytes(s), view.bytes(4 + s), view.bytes(8 + s)
+    # The first four are whole; the others have their four low bits behind and their two high ones above those of the first.
+    high_scale = view.under(view.bits(behind, 0, 15), view.bits(before, 6, 3), 4)
+    high_minimum = view.under(view.bits(behind, 4, 15), view.bits(here, 6, 3), 4)
+    is_low = view.b.icmp_signed("<", s.value, word(4))
+    scale = view.b.select(is_low, view.bits(here, 0, 63), high_scale)
+    minimum = view.b.select(is_low, view.bits(behind, 0, 63), high_minimum)
     return [view.times(d, scale)], [view.times(dmin, minimum)]
 
 
-def _q2_k_codes(view: View, s: int) -> list:
+def _q2_k_codes(view: View, s: Part) -> list:
     return [view.field(view.words(16, 8 * (s // 4) + g), 2 * (s % 4), 3) for g in range(8)]
 
 
-def _q2_k_scales(view: View, s: int) -> tuple[list, list]:
+def _q2_k_scales(view: View, s: Part) -> tuple[list, list]:
     d, dmin, both = view.halves(80), view.halves(82), [view.bytes(2 * s + i) for i in range(2)]
     return [view.times(d, view.bits(v, 0, 15)) for v in both], [view.times(dmin, view.bits(v, 4, 15)) for v in both]
 
 
-def _q3_k_codes(view: View, s: int) -> list:
+def _q3_k_codes(view: View, s: Part) -> list:
     low = [view.field(view.words(32, 8 * (s // 4) + g), 2 * (s % 4), 3) for g in range(8)]
     return [view.under(v, view.field(view.words(0, g), s, 1), 2) for g, v in enumerate(low)]
 
 
-def _q3_k_scales(view: View, s: int) -> tuple[list, None]:
+def _q3_k_scales(view: View, s: Part) -> tuple[list, None]:
     out = []
     for i in (2 * s, 2 * s + 1):
         low = view.bits(view.bytes(96 + i % 8), 4 * (i // 8), 15)
@@ -195,32 +227,32 @@ def _q3_k_scales(view: View, s: int) -> tuple[list, None]:
     return out, None
 
 
-def _q6_k_codes(view: View, s: int) -> list:
-    n, j = divmod(s, 4)
+def _q6_k_codes(view: View, s: Part) -> list:
+    n, j = s // 4, s % 4
     low = [view.field(view.words(0, 16 * n + 8 * (j % 2) + g), 4 * (j // 2), 15) for g in range(8)]
     return [view.under(v, view.field(view.words(128, 8 * n + g), 2 * j, 3), 4) for g, v in enumerate(low)]
 
 
-def _q6_k_scales(view: View, s: int) -> tuple[list, None]:
+def _q6_k_scales(view: View, s: Part) -> tuple[list, None]:
     d = view.halves(208)
     return [view.times(d, view.bytes(192 + i, signed=True)) for i in (2 * s, 2 * s + 1)], None
 
 
-def _iq4_xs_codes(view: View, s: int) -> list:
+def _iq4_xs_codes(view: View, s: Part) -> list:
     return _looked_up(view, _nibbles(view, 8 + 16 * s), IQ4_VALUES)
 
 
-def _iq4_xs_scales(view: View, s: int) -> tuple[list, None]:
+def _iq4_xs_scales(view: View, s: Part) -> tuple[list, None]:
     low = view.bits(view.bytes(4 + s // 2), 4 * (s % 2), 15)
     scale = view.under(low, view.bits(view.bytes(2 + s // 4), 2 * (s % 4), 3), 4)
     return [view.times(view.halves(0), view.minus(scale, 32))], None
 
 
-def _one(view: View, s: int) -> tuple[list, None]:
+def _one(view: View, s: Part) -> tuple[list, None]:
     return [view.halves(0)], None
 
 
-def _two(view: View, s: int) -> tuple[list, list]:
+def _two(view: View, s: Part) -> tuple[list, list]:
     return [view.halves(0)], [view.b.fneg(view.halves(2))]
 
 
@@ -349,23 +381,34 @@ class _Tile:
             loop = Loop(b, n_blocks, [const(FLOATS, 0.0)] * (self.T * self.together))
             base = b.add(w, b.mul(loop.i, word(block_bytes(self.name))))
             views = [View(b, base, part) for part in parts]
-            if self.T == 1:
-                self.fetch_ahead(b, base)
-            sums = list(loop.now)
             if self.form == "plain":
+                self.fetch_ahead(b, base, 1)
                 xs = b.add(x, b.mul(loop.i, word(self.T * BYTES["plain"])))
-                sums = self.plain(b, views, xs, sums)
+                sums = self.plain(b, views, xs, list(loop.now))
             else:
-                layout = LAYOUTS[self.name]
-                for s in range(layout.parts):
-                    step = self.T * BYTES[self.form]
-                    xs = b.add(x, b.add(b.mul(loop.i, word(step * layout.parts)), word(step * s)))
-                    sums = self.quantised(b, views, layout, s, xs, sums)
+                sums = self.block(b, views, loop, x)
             self.write(b, loop.close(sums), out, stride, add, parts)
 
-    def fetch_ahead(self, b, base):
+    def block(self, b, views, loop, x):
+        """Add the numbers of a block, 32 at a time."""
+        layout, step = LAYOUTS[self.name], word(self.T * BYTES[self.form])
+        base = views[0].base
+        if layout.parts == 1:
+            self.fetch_ahead(b, base, 1)
+            return self.quantised(b, views, layout, 0, b.add(x, b.mul(loop.i, step)), list(loop.now))
+        inner = Loop(b, word(layout.parts), loop.now)
+        at = b.add(b.mul(loop.i, word(layout.parts)), inner.i)
+        share = word(block_bytes(self.name) // layout.parts)
+        self.fetch_ahead(b, b.add(base, b.mul(inner.i, share)), layout.parts)
+        return inner.close(
+            self.quantised(b, views, layout, Number(b, inner.i), b.add(x, b.mul(at, step)), list(inner.now))
+        )
+
+    def fetch_ahead(self, b, base, parts: int):
         """Ask for the weights that come AHEAD bytes later: a single token waits for memory, and the CPU's own guesses are late."""
-        for line in range(0, block_bytes(self.name), 64):
+        if self.T > 1:
+            return
+        for line in range(0, block_bytes(self.name) // parts, 64):
             at = b.inttoptr(b.add(base, word(AHEAD + line)), I8.as_pointer())
             kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
             prefetch = b.module.globals.get("llvm.prefetch.p0") or ir.Function(b.module, kind, "llvm.prefetch.p0")
@@ -483,11 +526,13 @@ class _Row:
         parts = 1 if self.name in PLAIN else LAYOUTS[self.name].parts
         loop = Loop(b, n_blocks, [])
         base = b.add(w, b.mul(loop.i, word(block_bytes(self.name))))
-        target = b.add(out, b.mul(loop.i, word(4 * ROWS * BLOCK * parts)))
+        inner = Loop(b, word(parts), [])
+        at = b.add(b.mul(loop.i, word(parts)), inner.i)
+        target = b.add(out, b.mul(at, word(4 * ROWS * BLOCK)))
         for part in range(ROWS // LANES):
-            for s in range(parts):
-                for k, value in enumerate(self.numbers(b, base, part, s)):
-                    store(b, value, target, 4 * (ROWS * (BLOCK * s + k) + LANES * part), 4)
+            for k, value in enumerate(self.numbers(b, base, part, Number(b, inner.i))):
+                store(b, value, target, 4 * (ROWS * k + LANES * part), 4)
+        inner.close([])
         loop.close([])
 
     def numbers(self, b, base, part, s):
