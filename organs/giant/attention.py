@@ -24,12 +24,12 @@ from organs.giant.lanes import (
     I32,
     LANES,
     Loop,
-    c_function,
     const,
     fma,
     from_half,
     function,
     jit,
+    kernel,
     load,
     named,
     splat,
@@ -139,18 +139,8 @@ def kernels_of(kind: str) -> list:
     out = []
     for make in (_scores, _mixture):
         for M in range(1, QUERIES + 1):
-            out.append(_compiled(f"{make.__name__[1:]}_{M}_{kind}", make(M, kind)))
+            out.append(kernel(f"{make.__name__[1:]}_{M}_{kind}", PAIR, make(M, kind)))
     return out
-
-
-def _compiled(name: str, build):
-    body = function(PAIR, build)
-
-    def run(a, b, c, d, e):
-        body(a, b, c, d, e)
-
-    run.__name__ = run.__qualname__ = name
-    return c_function(PAIR, run)
 
 
 def _jump(b, entry, x1, x2, x3, x4, x5):
@@ -311,7 +301,14 @@ def attend(
                             state + 8 * (g * M + m))  # fmt: skip
                 if kind == Q8_KIND:
                     _scale(row, values + PAGE * (width + 4), begin, stop)
-            _call(kernels[3 + M], work + 4 * begin, values + size * begin * width, stop - begin, out + 4 * g * M * width, width)
+            _call(
+                kernels[3 + M],
+                work + 4 * begin,
+                values + size * begin * width,
+                stop - begin,
+                out + 4 * g * M * width,
+                width,
+            )
         at = (page + 1) * PAGE
 
 

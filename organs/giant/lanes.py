@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import FunctionType
 
 import llvmlite.binding
 from llvmlite import ir
@@ -24,11 +25,11 @@ SOURCES = tuple(Path(__file__).with_name(f"{n}.py") for n in ("formats", "lanes"
 
 
 def jit(**options):
-    """numba.njit, cached in the giant's folder."""
+    """numba.njit, cached in the giant's folder; not so what only compiled code calls (HELP), which is part of its callers."""
 
     def decorate(f):
         with kernels.compiling("giant", SOURCES):
-            return njit(cache=True, **{k: v for k, v in options.items() if k != "cache"})(f)
+            return njit(**{**options, "cache": not options.get("no_cpython_wrapper")})(f)
 
     return decorate
 
@@ -100,6 +101,29 @@ def named(b, name: str, result, *arguments, fast=()):
     """Call one of LLVM's own functions."""
     kind = ir.FunctionType(result, [a.type for a in arguments])
     return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), arguments, fastmath=fast)
+
+
+def renamed(template, name: str, **globals_):
+    """A copy of a function of a module under another name and with some globals of its own.
+
+    A closure would do, but numba keys its cache by a closure's contents, and an intrinsic differs in every process.
+    """
+    f = FunctionType(template.__code__, {**template.__globals__, **globals_}, name)
+    f.__qualname__ = name
+    return f
+
+
+_BODY = None  # of the templates; renamed() gives each copy its own
+_TEMPLATES = {
+    3: lambda a, b, c: _BODY(a, b, c),  # type: ignore[misc]
+    5: lambda a, b, c, d, e: _BODY(a, b, c, d, e),  # type: ignore[misc]
+    6: lambda a, b, c, d, e, f: _BODY(a, b, c, d, e, f),  # type: ignore[misc]
+}
+
+
+def kernel(name: str, signature, build):
+    """A C function for compiled code (by its .address) and ctypes; build(builder, *arguments) emits its body."""
+    return c_function(signature, renamed(_TEMPLATES[len(signature.args)], name, _BODY=function(signature, build)))
 
 
 def load(b, base, kind, offset=0, align=1):

@@ -32,16 +32,17 @@ from organs.giant.lanes import (
     LANES,
     BytesSum,
     Loop,
-    c_function,
     const,
     fma,
     from_half,
     function,
     jit,
+    kernel,
     load,
     lookup,
     named,
     pairs_product,
+    renamed,
     splat,
     store,
     vector,
@@ -52,7 +53,12 @@ from organs.giant.lanes import (
 ROWS = 16  # of a panel
 TILE = {"vnni": 16, "avx2": 4, "portable": 2}[lanes.PATH]  # tokens of a tile in the prefill
 BLOCK = 32  # numbers that share a scale of activations
-BYTES = {"wide": 80, "double": 80, "narrow": 48, "plain": 128}  # of 32 activations of one token, with what stands behind them
+BYTES = {
+    "wide": 80,
+    "double": 80,
+    "narrow": 48,
+    "plain": 128,
+}  # of 32 activations of one token, with what stands behind them
 AHEAD = 2048  # bytes
 FLOATS, INTS = vector(F32, LANES), vector(I32, LANES)
 
@@ -305,10 +311,13 @@ def panel_bytes(name: str, columns: int) -> int:
 # --- Packing. ---
 
 
+_copy_word = function(types.void(types.int64, types.int64), lambda b, to, source: store(b, load(b, source, I32), to))
+
+
 @jit(nogil=True)
 def _interleave(raw, out, rows, row_bytes, n_blocks, size, fields):
     """Items of sixteen rows side by side. raw, out: uint8; fields: int64 [n, 3]; a last item that is not there is zero."""
-    at = 0
+    at, to, source = 0, out.ctypes.data, raw.ctypes.data
     for first in range(0, rows, 16):
         for block in range(n_blocks):
             for f in range(len(fields)):
@@ -331,12 +340,7 @@ def _interleave(raw, out, rows, row_bytes, n_blocks, size, fields):
                                         byte |= ((raw[s + bit // 8] >> (bit % 8)) & 1) << g
                                     out[at + i] = byte
                             elif item == 4:
-                                out[at], out[at + 1], out[at + 2], out[at + 3] = (
-                                    raw[s],
-                                    raw[s + 1],
-                                    raw[s + 2],
-                                    raw[s + 3],
-                                )
+                                _copy_word(to + at, source + s)
                             else:
                                 for i in range(item):
                                     out[at + i] = raw[s + i]
@@ -504,13 +508,7 @@ TILE_TYPE = types.void(*[types.int64] * 6)
 
 def tile(name: str, form: str, T: int):
     """A C function for numba and ctypes; `.address` calls it from compiled code. See _Tile."""
-    body = function(TILE_TYPE, _Tile(name, form, T))
-
-    def run(panel, x, out, n_blocks, stride, add):
-        body(panel, x, out, n_blocks, stride, add)
-
-    run.__name__ = run.__qualname__ = f"tile_{name}_{form}_{T}"
-    return c_function(TILE_TYPE, run)
+    return kernel(f"tile_{name}_{form}_{T}", TILE_TYPE, _Tile(name, form, T))
 
 
 # --- Rows out of panels, for embeddings. ---
@@ -558,13 +556,7 @@ ROW_TYPE = types.void(*[types.int64] * 3)
 
 def row_reader(name: str):
     """A C function (panel, out, blocks): float32 [numbers of a row, 16], what a panel's rows mean."""
-    body = function(ROW_TYPE, _Row(name))
-
-    def run(panel, out, n_blocks):
-        body(panel, out, n_blocks)
-
-    run.__name__ = run.__qualname__ = f"rows_{name}"
-    return c_function(ROW_TYPE, run)
+    return kernel(f"rows_{name}", ROW_TYPE, _Row(name))
 
 
 # --- Activations. ---
@@ -627,15 +619,16 @@ def _quantise(form: str):
     return function(types.void(types.int64, types.int64, types.float32, types.int64, types.int64, types.int64), build)
 
 
+_ONE, _SIZE = None, 0  # of the template; each form has its own
+
+
+def _into_token(x, n_blocks, factors, factor, tile, T, t):
+    for block in range(n_blocks):
+        _ONE(x + 128 * block, factors + 128 * block, factor, tile + block * T * _SIZE, T, t)  # type: ignore[misc]
+
+
 def _quantiser(form: str):
-    one, size = _quantise(form), BYTES[form]
-
-    def run(x, n_blocks, factors, factor, tile, T, t):
-        for block in range(n_blocks):
-            one(x + 128 * block, factors + 128 * block, factor, tile + block * T * size, T, t)
-
-    run.__name__ = run.__qualname__ = f"quantise_{form}"
-    return jit(nogil=True)(run)
+    return jit(nogil=True)(renamed(_into_token, f"quantise_{form}", _ONE=_quantise(form), _SIZE=BYTES[form]))
 
 
 # (x, blocks, factors, factor, tile, T, t): x · factors · factor becomes token t of a tile of T. All by address.
@@ -658,7 +651,7 @@ def multiply(panels: np.ndarray, name: str, rows: int, x: np.ndarray, form: str,
     """float32 [tokens, rows]: x [tokens, columns] times a packed matrix, tile by tile; for tests and measurements."""
     tokens, columns = x.shape
     n32 = -(-columns // BLOCK)
-    kernel, quantise = make(name, form, T), QUANTISERS[form]
+    product, quantise = make(name, form, T), QUANTISERS[form]
     padded = np.zeros((-(-tokens // T) * T, n32 * BLOCK), np.float32)
     padded[:tokens, :columns] = x
     n_panels, size = -(-rows // ROWS), panel_bytes(name, columns)
@@ -668,18 +661,18 @@ def multiply(panels: np.ndarray, name: str, rows: int, x: np.ndarray, form: str,
         for t in range(T):
             quantise(padded[first + t :].ctypes.data, n32, ones.ctypes.data, np.float32(1), space.ctypes.data, T, t)
         for p in range(n_panels):
-            kernel.ctypes(panels[p * size :].ctypes.data, space.ctypes.data, out[first:, p * ROWS :].ctypes.data,
+            product.ctypes(panels[p * size :].ctypes.data, space.ctypes.data, out[first:, p * ROWS :].ctypes.data,
                           blocks(name, columns), out.strides[0], 0)  # fmt: skip
     return out[:tokens, :rows]
 
 
 def read_rows(panels: np.ndarray, name: str, rows: int, columns: int, make: Callable = row_reader) -> np.ndarray:
     """float32 [rows, columns]: what a packed matrix means, by the compiled readers."""
-    kernel, size, n = make(name), panel_bytes(name, columns), blocks(name, columns)
+    reader, size, n = make(name), panel_bytes(name, columns), blocks(name, columns)
     width = n * (BLOCK if name in PLAIN else FORMATS[name].block)
     out = []
     for p in range(-(-rows // ROWS)):
         block = np.zeros((width, ROWS), np.float32)
-        kernel.ctypes(panels[p * size :].ctypes.data, block.ctypes.data, n)
+        reader.ctypes(panels[p * size :].ctypes.data, block.ctypes.data, n)
         out.append(block.T)
     return np.concatenate(out)[:rows, :columns]
