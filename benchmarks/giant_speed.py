@@ -172,7 +172,7 @@ def main() -> None:
             if them_too:
                 them_too.close()
     if wanted("neighbour"):
-        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])  # of the same priority as the workers
         pair = Pair(us, them, 128, count, rounds)
         busy.kill()
         rows.append(pair.row("beside a busy process, 128", MUST["neighbour"]))

@@ -224,16 +224,12 @@ class Loop:
 # --- Integer products. Four bytes of one row are a lane. ---
 
 
-def widen(b, quads, signed: bool):
-    """Bytes 0 and 2 of every lane as a pair of 16-bit numbers, then bytes 1 and 3."""
+def widen(b, quads):
+    """Unsigned bytes 0 and 2 of every lane as a pair of 16-bit numbers, then bytes 1 and 3."""
     n = quads.type.count
     kind = vector(I16, 2 * n)
     v = b.bitcast(quads, kind)
-    eight = const(kind, 8)
-    if signed:
-        pairs = b.ashr(b.shl(v, eight), eight), b.ashr(v, eight)
-    else:
-        pairs = b.and_(v, const(kind, 255)), b.lshr(v, eight)
+    pairs = b.and_(v, const(kind, 255)), b.lshr(v, const(kind, 8))
     return [b.bitcast(p, vector(I32, n)) for p in pairs]
 
 

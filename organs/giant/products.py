@@ -434,7 +434,7 @@ class _Tile:
         read = lambda which, t: splat(b, load(b, xs, F32, behind + 4 * (which * T + t), 4), LANES)
         halves = len(layout.scales(views[0], s)[0])
         integers = (self.wide if self.form == "wide" else self.bytes)(b, views, layout, s, xs, halves)
-        zero = 128 if self.form != "wide" and layout.signed else layout.zero
+        zero = 128 if layout.signed else layout.zero
         out = []
         for i, view in enumerate(views):
             scales, minima = layout.scales(view, s)
@@ -451,11 +451,16 @@ class _Tile:
                 out.append(result)
         return out
 
-    def bytes(self, b, views, layout, s, xs, halves):
-        """Integer sums [views][T][halves] of bytes; of doubles, 256 times those of the high ones and those of the low ones."""
+    def unsigned(self, b, views, layout, s):
+        """The codes of all views, signed ones 128 too high: unsigned bytes widen in half the time."""
         codes = [layout.codes(view, s) for view in views]
         if layout.signed:
             codes = [[b.xor(c, const(INTS, 0x80808080 - (1 << 32))) for c in some] for some in codes]
+        return codes
+
+    def bytes(self, b, views, layout, s, xs, halves):
+        """Integer sums [views][T][halves] of bytes; of doubles, 256 times those of the high ones and those of the low ones."""
+        codes = self.unsigned(b, views, layout, s)
         terms = 2 if self.form == "double" else 1
         peak, most = 255 if layout.signed else layout.peak, 8 // halves
         sums = [[[BytesSum(b, peak, most) for _ in range(terms)] for _ in range(self.T)] for _ in views]
@@ -476,10 +481,10 @@ class _Tile:
 
     def wide(self, b, views, layout, s, xs, halves):
         """Integer sums [views][T][halves] of 16-bit numbers."""
-        codes = [layout.codes(view, s) for view in views]
+        codes = self.unsigned(b, views, layout, s)
         sums = [[[const(INTS, 0)] * halves for _ in range(self.T)] for _ in views]
         for g in range(8):
-            pairs = [widen(b, some[g], layout.signed) for some in codes]
+            pairs = [widen(b, some[g]) for some in codes]
             half = g * halves // 8
             for k in range(2):
                 for t in range(self.T):
