@@ -46,7 +46,14 @@ class Against:
     def row(self, name: str, must: str) -> list[object]:
         likelihood = np.mean(self.ours) / np.mean(self.theirs) - 1
         agree = f"{sum(self.agree)} of {len(self.agree)} ({np.mean(self.agree):.1%})"
-        return [name, agree, f"{np.mean(self.differences):.4f}", f"{max(self.differences):.2f}", f"{likelihood:+.2%}", must]
+        return [
+            name,
+            agree,
+            f"{np.mean(self.differences):.4f}",
+            f"{max(self.differences):.2f}",
+            f"{likelihood:+.2%}",
+            must,
+        ]
 
 
 def main() -> None:

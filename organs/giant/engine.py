@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 import platform
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -390,7 +392,9 @@ def gated(r, m):
         if m.n == 1:
             for panel in range(2 * p, 2 * p + 2):
                 at = 64 * (panel - 2 * p)
-                _call_tile(r.kernel_one, r.weight + panel * r.panel_bytes, m.own + r.single, gate + at, r.blocks, 128, 0)
+                _call_tile(
+                    r.kernel_one, r.weight + panel * r.panel_bytes, m.own + r.single, gate + at, r.blocks, 128, 0
+                )
                 _call_tile(
                     r.kernel2_one, r.weight2 + panel * r.panel_bytes2, m.own + r.single2, up + at, r.blocks2, 128, 0
                 )
@@ -523,7 +527,9 @@ def _attend_apart(r, m):
                 limits[i] = position
             _attend(r, table, h, 1, M, a, b, limits, q, work, out, state)
             for i in range(M):
-                _deliver(r, m, t, h * group + done + i, item * group + done + i, out + 4 * i * r.head_width, state + 8 * i)
+                _deliver(
+                    r, m, t, h * group + done + i, item * group + done + i, out + 4 * i * r.head_width, state + 8 * i
+                )
             done += M
 
 
@@ -620,6 +626,22 @@ def tile_address(name: str, form: str, T: int) -> int:
 
 def reader_address(name: str) -> int:
     return _once(("reader", name), lambda: row_reader(name))
+
+
+LONGEST = "attention"  # takes as long to compile as all other operations of a model together
+COMMON = ("angles", "embed", "quantise", "product", "gated", "states")  # operations of every model
+
+
+def compile_beside(kind: str) -> None:
+    """Fill an empty cache on two cores: a child compiles LONGEST (numba compiles one thing at a time), we what is common."""
+    code = f"from organs.giant import engine; engine.address({LONGEST!r})"
+    environment = kernels.cache.environment()
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL, env=environment, cwd=kernels.cache.ROOT)  # fmt: skip
+    for name in COMMON:
+        address(name)
+    attention_addresses(kind)
+    child.wait()  # if it failed, we shall compile that too
 
 
 _attention_kernels: dict[str, tuple[list, np.ndarray]] = {}

@@ -76,11 +76,15 @@ class Giant:
     def _set_up(
         self, file: GGUFFile, context: int | None, kind: str, threads: int, exact: bool, say: Callable | None
     ) -> None:
-        if say is not None and not _has_kernels():
+        is_cold = not _has_kernels()
+        if is_cold and say is not None:
             say("compiling kernels for this model, once for this machine…")
         from organs.giant import architectures, engine, products
         from organs.giant.program import Recorder
 
+        architectures.check(file)
+        if is_cold:
+            engine.compile_beside(kind)
         recorder = Recorder(file, kv_cache=kind, threads=threads, exact=exact)
         try:
             architectures.record(recorder)
@@ -302,7 +306,9 @@ def default_threads() -> int:
 
 
 def _has_kernels() -> bool:
-    """Whether compiled code of the giant is in the cache (perhaps not of all formats)."""
+    """Whether compiled code of the giant, as it is now, is in the cache (perhaps not of all formats)."""
     from organs import kernels
+    from organs.giant import lanes
 
-    return any(p.is_dir() and any(p.rglob("*.nbi")) for p in kernels.cache_folder().glob("giant-*"))
+    with kernels.compiling("giant", lanes.SOURCES) as folder:
+        return any(folder.rglob("*.attention-*.nbi"))

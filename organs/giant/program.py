@@ -249,7 +249,9 @@ class Recorder:
     def need(self, nbytes: int) -> None:
         self.scratch = max(self.scratch, nbytes)
 
-    def quantise(self, use: str, source: tuple[int, int], width: int, matrices: Sequence[Matrix], norm: int = 0, **fields) -> Activations:
+    def quantise(
+        self, use: str, source: tuple[int, int], width: int, matrices: Sequence[Matrix], norm: int = 0, **fields
+    ) -> Activations:
         """The row that makes the activations which these matrices take."""
         a = self.quantised(use, width, matrices)
         self.row("quantise", input=source[0], input_stride=source[1], width=width, norm=norm, ones=self.ones,

@@ -37,7 +37,9 @@ def forward(path: Path, tokens: list[int]) -> np.ndarray:
         heads, kv, n = number("attention.head_count"), number("attention.head_count_kv"), len(tokens)
         width = number("embedding_length")
         head = width // heads
-        norm = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + file.get("llama.attention.layer_norm_rms_epsilon", float)) * w
+        norm = lambda x, w: (
+            x / np.sqrt((x * x).mean(-1, keepdims=True) + file.get("llama.attention.layer_norm_rms_epsilon", float)) * w
+        )
         angles = np.arange(n)[:, None] * file.get("llama.rope.freq_base", float) ** (-np.arange(0, head, 2) / head)
         cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
 
@@ -165,7 +167,10 @@ def test_a_full_context_is_an_error_that_changes_nothing(small_llama):
     model.close()
 
 
-@pytest.mark.parametrize(("tokens", "message"), [([], "no tokens"), ([10**6], "outside of the vocabulary"), ([-1], "outside"), ([0.5], "integers")])
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [([], "no tokens"), ([10**6], "outside of the vocabulary"), ([-1], "outside"), ([0.5], "integers")],
+)
 def test_impossible_tokens_are_refused(giant, tokens, message):
     with pytest.raises(ValueError, match=message):
         giant.session().feed(tokens)

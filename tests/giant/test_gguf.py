@@ -35,7 +35,14 @@ def write(path: Path, metadata: dict, tensors: dict[str, np.ndarray]) -> Path:
     return path
 
 
-def raw(version: int = 3, values: bytes = b"", n_values: int = 0, tensors: bytes = b"", n_tensors: int = 0, data: bytes = b"") -> bytes:
+def raw(
+    version: int = 3,
+    values: bytes = b"",
+    n_values: int = 0,
+    tensors: bytes = b"",
+    n_tensors: int = 0,
+    data: bytes = b"",
+) -> bytes:
     header = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_values) + values + tensors
     return header + bytes(-len(header) % 32) + data
 
@@ -79,7 +86,9 @@ def test_metadata_and_tensors_are_what_the_gguf_package_wrote(tmp_path):
 
 
 def test_values_are_asked_for_by_type(tmp_path):
-    with open_gguf(write(tmp_path / "x.gguf", {"n": ("UINT32", 7), "t": ("STRING", "7"), "b": ("BOOL", True)}, {})) as file:
+    with open_gguf(
+        write(tmp_path / "x.gguf", {"n": ("UINT32", 7), "t": ("STRING", "7"), "b": ("BOOL", True)}, {})
+    ) as file:
         assert file.get("n", int) == 7 and file.get("n", float) == 7.0 and file.get("missing", int, 5) == 5
         for key, kind in (("t", int), ("b", int), ("n", str)):
             with pytest.raises(GGUFError, match=f"{key} is"):
@@ -228,7 +237,9 @@ def try_mutations(model: str, count: int, seed: int, limit_mb: int = 1024) -> di
 
 def run_mutations(model: Path, count: int, seed: int) -> str:
     code = f"from tests.giant.test_gguf import try_mutations as t; print(t({str(model)!r}, {count}, {seed}))"
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+    environment = dict(
+        os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, f"exit {result.returncode}: {result.stderr[-2000:]}"
     return result.stdout

@@ -21,7 +21,12 @@ SCALES = {
     "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0], "Q2_K": [80, 82], "Q3_K": [108],
     "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_XS": [0],
 }  # fmt: skip
-ERROR = {"plain": 2e-6, "wide": 6e-5, "double": 6e-5, "narrow": 1.5e-2}  # of the result, relative to its root mean square
+ERROR = {
+    "plain": 2e-6,
+    "wide": 6e-5,
+    "double": 6e-5,
+    "narrow": 1.5e-2,
+}  # of the result, relative to its root mean square
 
 
 def random_matrix(name: str, rows: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +39,11 @@ def random_matrix(name: str, rows: int, columns: int, seed: int = 0) -> tuple[np
         raw[:, 0] = rng.integers(110, 130, len(raw))
     if name in products.PLAIN:
         numbers = rng.standard_normal(rows * columns).astype(np.float32)
-        kinds = {"F32": numbers, "F16": numbers.astype(np.float16), "BF16": (numbers.view(np.uint32) >> 16).astype(np.uint16)}
+        kinds = {
+            "F32": numbers,
+            "F16": numbers.astype(np.float16),
+            "BF16": (numbers.view(np.uint32) >> 16).astype(np.uint16),
+        }
         raw = kinds[name].view(np.uint8).reshape(-1, form.nbytes)
     return raw.reshape(-1), dequantise(raw.reshape(-1), name).reshape(rows, columns).astype(np.float64)
 
@@ -61,13 +70,18 @@ def test_a_packed_matrix_means_what_its_bytes_mean(name):
 def test_products_equal_dequantise_then_multiply(name):
     rows, columns = 21, 3 * max(FORMATS[name].block, 32)
     raw, meaning = random_matrix(name, rows, columns)
-    panels, x = packed(name, rows, columns, raw), np.random.default_rng(1).standard_normal((5, columns)).astype(np.float32)
+    panels, x = (
+        packed(name, rows, columns, raw),
+        np.random.default_rng(1).standard_normal((5, columns)).astype(np.float32),
+    )
     want = x.astype(np.float64) @ meaning.T
     for form in forms_of(name):
         for T in (1, products.TILE):
             got = products.multiply(panels, name, rows, x, form, T)
             error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
-            assert error < ERROR[form], f"{name}, {form} activations, tiles of {T} on the path {lanes.PATH}: {error:.1e}"
+            assert error < ERROR[form], (
+                f"{name}, {form} activations, tiles of {T} on the path {lanes.PATH}: {error:.1e}"
+            )
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "Q6_K", "IQ4_NL"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from organs.giant.gguf import GGUFError
+from organs.giant.gguf import GGUFError, GGUFFile
 from organs.giant.program import Recorder
 
 FILES = {  # general.architecture: file
@@ -13,11 +13,15 @@ FILES = {  # general.architecture: file
 }  # fmt: skip
 
 
-def record(recorder: Recorder) -> None:
-    """Record the model of the recorder's file. Raises GGUFError for an architecture that is not supported."""
-    name = recorder.file.architecture
+def check(file: GGUFFile) -> str:
+    """The architecture's name. Raises GGUFError for one that is not supported."""
+    name = file.architecture
     if name not in FILES:
-        raise GGUFError(
-            f"{recorder.file.path}: the architecture {name!r} is not supported; supported are {', '.join(FILES)}"
-        )
+        raise GGUFError(f"{file.path}: the architecture {name!r} is not supported; supported are {', '.join(FILES)}")
+    return name
+
+
+def record(recorder: Recorder) -> None:
+    """Record the model of the recorder's file. Raises GGUFError for what is not supported."""
+    name = check(recorder.file)
     importlib.import_module(f"organs.giant.architectures.{FILES[name]}").record(recorder)
