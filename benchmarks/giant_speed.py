@@ -241,7 +241,7 @@ def start(model: str) -> None:
             seconds[name] = min(took, seconds.get(name, 1e9))
     size = Path(model).stat().st_size
     allowed = size + 0.25 * size + 200e6
-    print(table("Load to first token, and memory", ["warm, s", "must", "cold kernel cache, s", "must", "memory MB", "file MB", "must below MB"],
+    print(table("Load to first token, and memory", ["warm, s", "must", "cold cache, s", "must", "memory MB", "file MB", "must below MB"],
                 [[seconds["warm"], 0.5, seconds["cold"], 12, memory / 1e6, size / 1e6, allowed / 1e6]]))  # fmt: skip
 
 

@@ -178,7 +178,7 @@ class PrefixCache:
         temporary = path.with_suffix(f".{os.getpid()}")
         try:
             self._make_room()
-            temporary.write_bytes(hashlib.sha256(page.data).digest() + page.data.tobytes())
+            temporary.write_bytes(hashlib.sha256(page.data.tobytes()).digest() + page.data.tobytes())
             os.replace(temporary, path)
         except OSError:  # a full disk costs time later, nothing else
             temporary.unlink(missing_ok=True)

@@ -157,7 +157,7 @@ class _Part:
 
     def read(self, info: TensorInfo, out: np.ndarray, begin: int) -> None:
         assert begin + out.nbytes <= info.nbytes
-        done, rest = 0, memoryview(out)
+        done, rest = 0, memoryview(out)  # type: ignore[arg-type]
         try:
             while done < out.nbytes:
                 count = os.preadv(self.file.fileno(), [rest[done:]], info.offset + begin + done)

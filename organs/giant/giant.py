@@ -29,6 +29,7 @@ class Giant:
     file: GGUFFile
     vocab_size: int
     context: int  # tokens that a session holds at most
+    prefixes: PrefixCache  # what sessions fed, shared by all of them
 
     @classmethod
     def load(
@@ -268,7 +269,7 @@ class Session:
         giant._room(len(self.tokens), len(ids))
         start, skipped = len(self.tokens), 0
         if start == 0 and len(ids) > PAGE:
-            found = giant.prefixes.find(ids[:-1])
+            found = giant.prefixes.find(ids[:-1].tolist())
             self._pages.adopt(found)
             skipped = len(found) * PAGE
         logits = giant._read(self._pages, start + skipped, ids[skipped:])

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -641,7 +642,7 @@ quantise_narrow, quantise_wide, quantise_double, copy_plain = map(_quantiser, ("
 QUANTISERS = {"narrow": quantise_narrow, "wide": quantise_wide, "double": quantise_double, "plain": copy_plain}
 
 
-def aligned(nbytes: int, dtype=np.uint8) -> np.ndarray:
+def aligned(nbytes: int, dtype: Any = np.uint8) -> np.ndarray:
     """Zeros at a multiple of 64 bytes; pages that are never touched take no memory. Large ones begin at a huge page."""
     large = nbytes >= HUGE
     raw = np.zeros(nbytes + (HUGE if large else 64), np.uint8)

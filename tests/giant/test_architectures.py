@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 
-from organs.giant import Giant, GGUFError
+from organs.giant import GGUFError, Giant
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 gguf = pytest.importorskip("gguf")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from organs.giant import ContextFull, Giant, GGUFError, cache, open_gguf
+from organs.giant import ContextFull, GGUFError, Giant, cache, open_gguf
 from organs.giant.cache import Page, Pages, PrefixCache
 
 from .small import write_llama

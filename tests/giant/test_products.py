@@ -131,7 +131,9 @@ def test_forced_paths_say_the_same(path):
         "from organs.giant import lanes\n"
         "from tests.giant import test_products as t\n"
         f"assert lanes.PATH in ('portable', {path!r}), lanes.PATH\n"
-        f"for name in {names}: t.test_a_packed_matrix_means_what_its_bytes_mean(name); t.test_products_equal_dequantise_then_multiply(name)\n"
+        f"for name in {names}:\n"
+        "    t.test_a_packed_matrix_means_what_its_bytes_mean(name)\n"
+        "    t.test_products_equal_dequantise_then_multiply(name)\n"
     )
     result = on_path(path, code)
     assert result.returncode == 0, result.stderr[-2000:]
