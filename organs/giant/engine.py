@@ -12,10 +12,13 @@ the next one of a sequence of its own: writing). A step of one token keeps quant
 from __future__ import annotations
 
 import math
+import os
 import platform
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -705,16 +708,28 @@ def _dismiss(team):
     _wake(team, POSTED)
 
 
+def cpu_time() -> tuple[float, float]:
+    """(time that CPUs were idle, all of them together; time), in the same unit. Where nobody says: as if they always were."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            ticks = [int(word) for word in file.readline().split()[1:9]]
+        return ticks[3], sum(ticks) / (os.cpu_count() or 1)
+    except (OSError, ValueError):
+        return time.monotonic(), time.monotonic()
+
+
 class Pace:
     """Whether single tokens are faster by all threads or by one alone.
 
     Beside a busy process, one of our threads waits for its core again and again, and all the others at every barrier for it. That
-    shows as naps, and only then is working alone tried; while alone, the team is tried again, ever more rarely.
+    shows as naps, and only then is working alone tried; while alone, the team is tried again, ever more rarely, and only if a
+    CPU has been idle half of the time since: a trial beside a busy process is a late token.
     """
 
     TRIES, PATIENCE, SHORTEST, LONGEST = 2, 4, 16, 128  # steps of a trial; naps that make one; steps between trials
 
-    def __init__(self):
+    def __init__(self, watch: Callable[[], tuple[float, float]] = cpu_time):
+        self.watch, self.seen = watch, (0.0, 0.0)
         self.alone, self.trial = False, 0  # what is the rule now; how many steps of a trial are left
         self.seconds: dict[bool, list[float]] = {False: [], True: []}  # of the last steps, together and alone
         self.naps, self.wait = 0.0, self.SHORTEST
@@ -723,7 +738,10 @@ class Pace:
     def choose(self) -> bool:
         """Whether the next step is made alone."""
         if self.trial == 0 and self.rest <= 0 and (self.alone or self.naps >= self.PATIENCE):
-            self.trial, self.seconds[not self.alone] = self.TRIES, []
+            if self.alone and not self._has_idle():
+                self.rest = self.wait
+            else:
+                self.trial, self.seconds[not self.alone] = self.TRIES, []
         return self.alone != (self.trial > 0)
 
     def note(self, alone: bool, seconds: float, naps: int) -> None:
@@ -739,7 +757,12 @@ class Pace:
             if self.trial == 0:
                 self._judge()
 
+    def _has_idle(self) -> bool:
+        before, self.seen = self.seen, self.watch()
+        return self.seen[0] - before[0] >= 0.5 * (self.seen[1] - before[1])
+
     def _judge(self) -> None:
+        self.seen = self.watch()
         usual, tried = sorted(self.seconds[self.alone]), sorted(self.seconds[not self.alone])
         if tried[0] < 0.9 * usual[len(usual) // 2]:
             self.alone, self.wait = not self.alone, self.SHORTEST

@@ -5,6 +5,7 @@ Run alone: pytest -n 0 tests/giant/test_engine.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -228,7 +229,8 @@ def test_a_matrix_of_another_shape_than_the_metadata_says_is_named(tmp_path):
 def test_pace_works_alone_only_while_that_is_faster():
     from organs.giant.engine import Pace
 
-    pace, time_of, alone_steps = Pace(), {False: 1.0, True: 1.8}, 0
+    clock = itertools.count()
+    pace, time_of, alone_steps = Pace(lambda: (next(clock),) * 2), {False: 1.0, True: 1.8}, 0
     for i in range(600):
         if i == 100:  # a neighbour comes
             time_of = {False: 5.0, True: 2.0}
@@ -241,6 +243,19 @@ def test_pace_works_alone_only_while_that_is_faster():
         if 150 < i < 300 or i > 560:
             assert pace.alone == (i < 300)
     assert 150 < alone_steps < 450
+
+
+def test_pace_tries_nothing_while_no_cpu_is_idle():
+    from organs.giant.engine import Pace, cpu_time
+
+    clock = itertools.count(1)
+    pace = Pace(lambda: (0.0, next(clock)))
+    pace.alone = True
+    for _ in range(300):
+        assert pace.choose()
+        pace.note(True, 1.0, 0)
+    idle, now = cpu_time()
+    assert 0 <= idle and 0 < now
 
 
 # --- Pages and the prefix cache. ---
