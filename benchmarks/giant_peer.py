@@ -1,0 +1,54 @@
+"""llama.cpp as the giant's peer: a worker that measures on request. Run by giant_speed.py with the peer's own Python.
+
+Usage: python benchmarks/giant_peer.py MODEL.gguf
+Reads a JSON object a line from stdin, {"prompt", "generate", "threads"}, and writes {"prefill_s", "token_s": [...]}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+
+def main(model_path: str) -> None:
+    import llama_cpp as L
+
+    L.llama_backend_init()
+    model = L.llama_model_load_from_file(model_path.encode(), L.llama_model_default_params())
+    contexts: dict[int, object] = {}
+
+    def context(size: int) -> object:
+        """Contexts are kept, by size: making one takes longer than a measurement."""
+        if size not in contexts:
+            params = L.llama_context_default_params()
+            params.n_ctx, params.n_threads, params.n_threads_batch, params.n_batch = size, 2, 2, 512
+            contexts[size] = L.llama_init_from_model(model, params)
+        return contexts[size]
+
+    for line in sys.stdin:
+        wish = json.loads(line)
+        prompt, generate, threads = wish["prompt"], wish["generate"], wish["threads"]
+        ctx = context(-(-(prompt + generate + 8) // 256) * 256)
+        L.llama_set_n_threads(ctx, threads, threads)
+        L.llama_memory_clear(L.llama_get_memory(ctx), True)
+
+        def feed(tokens: list[int], ctx=ctx) -> None:
+            for i in range(0, len(tokens), 512):
+                piece = tokens[i : i + 512]
+                array = (L.llama_token * len(piece))(*piece)  # must outlive the call: the batch only points to it
+                assert L.llama_decode(ctx, L.llama_batch_get_one(array, len(piece))) == 0
+            L.llama_synchronize(ctx)
+
+        began = time.perf_counter()
+        feed([100 + i % 5000 for i in range(prompt)])
+        took, each = time.perf_counter() - began, []
+        for i in range(generate):
+            began = time.perf_counter()
+            feed([700 + i])
+            each.append(time.perf_counter() - began)
+        print(json.dumps({"prefill_s": took, "token_s": each}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

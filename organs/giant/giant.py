@@ -1,0 +1,315 @@
+"""A loaded model and its sessions: tokens in, logits out. Text is organs/giant/text.py's concern."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from organs.giant.cache import PAGE, Pages, PrefixCache
+from organs.giant.gguf import GGUFFile, open_gguf
+
+PREFIX_BYTES = 128 << 20  # what the prefix cache may hold
+MOST_THREADS = 8
+KV_CACHES = ("f32", "f16", "bf16", "q8")
+
+
+class ContextFull(ValueError):
+    """More tokens than a session's context holds. Nothing was dropped: shorten the prompt, or rewind the session."""
+
+
+class Giant:
+    """A model in memory. Make one by `load`; steps of several Python threads take turns."""
+
+    file: GGUFFile
+    vocab_size: int
+    context: int  # tokens that a session holds at most
+    prefixes: PrefixCache  # what sessions fed, shared by all of them
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        context: int | None = None,
+        kv_cache: str = "f16",
+        threads: int | None = None,
+        offload: str | None = None,
+        exact: bool = False,
+        prefix_bytes: int = PREFIX_BYTES,
+        prefix_folder: str | os.PathLike | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> Giant:
+        """Read a GGUF and make it ready.
+
+        context: tokens a session holds at most; None: what the model was trained for.
+        kv_cache: "f32", "f16", "bf16" or "q8".
+        threads: None: the CPUs that this process may use, at most eight.
+        offload: None; what else there will be arrives with EXPERTS.
+        exact: prompts are read with 16-bit activations, as single tokens always are; slower, and closer to float32.
+        prefix_bytes, prefix_folder: what the prefix cache may hold in memory, and where it keeps a copy on disk.
+        say: hears one sentence when kernels have to be compiled first.
+        Raises GGUFError for a file that is damaged or not supported, ValueError for settings that are impossible.
+        """
+        if kv_cache not in KV_CACHES:
+            raise ValueError(f"kv_cache is {kv_cache!r}; it can be {', '.join(KV_CACHES)}")
+        if offload is not None:
+            raise ValueError(f"offload is {offload!r}; only None is supported")
+        for name, value in (("context", context), ("threads", threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        file = open_gguf(path)
+        try:
+            giant = cls.__new__(cls)
+            giant._set_up(file, context, kv_cache, threads or default_threads(), exact, say)
+            folder = Path(prefix_folder) if prefix_folder else None
+            giant.prefixes = PrefixCache(giant._page_bytes, prefix_bytes, folder, giant._identity(kv_cache, exact))
+        except BaseException:
+            file.close()
+            raise
+        return giant
+
+    def _set_up(
+        self, file: GGUFFile, context: int | None, kind: str, threads: int, exact: bool, say: Callable | None
+    ) -> None:
+        is_cold = not _has_kernels()
+        if is_cold and say is not None:
+            say("compiling kernels for this model, once for this machine…")
+        from organs.giant import architectures, engine, products
+        from organs.giant.program import Recorder
+
+        architectures.check(file)
+        if is_cold:
+            engine.compile_beside(kind)
+        recorder = Recorder(file, kv_cache=kind, threads=threads, exact=exact)
+        try:
+            architectures.record(recorder)
+        except BaseException:
+            recorder.pool.shutdown(cancel_futures=True)
+            raise
+        program = recorder.program()
+        self.file, self.shape, self.threads, self._kept = file, recorder.shape, threads, recorder.kept
+        self.vocab_size = recorder.shape.vocabulary
+        self.context = min(context or recorder.shape.context, 1 << 24)
+        self._page_bytes, self._chunk, self._tile = recorder.page_bytes, recorder.chunk, products.TILE
+        self._logits_width = recorder.logits_width
+        self._logits = products.aligned(4 * self._logits_width * products.TILE, np.float32)
+        shape = recorder.shape
+        stride = -(-(-(-shape.head // 32) * 32 + 2) // 16) * 16
+        self._machines = np.zeros(threads, engine.MACHINE)
+        own = [products.aligned(recorder.own_bytes + recorder.scratch + 4096) for _ in range(threads)]
+        parts = products.aligned(4 * stride * shape.queries * threads)
+        self._kept += [*own, parts]
+        self._machines["own"] = [a.ctypes.data for a in own]
+        self._machines["scratch"] = recorder.own_bytes
+        self._machines["parts"], self._machines["parts_stride"] = parts.ctypes.data, stride
+        self._inputs = np.zeros((3, self._chunk), np.int64)  # tokens, positions, tables
+        for row, name in zip(self._inputs, ("tokens", "positions", "tables"), strict=True):
+            self._machines[name] = row.ctypes.data
+        self._team = engine.Team(program, self._machines)
+        self._pace = engine.Pace()
+        self._lock = threading.Lock()
+
+    def _identity(self, kind: str, exact: bool) -> str:
+        path = self.file.path
+        return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kind} {exact}"
+
+    # --- Steps. ---
+
+    def _step(self, tokens: np.ndarray, positions: np.ndarray, tables: Sequence[np.ndarray], *, together: bool,
+              logits: np.ndarray, is_all: bool = False, states: np.ndarray | None = None) -> None:  # fmt: skip
+        """Run tokens [n] at their positions; tables: one for all, or one for each. logits: where rows go."""
+        n, m, inputs = len(tokens), self._machines, self._inputs
+        inputs[0, :n], inputs[1, :n] = tokens, positions
+        inputs[2, :n] = [t.ctypes.data for t in tables] if len(tables) == n else tables[0].ctypes.data
+        m["n"], m["together"], m["all"] = n, together, is_all
+        heads = self.shape.heads
+        m["chunks"] = self.threads // int(np.gcd(heads, self.threads)) if n == 1 and positions[0] >= 32 else 1
+        m["logits"], m["logits_stride"] = logits.ctypes.data, 4 * self._logits_width
+        m["states"] = 0 if states is None else states.ctypes.data
+        if n > 1 or self.threads == 1:
+            self._team.step()
+            return
+        alone, naps, began = self._pace.choose(), self._team.naps, time.perf_counter()
+        if alone:
+            m["chunks"] = 1
+        self._team.step(alone)
+        self._pace.note(alone, time.perf_counter() - began, self._team.naps - naps)
+
+    def _read(self, pages: Pages, start: int, tokens: np.ndarray, out: np.ndarray | None = None,
+              states: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
+        """Append tokens to a sequence that has `start`; float32 [vocab], a copy, or all rows into `out`."""
+        with self._lock:
+            done = 0
+            while done < len(tokens):
+                piece = tokens[done : done + self._chunk]
+                at = start + done
+                pages.own(at)
+                pages.reserve(at + len(piece))
+                target = self._logits if out is None else out[done:]
+                self._step(piece, np.arange(at, at + len(piece)), [pages.table], together=len(piece) > 1, logits=target,
+                           is_all=out is not None, states=None if states is None else states[done:])  # fmt: skip
+                done += len(piece)
+            return self._logits[: self.vocab_size].copy()
+
+    def _ids(self, tokens: Sequence[int]) -> np.ndarray:
+        """int64 [n]. Raises ValueError for an empty sequence or an id outside of the vocabulary."""
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or ids.size == 0:
+            raise ValueError("no tokens were given; at least one is needed")
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"tokens are integers, not {ids.dtype}")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            worst = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(f"the token {worst} is outside of the vocabulary of {self.vocab_size}")
+        return ids.astype(np.int64)
+
+    def _room(self, used: int, more: int) -> None:
+        if used + more > self.context:
+            raise ContextFull(
+                f"{used + more:,} tokens do not fit into a context of {self.context:,}; shorten the prompt or rewind the session"
+            )
+
+    # --- For users. ---
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """float32 [n, vocab]: logits after every token of a fresh context. Raises ContextFull, ValueError."""
+        ids = self._ids(tokens)
+        self._room(0, len(ids))
+        out = np.empty((len(ids) + self._tile, self._logits_width), np.float32)
+        self._read(Pages(self._page_bytes), 0, ids, out)
+        return out[: len(ids), : self.vocab_size]
+
+    def session(self) -> Session:
+        """A fresh context of this model."""
+        return Session(self)
+
+    def generate_ids(self, tokens: Sequence[int], count: int, stop: Sequence[int] = ()) -> Iterator[int]:
+        """The likeliest token, `count` times, until one of `stop` (which is not yielded)."""
+        session = self.session()
+        logits = session.feed(tokens)
+        for i in range(count):
+            token = int(logits.argmax())
+            if token in stop:
+                return
+            yield token
+            if i + 1 < count:
+                logits = session.feed([token])
+
+    def feed_all(self, sessions: Sequence[Session], tokens: Sequence[int]) -> np.ndarray:
+        """float32 [sessions, vocab]: one more token for each of several sessions, in one step.
+
+        The matrices are read once for all of them. Raises ContextFull, ValueError (also for a session that comes twice).
+        """
+        ids = self._ids(tokens)
+        if len(sessions) != len(ids) or len(set(map(id, sessions))) != len(sessions):
+            raise ValueError("every session takes exactly one token")
+        for session in sessions:
+            self._room(len(session.tokens), 1)
+        if len(sessions) == 1:
+            return sessions[0].feed(tokens)[None]
+        out = np.empty((len(ids) + self._tile, self._logits_width), np.float32)
+        with self._lock:
+            for first in range(0, len(ids), self._chunk):
+                some = sessions[first : first + self._chunk]
+                for session in some:
+                    session._pages.own(len(session.tokens))
+                    session._pages.reserve(len(session.tokens) + 1)
+                positions = np.array([len(session.tokens) for session in some])
+                tables = [session._pages.table for session in some]
+                self._step(
+                    ids[first : first + len(some)], positions, tables, together=False, logits=out[first:], is_all=True
+                )
+        for session, token in zip(sessions, ids.tolist(), strict=True):
+            session._joined([token])
+        return out[: len(ids), : self.vocab_size]
+
+    def embed(self, tokens: Sequence[int]) -> np.ndarray:
+        """float32 [width]: the mean of the last layer's normed states over the tokens, of length 1."""
+        ids = self._ids(tokens)
+        self._room(0, len(ids))
+        states = np.empty((len(ids), self.shape.width), np.float32)
+        self._read(Pages(self._page_bytes), 0, ids, states=states)
+        mean = states.mean(0)
+        return mean / max(float(np.linalg.norm(mean)), 1e-12)
+
+    def close(self) -> None:
+        """Send the threads home and close the file."""
+        self._team.close()
+        self.file.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_team") and not sys.is_finalizing():
+            self._team.close()
+
+
+class Session:
+    """One context: the tokens that were fed, and their keys and values."""
+
+    def __init__(self, giant: Giant):
+        self.giant, self.tokens = giant, []
+        self._pages = Pages(giant._page_bytes)
+
+    giant: Giant
+    tokens: list[int]
+
+    def feed(self, tokens: Sequence[int]) -> np.ndarray:
+        """float32 [vocab], a copy: logits after the last of these tokens (at least one), which join the context.
+
+        A beginning that an earlier session fed is taken from the prefix cache. Raises ContextFull (and changes nothing) where
+        they do not fit, ValueError for an id outside of the vocabulary.
+        """
+        giant = self.giant
+        ids = giant._ids(tokens)
+        giant._room(len(self.tokens), len(ids))
+        start, skipped = len(self.tokens), 0
+        if start == 0 and len(ids) > PAGE:
+            found = giant.prefixes.find(ids[:-1].tolist())
+            self._pages.adopt(found)
+            skipped = len(found) * PAGE
+        logits = giant._read(self._pages, start + skipped, ids[skipped:])
+        self._joined(ids.tolist())
+        return logits
+
+    def _joined(self, ids: list[int]) -> None:
+        before = len(self.tokens) // PAGE
+        self.tokens += ids
+        if len(self.tokens) // PAGE > before:
+            kept = self.giant.prefixes.keep(self.tokens, self._pages.pages)
+            self._pages.shared = max(self._pages.shared, kept)
+
+    def rewind(self, n: int) -> None:
+        """Keep the first n tokens only. Raises ValueError unless 0 <= n <= len(tokens)."""
+        if not 0 <= n <= len(self.tokens):
+            raise ValueError(f"a session of {len(self.tokens)} tokens cannot be rewound to {n}")
+        del self.tokens[n:]
+        self._pages.truncate(n)
+
+    def fork(self) -> Session:
+        """A second session with the same context; what they share is held once."""
+        other = Session(self.giant)
+        other.tokens, other._pages = list(self.tokens), self._pages.fork()
+        return other
+
+    def close(self) -> None:
+        """Give the memory back; the prefix cache may keep what it likes."""
+        self.rewind(0)
+
+
+def default_threads() -> int:
+    """The CPUs that this process may use, at most eight."""
+    return min(MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _has_kernels() -> bool:
+    """Whether compiled code of the giant, as it is now, is in the cache (perhaps not of all formats)."""
+    from organs import kernels
+    from organs.giant import lanes
+
+    with kernels.compiling("giant", lanes.SOURCES) as folder:
+        return any(folder.rglob("*.attention-*.nbi"))

@@ -1,0 +1,461 @@
+"""Recording a model: its matrices become panels, its layers rows of one program for the engine.
+
+An architecture (organs/giant/architectures/) calls the methods of `Recorder` in the order in which a token passes through
+the model; what a layer has besides (biases, norms of queries and keys, norms behind) is seen by its tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from organs.giant import attention, engine, products
+from organs.giant.gguf import GGUFError, GGUFFile
+from organs.giant.products import BLOCK, BYTES, PLAIN, ROWS, TILE
+
+SLAB = 8 << 20  # bytes that are read and packed at a time
+WORKSPACE = 96 << 20  # bytes that activations of a prompt may take
+LONGEST_CHUNK = 512  # tokens of a prompt that are read together
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model, as its metadata says; checked against its tensors when those are packed."""
+
+    architecture: str
+    width: int
+    layers: int
+    queries: int  # heads of queries
+    heads: int  # heads of keys and values
+    head: int  # numbers of a head
+    hidden: int
+    vocabulary: int
+    context: int
+    epsilon: float
+
+    @classmethod
+    def of(cls, file: GGUFFile) -> Shape:
+        """Raises GGUFError for what is missing or impossible."""
+        name = file.architecture
+        number = lambda key, default=None: file.get(f"{name}.{key}", int, default)
+        embedding = file.tensors.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise GGUFError(f"{file.path}: it lacks the matrix token_embd.weight")
+        queries, width = number("attention.head_count"), number("embedding_length")
+        if min(queries, width) < 1:
+            raise GGUFError(f"{file.path}: {queries} heads and a width of {width} make no model")
+        heads = number("attention.head_count_kv", queries)
+        head = number("attention.key_length", width // queries)
+        shape = cls(name, width, number("block_count"), queries, heads, head, number("feed_forward_length"),
+                    embedding.shape[0], number("context_length"), file.get(f"{name}.attention.layer_norm_rms_epsilon", float))  # fmt: skip
+        if min(shape.layers, heads, head, shape.hidden, shape.context) < 1 or queries % max(heads, 1) or head % 2:
+            raise GGUFError(f"{file.path}: its sizes make no model: {shape}")
+        if number("attention.value_length", head) != head:
+            raise GGUFError(f"{file.path}: values of another size than keys are not supported")
+        if head > 512 or shape.layers > 10_000 or not 0 < shape.epsilon < 1:
+            raise GGUFError(f"{file.path}: its sizes are out of reason: {shape}")
+        return shape
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotation of queries and keys. `split`: a number's partner is half a head away, not its neighbour."""
+
+    frequencies: tuple[float, ...]  # radians a position, of each pair
+    magnitude: float = 1.0
+    split: bool = True
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A packed matrix; knows its format and where it is."""
+
+    format: str
+    rows: int
+    columns: int
+    data: np.ndarray  # uint8: panels
+    device: str = "cpu"
+
+    @property
+    def panels(self) -> int:
+        return len(self.data) // products.panel_bytes(self.format, self.columns)
+
+    @property
+    def blocks(self) -> int:
+        return products.blocks(self.format, self.columns)
+
+    @property
+    def panel_bytes(self) -> int:
+        return products.panel_bytes(self.format, self.columns)
+
+
+@dataclass
+class Activations:
+    """Quantised copies of one vector a token: bytes into a thread's own memory or addresses, by form."""
+
+    width: int
+    tiles: dict[str, int]
+    one: dict[str, int]
+    is_shared: bool  # whether `one` are addresses
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.width // BLOCK)
+
+
+class Recorder:
+    """Collects rows, matrices and memory of a model; `program()` is the result."""
+
+    def __init__(
+        self, file: GGUFFile, *, kv_cache: str, threads: int, exact: bool, say: Callable[[str], None] | None = None
+    ):
+        self.file, self.shape, self.kind, self.threads, self.exact = file, Shape.of(file), kv_cache, threads, exact
+        s = self.shape
+        self.rows: list[dict] = []
+        self.kept: list[np.ndarray] = []  # whatever rows point to
+        self.pool = ThreadPoolExecutor(max(1, threads))
+        self.jobs: list = []
+        self.say = say or (lambda text: None)
+        self.attention_width = s.queries * s.head
+        self.joined = (s.queries + 2 * s.heads) * s.head
+        floats = s.width * 2 + self.joined + self.attention_width
+        self.chunk = max(
+            TILE * 4, min(LONGEST_CHUNK, WORKSPACE // (4 * floats + 3 * (s.hidden + 2 * s.width)) // 16 * 16)
+        )
+        self.x, self.x_stride = self.buffer(s.width)
+        self.qkv, self.qkv_stride = self.buffer(self.joined)
+        self.out, self.out_stride = self.buffer(self.attention_width)
+        self.spare: tuple[int, int] | None = None  # for norms behind, when one is asked for
+        self.ones = self.keep(np.ones(max(s.width, s.hidden, self.attention_width) + BLOCK, np.float32))
+        self.own_bytes = 0
+        self.left: np.ndarray | None = None  # of the stretch for matrices
+        self.activations: dict[tuple[str, int], Activations] = {}
+        self.turned: dict[Rope, int] = {}
+        self.scratch = 0
+        self.token_table: Matrix | None = None
+        self.page_bytes = s.layers * s.heads * attention.stretch_bytes(kv_cache, s.head)
+
+    # --- Memory. ---
+
+    def keep(self, array: np.ndarray) -> int:
+        """Keep an array alive; its address."""
+        self.kept.append(array)
+        return array.ctypes.data
+
+    def buffer(self, numbers: int) -> tuple[int, int]:
+        """Room for so many float32 of every token of a chunk: (address, bytes from token to token)."""
+        stride = 4 * -(-numbers // 16) * 16
+        return self.keep(products.aligned(stride * self.chunk)), stride
+
+    def own(self, nbytes: int) -> int:
+        """Room in each thread's own memory: where it begins."""
+        at = self.own_bytes
+        self.own_bytes += -(-nbytes // 64) * 64
+        return at
+
+    def quantised(self, use: str, width: int, matrices: Sequence[Matrix], is_shared: bool = False) -> Activations:
+        """Room for activations in what forms these matrices take; shared by all layers, which come one after the other."""
+        a = self.activations.setdefault((use, width), Activations(width, {}, {}, is_shared))
+        for form in sorted({self.form(m) for m in matrices}):
+            if form not in a.tiles:
+                a.tiles[form] = self.keep(products.aligned(self.chunk * a.blocks * BYTES[form]))
+        for form in sorted({self.form_of_one(m) for m in matrices}):
+            if form not in a.one:
+                size = a.blocks * BYTES[form]
+                a.one[form] = self.keep(products.aligned(size)) if is_shared else self.own(size)
+        return a
+
+    def space(self, nbytes: int) -> np.ndarray:
+        """Room for panels, uint8, at a multiple of 64: in one stretch for all matrices, which the kernel may map by huge pages.
+
+        With pages of 4 KB, a token misses the address cache once for each of them, and no prefetch crosses their borders.
+        """
+        nbytes = -(-nbytes // 64) * 64
+        if self.left is None or len(self.left) < nbytes:
+            wanted = sum(info.nbytes for info in self.file.tensors.values()) if self.left is None else 0
+            self.left = products.aligned(max(nbytes, wanted))
+            self.kept.append(self.left)
+        space, self.left = self.left[:nbytes], self.left[nbytes:]
+        return space
+
+    # --- Tensors. ---
+
+    def has(self, name: str) -> bool:
+        return name in self.file.tensors
+
+    def vector(self, name: str, numbers: int) -> np.ndarray:
+        """float32 [numbers]."""
+        info = self.file.tensors.get(name)
+        if info is None:
+            raise GGUFError(f"{self.file.path}: it lacks the tensor {name}")
+        if info.shape != (numbers,):
+            raise GGUFError(f"{self.file.path}: {name} has the shape {info.shape}, not ({numbers},)")
+        from organs.giant.formats import dequantise
+
+        raw = np.empty(info.nbytes, np.uint8)
+        self.file.read(info, raw)
+        return dequantise(raw, info.format)
+
+    def matrix(self, name: str, rows: int, columns: int, multiple: int = ROWS) -> Matrix:
+        """Packed, in the background; rows are filled up with zeros to a multiple."""
+        info = self.file.tensors.get(name)
+        if info is None:
+            raise GGUFError(f"{self.file.path}: it lacks the tensor {name}")
+        if info.shape != (rows, columns):
+            raise GGUFError(f"{self.file.path}: {name} has the shape {info.shape}, not {(rows, columns)}")
+        panels, size = -(-rows // multiple) * multiple // ROWS, products.panel_bytes(info.format, columns)
+        data = self.space(panels * size)[: panels * size]
+        if panels * ROWS - rows >= ROWS:
+            data[(panels - 1) * size :] = 0
+        row_bytes = info.nbytes // rows
+        step = max(1, SLAB // (ROWS * row_bytes)) * ROWS
+
+        def pack(first: int) -> None:
+            count = min(step, rows - first)
+            slab = np.empty(count * row_bytes, np.uint8)
+            self.file.read(info, slab, first * row_bytes)
+            products.pack(slab, info.format, count, columns, data[first // ROWS * size :])
+
+        self.jobs += [self.pool.submit(pack, first) for first in range(0, rows, step)]
+        return Matrix(info.format, rows, columns, data)
+
+    # --- Rows. ---
+
+    def row(self, operation: str, **fields) -> dict:
+        for form in products.QUANTISERS:
+            if form != "narrow":
+                fields.setdefault(f"one_{form}", -1)
+        self.rows.append(dict(fields, operation=engine.address(operation)))
+        return self.rows[-1]
+
+    def form(self, matrix: Matrix) -> str:
+        """Of the activations of a prompt."""
+        return products.form_of(matrix.format, not self.exact)
+
+    def form_of_one(self, matrix: Matrix) -> str:
+        """Of a single token's."""
+        return products.form_of(matrix.format, False)
+
+    def wanted(self, a: Activations, matrices: Sequence[Matrix]) -> dict:
+        """The fields that say in what forms activations are made."""
+        return {form: a.tiles[form] for form in map(self.form, matrices)} | {
+            f"one_{form}": a.one[form] for form in map(self.form_of_one, matrices)
+        }
+
+    def need(self, nbytes: int) -> None:
+        self.scratch = max(self.scratch, nbytes)
+
+    def quantise(
+        self, use: str, source: tuple[int, int], width: int, matrices: Sequence[Matrix], norm: int = 0, **fields
+    ) -> Activations:
+        """The row that makes the activations which these matrices take."""
+        a = self.quantised(use, width, matrices)
+        self.row("quantise", input=source[0], input_stride=source[1], width=width, norm=norm, ones=self.ones,
+                 epsilon=self.shape.epsilon, **self.wanted(a, matrices), **fields)  # fmt: skip
+        return a
+
+    def kernels(self, matrix: Matrix, suffix: str = "") -> dict:
+        """The fields that say which matrix, and by which kernels."""
+        many, one = (engine.tile_address(matrix.format, form, T) for form, T in
+                     ((self.form(matrix), TILE), (self.form_of_one(matrix), 1)))  # fmt: skip
+        return {
+            f"weight{suffix}": matrix.data.ctypes.data, f"blocks{suffix}": matrix.blocks,
+            f"panel_bytes{suffix}": matrix.panel_bytes, f"kernel{suffix}": many, f"kernel{suffix}_one": one,
+        }  # fmt: skip
+
+    def taken(self, a: Activations, matrix: Matrix, suffix: str = "") -> dict:
+        """The fields that say which activations are taken."""
+        form, one = self.form(matrix), a.one[self.form_of_one(matrix)]
+        return {f"tiles{suffix}": a.tiles[form], f"tile_bytes{suffix}": TILE * a.blocks * BYTES[form],
+                ("shared" if a.is_shared else f"single{suffix}"): one}  # fmt: skip
+
+    def product(self, a: Activations, matrix: Matrix, target: tuple[int, int], **fields) -> dict:
+        return self.row("product", output=target[0], output_stride=target[1], panels=matrix.panels,
+                        **self.kernels(matrix), **self.taken(a, matrix), **fields)  # fmt: skip
+
+    # --- What architectures call. ---
+
+    def embed(self, factor: float = 1.0) -> None:
+        """A token's row of the table, times a factor."""
+        s = self.shape
+        table = self.matrix("token_embd.weight", s.vocabulary, s.width)
+        self.token_table = table
+        block = BLOCK if table.format in PLAIN else products.FORMATS[table.format].block
+        self.need(table.blocks * block * ROWS * 4)
+        self.row("embed", output=self.x, output_stride=self.x_stride, width=s.width, factor=factor, weight=table.data.ctypes.data,
+                 panel_bytes=table.panel_bytes, blocks=table.blocks, kernel=engine.reader_address(table.format), barrier=1)  # fmt: skip
+
+    def turns(self, rope: Rope | None) -> dict:
+        """The fields of attention that say how heads are rotated; cosines and sines are computed once a step."""
+        if rope is None:
+            return dict(rotated=0)
+        if rope not in self.turned:
+            count = len(rope.frequencies)
+            space, _ = self.keep(products.aligned(8 * count * self.chunk)), None
+            frequencies = self.keep(np.array(rope.frequencies, np.float64))
+            before = self.rows
+            self.rows = []
+            self.row("angles", output=space, count=count, frequencies=frequencies, magnitude=rope.magnitude)
+            self.rows = self.rows + before  # first of all, so that `embed`'s barrier covers it
+            self.turned[rope] = space
+        return dict(rotated=2 * len(rope.frequencies), split=int(rope.split), angles=self.turned[rope])
+
+    def attention(
+        self, layer: int, rope: Rope | None, window: int = 0, cap: float = 0.0, scale: float | None = None
+    ) -> None:
+        """x += attention(norm(x)): with biases and norms where the layer has tensors for them."""
+        s, block = self.shape, f"blk.{layer}."
+        norm = self.keep(self.vector(block + "attn_norm.weight", s.width))
+        rows = {"q": s.queries * s.head, "k": s.heads * s.head, "v": s.heads * s.head}
+        matrices = {n: self.matrix(f"{block}attn_{n}.weight", rows[n], s.width) for n in rows}
+        a = self.quantise("x", (self.x, self.x_stride), s.width, list(matrices.values()), norm)
+        at = self.qkv
+        for name, matrix in matrices.items():
+            if matrix.panels * ROWS != rows[name] and name != "v":
+                at = self._apart(a, matrices, rows)
+                break
+            self.product(a, matrix, (at, self.qkv_stride))
+            at += 4 * rows[name]
+        self.rows[-1]["barrier"] = 1
+        bias = 0
+        if self.has(block + "attn_q.bias"):
+            bias = self.keep(np.concatenate([self.vector(f"{block}attn_{n}.bias", rows[n]) for n in rows]))
+        norms = {}
+        for n in ("q", "k"):
+            name = f"{block}attn_{n}_norm.weight"
+            norms[n] = self.keep(self.vector(name, s.head)) if self.has(name) else 0
+        width, kinds = attention.width_of(s.head), list(attention.KINDS)
+        stretch = attention.stretch_bytes(self.kind, s.head)
+        groups = s.queries // s.heads
+        self.need(64 + 4 * attention.QUERIES * (groups * (s.head + width + 2) + attention.PAGE) + 4 * s.head)
+        self.row("attention", input=self.qkv, input_stride=self.qkv_stride, output=self.out, output_stride=self.out_stride,
+                 queries=s.queries, heads=s.heads, head=s.head, head_width=width, inside=layer * s.heads * stretch,
+                 stretch=stretch, window=window, bias=bias, query_norm=norms["q"], key_norm=norms["k"],
+                 kind=kinds.index(self.kind), size=attention.KINDS[self.kind], epsilon=s.epsilon, cap=cap,
+                 factor=scale if scale is not None else 1 / math.sqrt(s.head),
+                 attention_kernels=engine.attention_addresses(self.kind).ctypes.data, barrier=1, **self.turns(rope))  # fmt: skip
+        matrix = self.matrix(block + "attn_output.weight", s.width, self.attention_width)
+        self.need(4 * self.attention_width + 4 * BLOCK)
+        a = self.quantise("attention", (self.out, self.out_stride), self.attention_width, [matrix], merge=1,
+                          queries=s.queries, heads=s.heads, head=s.head, head_width=width)  # fmt: skip
+        self._back(a, matrix, block + "attn_output.bias", block + "post_attention_norm.weight")
+
+    def _apart(self, a: Activations, matrices: dict[str, Matrix], rows: dict[str, int]) -> int:
+        raise GGUFError(f"{self.file.path}: heads whose sizes are no multiple of {ROWS} are not supported")
+
+    def feed_forward(self, layer: int, is_gelu: bool = False) -> None:
+        """x += down(act(gate(norm(x))) · up(norm(x)))."""
+        s, block = self.shape, f"blk.{layer}."
+        norm = self.keep(self.vector(block + "ffn_norm.weight", s.width))
+        gate = self.matrix(block + "ffn_gate.weight", s.hidden, s.width, BLOCK)
+        up = self.matrix(block + "ffn_up.weight", s.hidden, s.width, BLOCK)
+        down = self.matrix(block + "ffn_down.weight", s.width, s.hidden)
+        a = self.quantise("x", (self.x, self.x_stride), s.width, [gate, up], norm)
+        h = self.quantised("hidden", s.hidden, [down], is_shared=True)
+        self.need(256 * TILE)
+        self.row("gated", panels=gate.panels, is_gelu=int(is_gelu), ones=self.ones, barrier=1, **self.kernels(gate),
+                 **self.kernels(up, "2"), **self.taken(a, gate), **self.taken(a, up, "2"), **self.wanted(h, [down]))  # fmt: skip
+        self._back(h, down, block + "ffn_down.bias", block + "post_ffw_norm.weight")
+
+    def _back(self, a: Activations, matrix: Matrix, bias: str, norm: str) -> None:
+        """x += product, or x += norm(product + bias) where the layer has such tensors."""
+        s = self.shape
+        if not self.has(bias) and not self.has(norm):
+            self.product(a, matrix, (self.x, self.x_stride), add=1, barrier=1)
+            return
+        if self.spare is None:
+            self.spare = self.buffer(s.width)
+        self.product(a, matrix, self.spare, barrier=1)
+        common = dict(width=s.width, epsilon=s.epsilon, output_stride=self.spare[1], barrier=1)
+        if self.has(bias):
+            self.row("add_bias", output=self.spare[0], norm=self.keep(self.vector(bias, s.width)), **common)
+        if self.has(norm):
+            self.row("add_normed", input=self.spare[0], input_stride=self.spare[1], output=self.x,
+                     norm=self.keep(self.vector(norm, s.width)), **common)  # fmt: skip
+        else:
+            raise GGUFError(f"{self.file.path}: {bias} without a norm behind it is not supported")
+
+    def head(self, cap: float = 0.0) -> None:
+        """Logits: of the last token, or of all."""
+        s = self.shape
+        norm = self.keep(self.vector("output_norm.weight", s.width))
+        table = self.token_table
+        if self.has("output.weight"):
+            table = self.matrix("output.weight", s.vocabulary, s.width)
+        assert table is not None, "embed comes first"
+        common = dict(input=self.x, input_stride=self.x_stride, width=s.width, norm=norm, epsilon=s.epsilon)
+        self.row("states", **common)
+        a = self.quantise("x", (self.x, self.x_stride), s.width, [table], norm, last=1)
+        self.product(a, table, (0, 0), last=1, barrier=1)
+        if cap > 0:
+            self.row("cap", cap=cap, panels=table.panels, barrier=1)
+        self.logits_width = table.panels * ROWS
+
+    def program(self) -> np.ndarray:
+        """The rows [n] of engine.ROW, when all matrices are packed. Raises GGUFError where one could not be read."""
+        try:
+            for job in self.jobs:
+                job.result()
+        finally:
+            self.pool.shutdown(cancel_futures=True)
+        rows = np.zeros(len(self.rows), engine.ROW)
+        for target, fields in zip(rows, self.rows, strict=True):
+            for name, value in fields.items():
+                target[name] = value
+        return rows
+
+
+# --- RoPE: how fast each pair of a head turns. ---
+
+
+def rope_of(file: GGUFFile, shape: Shape, *, split: bool, base_key: str = "rope.freq_base", default: float = 10_000.0,
+            is_scaled: bool = True) -> Rope:  # fmt: skip
+    """The rotation that a file's metadata describes; scaling "linear", "ntk", "yarn" and llama3's factors.
+
+    Sources: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071), as llama.cpp computes it; llama3's factors come as a tensor.
+    """
+    name = shape.architecture
+    rotated = file.get(f"{name}.rope.dimension_count", int, shape.head)
+    if not 0 < rotated <= shape.head or rotated % 2:
+        raise GGUFError(f"{file.path}: {name}.rope.dimension_count is {rotated}, in heads of {shape.head}")
+    base = file.get(f"{name}.{base_key}", float, default)
+    if not base > 1:
+        raise GGUFError(f"{file.path}: {name}.{base_key} is {base}")
+    kind = file.get(f"{name}.rope.scaling.type", str, "none") if is_scaled else "none"
+    factor = file.get(f"{name}.rope.scaling.factor", float, 1.0) if is_scaled else 1.0
+    if not factor > 0:
+        raise GGUFError(f"{file.path}: {name}.rope.scaling.factor is {factor}")
+    pairs = np.arange(0, rotated, 2, dtype=np.float64)
+    if kind == "ntk":
+        base *= factor ** (rotated / max(rotated - 2, 1))
+    frequencies, magnitude = base ** (-pairs / rotated), 1.0
+    if kind == "linear":
+        frequencies = frequencies / factor
+    elif kind == "yarn":
+        frequencies, magnitude = _yarn(file, name, frequencies, base, rotated, factor, shape.context)
+    elif kind not in ("none", "ntk"):
+        raise GGUFError(
+            f"{file.path}: RoPE scaling {kind!r} is not supported (linear, ntk, yarn and llama3's factors are)"
+        )
+    factors = file.tensors.get("rope_freqs.weight")
+    if factors is not None and is_scaled:
+        if factors.shape != (rotated // 2,):
+            raise GGUFError(f"{file.path}: rope_freqs.weight has the shape {factors.shape}, not ({rotated // 2},)")
+        frequencies = frequencies / np.maximum(file.array("rope_freqs.weight").astype(np.float64), 1e-6)
+    return Rope(tuple(float(f) for f in frequencies), magnitude, split)
+
+
+def _yarn(file: GGUFFile, name: str, frequencies: np.ndarray, base: float, rotated: int, factor: float, context: int):
+    """(frequencies, magnitude): slow pairs are interpolated, fast ones are not, those between are mixed."""
+    get = lambda key, default: file.get(f"{name}.rope.scaling.{key}", float, default)
+    original = get("original_context_length", context / factor)
+    ramp_at = lambda turns: rotated * math.log(max(original, 1) / (turns * 2 * math.pi)) / (2 * math.log(base))
+    low = max(0.0, math.floor(ramp_at(get("yarn_beta_fast", 32.0))))
+    high = min(rotated - 1.0, math.ceil(ramp_at(get("yarn_beta_slow", 1.0))))
+    interpolated = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 0.001), 0, 1)
+    mixed = frequencies / factor * interpolated + frequencies * (1 - interpolated)
+    return mixed, get("attn_factor", 1.0) * (1 + 0.1 * math.log(factor) if factor > 1 else 1.0)
