@@ -117,7 +117,8 @@ def kernels_ready() -> bool:
 class BodyConfig:
     """The transformer that stands on the field (chapter 5)."""
 
-    stage: str = "embryo"  # what a newborn is: embryo, infant, child, adolescent, teen or adult (molequla §1.7)
+    stage: str = "embryo"  # what a newborn is: embryo, infant, child, adolescent, teen, adult or one of stages (§1.7)
+    stages: tuple[str, ...] = ()  # stages beyond adult, each "NAME WIDTH LAYERS HEADS HEAD_SIZE BYTES", rising
     field: bool = True  # stand on the field; off: the plain graph, blended with n-gram counts (stack)
     context: int = 96  # tokens that attention sees (molequla §1.1)
     head_types: tuple[str, ...] = ()  # content, hybrid or rrpram, one a head; empty: half content, half hybrid
@@ -223,7 +224,6 @@ class LifeConfig:
 
 
 CONFIG_CHOICES = {  # what a text may be, where it is one of a few
-    "body.stage": ("embryo", "infant", "child", "adolescent", "teen", "adult"),
     "body.head_types": ("content", "hybrid", "rrpram"),
     "tokenizer.retrain": ("double", "never"),
     "field.contexts": ("full", "lite"),
@@ -496,12 +496,15 @@ def aligned_zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
 
 # --- The arena, in which all parameters are one array. ---
 
+FROZEN = "frozen."  # how the names of parameters begin that are no longer trained
+
 
 class Place(NamedTuple):
-    """Where a parameter lies: `offset` in numbers, and its shape."""
+    """Where a parameter lies: `offset` in numbers, and its shape; whether it is trained, or frozen."""
 
     offset: int
     shape: tuple[int, ...]
+    trained: bool = True
 
     @property
     def size(self) -> int:
@@ -515,18 +518,21 @@ class Place(NamedTuple):
 class Arena:
     """Parameters, AdamW's moments and the averaged weights: four flat arrays of one layout {name: shape}.
 
-    Matrices lie first, vectors behind them, so that "decay the matrices" is "decay the first `decayed` numbers". Places
-    begin at multiples of 16; what lies between them stays zero. Snapshot, clip and AdamW are each one pass.
+    Matrices lie first, vectors behind them, so that "decay the matrices" is "decay the first `decayed` numbers"; what is
+    frozen lies last, so that AdamW and gradients end at `trained`. Places begin at multiples of 16; what lies between
+    them stays zero. Snapshot, clip and AdamW are each one pass.
     """
 
     ARRAYS = ("parameters", "moment1", "moment2", "average")
 
     def __init__(self, layout: dict[str, tuple[int, ...]], dtype: Any = np.float32):
-        self.dtype, self.places, self.size, self.decayed = np.dtype(dtype), layout_places(layout), 0, 0
+        self.dtype, self.places = np.dtype(dtype), layout_places(layout)
+        self.size = self.trained = self.decayed = 0
         for place in self.places.values():
             self.size = max(self.size, place.offset + padded(place.size, 16))
-            if len(place.shape) > 1:
-                self.decayed = self.size
+            if place.trained:
+                self.trained = self.size
+                self.decayed = self.size if len(place.shape) > 1 else self.decayed
         self.parameters, self.moment1, self.moment2, self.average = (
             aligned_zeros(self.size, dtype=dtype) for _ in self.ARRAYS
         )
@@ -540,7 +546,7 @@ class Arena:
         return self.places[name].of(getattr(self, array))
 
     def __len__(self) -> int:
-        """Trained numbers, without the gaps."""
+        """Numbers of all parameters, without the gaps."""
         return sum(place.size for place in self.places.values())
 
     def copy(self) -> Arena:
@@ -555,29 +561,31 @@ class Arena:
 
 
 def layout_places(layout: dict[str, tuple[int, ...]]) -> dict[str, Place]:
-    """The place of each parameter; in the order of the layout, matrices before vectors."""
+    """The place of each parameter: in the order of the layout, matrices before vectors, and last of all what is frozen,
+    whose names begin with FROZEN."""
     places, offset = {}, 0
-    for name in sorted(layout, key=lambda name: len(layout[name]) < 2):
-        places[name] = Place(offset, tuple(layout[name]))
+    for name in sorted(layout, key=lambda name: (name.startswith(FROZEN), len(layout[name]) < 2)):
+        places[name] = Place(offset, tuple(layout[name]), not name.startswith(FROZEN))
         offset += padded(places[name].size, 16)
     return places
 
 
 def adamw(arena: Arena, gradients: np.ndarray, rate: float, step: int, config: LearningConfig) -> float:
-    """One step on gradients [size]; returns their norm before clipping. `step` counts from 1.
+    """One step on gradients [trained]; returns their norm before clipping. `step` counts from 1.
 
     Decoupled decay of the matrices (Loshchilov & Hutter 2019, arXiv 1711.05101), clipping by the global norm, and a moving
     average of the weights: with decay min(config.average, step / (step + 1)), so that it starts as a plain mean.
     """
     norm = float(np.sqrt(np.sum(np.square(gradients, dtype=np.float64))))
     clip = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm > 0 else 1.0
-    g, p = gradients * arena.dtype.type(clip), arena.parameters
-    arena.moment1 += (1 - config.beta1) * (g - arena.moment1)
-    arena.moment2 += (1 - config.beta2) * (g * g - arena.moment2)
-    mean, square = arena.moment1 / (1 - config.beta1**step), arena.moment2 / (1 - config.beta2**step)
+    g = gradients * arena.dtype.type(clip)
+    p, moment1, moment2, average = (getattr(arena, name)[: arena.trained] for name in Arena.ARRAYS)
+    moment1 += (1 - config.beta1) * (g - moment1)
+    moment2 += (1 - config.beta2) * (g * g - moment2)
+    mean, square = moment1 / (1 - config.beta1**step), moment2 / (1 - config.beta2**step)
     p[: arena.decayed] *= 1 - rate * config.weight_decay
     p -= rate * mean / (np.sqrt(square) + config.epsilon)
-    arena.average += max(1 - config.average, 1 / (step + 1)) * (p - arena.average)
+    average += max(1 - config.average, 1 / (step + 1)) * (p - average)
     return norm
 
 
@@ -605,9 +613,8 @@ class Tensor:
     def __matmul__(self, weight: Place) -> Tensor:
         inner, outer = weight.shape
         assert inner == self.width, f"a product of {self.width} columns with a matrix of {weight.shape}"
-        return self.tape.record(
-            "linear", outer, self, weights=[weight], inner=inner, scratch_back=inner * outer, scale=1.0
-        )
+        return self.tape.record("linear", outer, self, weights=[weight], inner=inner, scratch_back=inner * outer, scale=1.0,
+                                frozen=not weight.trained)  # fmt: skip
 
     def __rmul__(self, factor: float) -> Tensor:
         self._product().fields["scale"] *= factor
@@ -783,7 +790,7 @@ class Machine:
     sequences: int = 1
     length: int = 1
     position: int = 0  # of the first token, for angles and cache
-    gradients: np.ndarray | None = None  # [arena.size]; operations add to it
+    gradients: np.ndarray | None = None  # [arena.trained]; operations add to it
     targets: np.ndarray | None = None  # int64 [rows]
     view: FieldView | None = None  # of every row
     cache: np.ndarray | None = None  # [program.cache]
@@ -866,7 +873,7 @@ def _field_input_back(f: Frame) -> None:
 
 def _rms_norm(f: Frame) -> None:
     """Zhang & Sennrich 2019, arXiv 1910.07467: x / rms(x) · gain. saved [R, 1] = 1 / rms."""
-    f.saved[:] = 1 / np.sqrt((f.x**2).mean(1, keepdims=True) + RMS_EPSILON)
+    f.saved[:] = 1 / np.sqrt((f.x**2).mean(1, keepdims=True) + f.epsilon)
     f.out[:] = f.x * f.saved * f.weight()
 
 
@@ -883,7 +890,8 @@ def _linear(f: Frame) -> None:
 
 
 def _linear_back(f: Frame) -> None:
-    f.d_weight()[:] += f.scale * (f.x.T @ f.d_out)
+    if not f.frozen:
+        f.d_weight()[:] += f.scale * (f.x.T @ f.d_out)
     f.give(f.scale * (f.d_out @ f.weight().T))
     if f.add_y:
         f.d_y[:] += f.d_out
@@ -991,6 +999,28 @@ def _swiglu_back(f: Frame) -> None:
     f.give(np.concatenate([f.d_out * up * s * (1 + gate * (1 - s)), f.d_out * gate * s], axis=1))
 
 
+def _delta_parts(f: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the low-rank factor gave [R, parts, rank], each part's gate [R, parts], and its strength [parts]."""
+    parts, rank = int(f.parts), int(f.outer) // int(f.parts)
+    low, z = f.x[:, : parts * rank].reshape(-1, parts, rank), f.x[:, parts * rank :]
+    return low, 1 / (1 + np.exp(-(z + f.weight(0)))), f.weight(1)
+
+
+def _delta_gate(f: Frame) -> None:
+    """strength · sigmoid(z + bias) · low, of x = [low, z]: each part of a delta is weighed by its gate."""
+    low, gate, strength = _delta_parts(f)
+    f.out[:] = (low * (strength * gate)[..., None]).reshape(f.out.shape)
+
+
+def _delta_gate_back(f: Frame) -> None:
+    low, gate, strength = _delta_parts(f)
+    d_out = f.d_out.reshape(low.shape)
+    d_z = strength * gate * (1 - gate) * (d_out * low).sum(-1)
+    if not f.frozen:
+        f.d_weight(0)[:] += d_z.sum(0)
+    f.give(np.concatenate([(d_out * (strength * gate)[..., None]).reshape(f.d_out.shape), d_z], axis=1))
+
+
 def _loss_of(f: Frame, logits: np.ndarray) -> np.ndarray:
     """Write ln p of the targets to the machine; returns the gradient of the logits [R, V]."""
     rows, targets = np.arange(f.m.rows), _given(f.m.targets)[: f.m.rows]
@@ -1065,6 +1095,7 @@ OPS: dict[str, Op] = {
     "attention": Op(_attention, _attention_back, keeps=("x", "saved"), overwrites=True),
     "attention_step": Op(_attention_step),
     "swiglu": Op(_swiglu, _swiglu_back, keeps=("x",), overwrites=True),
+    "delta_gate": Op(_delta_gate, _delta_gate_back, keeps=("x",)),
     "cross_entropy": Op(_cross_entropy, _cross_entropy_back, keeps=("x",), loss=True),
     "field_loss": Op(_field_loss, _field_loss_back, keeps=("x",), loss=True),
     "logits": Op(_logits),
@@ -1090,9 +1121,9 @@ def field_input(x: Tensor, expected: Place, scalars: Place) -> Tensor:
     )
 
 
-def rms_norm(x: Tensor, gain: Place) -> Tensor:
-    """Root-mean-square norm with gain [C]."""
-    return x.tape.record("rms_norm", x.width, x, weights=[gain], saved=1, inner=x.width)
+def rms_norm(x: Tensor, gain: Place, epsilon: float = RMS_EPSILON) -> Tensor:
+    """Root-mean-square norm with gain [C]; epsilon is added to the mean square."""
+    return x.tape.record("rms_norm", x.width, x, weights=[gain], saved=1, inner=x.width, epsilon=epsilon)
 
 
 def rope(x: Tensor, heads: int, size: int) -> Tensor:
@@ -1118,6 +1149,12 @@ def attention(x: Tensor, heads: int, size: int, hybrid: int, pure: int, alpha: P
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) · up, of x = [gate, up]."""
     return x.tape.record("swiglu", x.width // 2, x)
+
+
+def delta_gate(x: Tensor, parts: int, bias: Place, strength: Place) -> Tensor:
+    """Each of `parts` equal runs of x = [low, z] times its strength · sigmoid(z + bias); bias and strength [parts]."""
+    numbers = dict(inner=x.width, parts=parts, frozen=not bias.trained)
+    return x.tape.record("delta_gate", x.width - parts, x, weights=[bias, strength], **numbers)
 
 
 def cross_entropy(x: Tensor, table: Place) -> Tensor:
@@ -2491,12 +2528,49 @@ STAGES = {
     "teen": Stage(224, 5, 8, 32),
     "adult": Stage(320, 6, 8, 40),
 }
+STAGE_BYTES = dict(embryo=0, infant=20_000, child=50_000, adolescent=200_000, teen=350_000, adult=500_000)  # §1.7
 FIELD_SCALARS = 6  # numbers beside a view
+
+
+def stages(config: BodyConfig) -> dict[str, tuple[Stage, int]]:
+    """{name: (size, bytes lived from which it may be grown to)}, rising: those above, then those of body.stages.
+
+    Raises UsageError for an entry that cannot be read, or that is smaller than the stage before it.
+    """
+    known = {name: (size, STAGE_BYTES[name]) for name, size in STAGES.items()}
+    for entry in config.stages:
+        try:
+            name, *numbers = entry.split()
+            width, layers, heads, head_size, size = (int(n.replace("_", "")) for n in numbers)
+        except ValueError:
+            raise UsageError(f"body.stages has {entry!r}: write NAME WIDTH LAYERS HEADS HEAD_SIZE BYTES.") from None
+        last, stage = next(reversed(known.values())), Stage(width, layers, heads, head_size)
+        if (
+            name in known
+            or head_size % 2
+            or any(a < b for a, b in zip((*stage, size), (*last[0], last[1]), strict=True))
+        ):
+            raise UsageError(f"body.stages has {entry!r}: a name of its own, an even head size, and nothing smaller "
+                             f"than the stage before it ({' '.join(map(str, (*last[0], last[1])))}) are needed.")  # fmt: skip
+        known[name] = stage, size
+    return known
+
+
+def stage_size(name: str, config: BodyConfig) -> Stage:
+    """The size of a stage; raises UsageError where there is none of that name."""
+    known = stages(config)
+    if name not in known:
+        raise UsageError(f"There is no stage {name!r}: choose one of {', '.join(known)}.")
+    return known[name][0]
 
 
 @dataclass(frozen=True)
 class BodyShape:
-    """All that decides which parameters a body has and which graph it is."""
+    """All that decides which parameters a body has and which graph it is.
+
+    epsilon, rope and deltas are what a body that grew differs in from one that was born at its size: the norm's epsilon
+    (a mean over more columns is smaller), the head sizes that it had, for the angles, and the low-rank adapters.
+    """
 
     width: int
     layers: int
@@ -2508,11 +2582,18 @@ class BodyShape:
     vocabulary: int
     on_field: bool
     operators: tuple[str, ...]  # the sequence operator of each layer
+    epsilon: float = RMS_EPSILON  # of the norms
+    rope: tuple[int, ...] = ()  # head sizes from birth on, see `rope_frequencies`
+    deltas: tuple[tuple[int, int, bool], ...] = ()  # (parts, rank of each, whether it is trained), see chapter 6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rope", tuple(self.rope) or (self.head_size,))
+        object.__setattr__(self, "deltas", tuple(tuple(delta) for delta in self.deltas))
 
     @staticmethod
     def of(stage: str, vocabulary: int, config: BodyConfig) -> BodyShape:
         """The shape of a stage; raises UsageError where head_types do not fit its heads."""
-        size = STAGES[stage]
+        size = stage_size(stage, config)
         types = config.head_types or ("content",) * (size.heads - size.heads // 2) + ("hybrid",) * (size.heads // 2)
         if len(types) != size.heads:
             raise UsageError(
@@ -2538,17 +2619,49 @@ class BodyShape:
             if self.hybrid:
                 block["alpha"] = (self.hybrid,)
             layout |= {f"blocks.{n}.{name}": shape for name, shape in block.items()}
+            for k in range(len(self.deltas)):
+                layout |= self._delta_layout(k, n, block)
         layout["norm"] = (C,)
         if self.on_field:
             layout |= {"head": (V, C), "gain": (C + FIELD_SCALARS + 1,)}
         return layout
+
+    def delta_name(self, k: int) -> str:
+        """How the names of delta k's parameters begin."""
+        return f"deltas.{k}" if self.deltas[k][2] else f"{FROZEN}{k}"
+
+    def _delta_layout(self, k: int, n: int, block: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Factors a [in, parts · (rank + 1)], of which the last columns are gates, and b [parts · rank, out]."""
+        layout, (parts, rank, _), name = {}, self.deltas[k], self.delta_name(k)
+        for projection in PROJECTIONS:
+            inner, outer = block[projection]
+            layout[f"{name}.blocks.{n}.{projection}.a"] = inner, parts * (rank + 1)
+            layout[f"{name}.blocks.{n}.{projection}.b"] = parts * rank, outer
+            layout[f"{name}.blocks.{n}.{projection}.bias"] = (parts,)
+        return layout | {f"{FROZEN}{k}.strength": (parts,)}
+
+
+PROJECTIONS = ("qkv", "out", "gate_up", "down")  # the matrices of a block, each of which deltas add to
+
+
+def project(
+    x: Tensor, shape: BodyShape, places: dict[str, Place], name: str, onto: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """onto + scale · (x @ weight + what each delta adds: its low-rank product, weighed by its gate)."""
+    out = scale * (x @ places[name])
+    out = out if onto is None else onto + out
+    for k, (parts, _, _) in enumerate(shape.deltas):
+        delta = f"{shape.delta_name(k)}.{name}"
+        low = delta_gate(x @ places[f"{delta}.a"], parts, places[f"{delta}.bias"], places[f"{FROZEN}{k}.strength"])
+        out = out + scale * (low @ places[f"{delta}.b"])
+    return out
 
 
 # --- Sequence operators: what a block does along time. Each maps the normed input to [rows, inner]; OUMNIX adds others. ---
 
 
 def _attend(h: Tensor, shape: BodyShape, places: dict[str, Place], block: str) -> Tensor:
-    qkv = rope(h @ places[f"{block}.qkv"], shape.heads, shape.head_size)
+    qkv = rope(project(h, shape, places, f"{block}.qkv"), shape.heads, shape.head_size)
     return attention(qkv, shape.heads, shape.head_size, shape.hybrid, shape.pure, places.get(f"{block}.alpha"))
 
 
@@ -2565,11 +2678,14 @@ def record_hidden(tape: Tape, shape: BodyShape, places: dict[str, Place]) -> Ten
         x = field_input(x, places["expected"], places["scalars"])
     for n, operator in enumerate(shape.operators):
         block = f"blocks.{n}"
-        mixed = SEQUENCE_OPERATORS[operator](rms_norm(x, places[f"{block}.norm1"]), shape, places, block)
-        x = x + scale * (mixed @ places[f"{block}.out"])
-        hidden = swiglu(rms_norm(x, places[f"{block}.norm2"]) @ places[f"{block}.gate_up"])
-        x = x + scale * (hidden @ places[f"{block}.down"])
-    return rms_norm(x, places["norm"])
+        normed = rms_norm(x, places[f"{block}.norm1"], shape.epsilon)
+        mixed = SEQUENCE_OPERATORS[operator](normed, shape, places, block)
+        x = project(mixed, shape, places, f"{block}.out", x, scale)
+        normed = rms_norm(x, places[f"{block}.norm2"], shape.epsilon)
+        x = project(
+            swiglu(project(normed, shape, places, f"{block}.gate_up")), shape, places, f"{block}.down", x, scale
+        )
+    return rms_norm(x, places["norm"], shape.epsilon)
 
 
 @functools.lru_cache(maxsize=64)
@@ -2589,39 +2705,57 @@ def body_program(shape: BodyShape, use: str, sequences: int = 1) -> Program:
 
 
 @functools.lru_cache(maxsize=16)
-def rope_angles(positions: int, head_size: int) -> np.ndarray:
-    """float32 [2, positions, head size / 2]: cosines and sines of position · 10000^(-2i / head size)."""
-    angle = np.arange(positions)[:, None] * 1e4 ** (-np.arange(0, head_size, 2) / head_size)
+def rope_angles(positions: int, *head_sizes: int) -> np.ndarray:
+    """float32 [2, positions, last head size / 2]: cosines and sines of position · frequency."""
+    angle = np.arange(positions)[:, None] * rope_frequencies(head_sizes)
     return np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
 
 
+def rope_frequencies(head_sizes: Sequence[int]) -> np.ndarray:
+    """float64 [last head size / 2]: 10000^(-2i / head size) for the first size; a head that grew keeps its frequencies,
+    and gets those of the larger size that are farthest from any it has. Twice the size gives the larger size's very set."""
+    exponents = np.arange(0, head_sizes[0], 2) / head_sizes[0]
+    for size in head_sizes[1:]:
+        ladder = np.arange(0, size, 2) / size
+        distance = np.abs(ladder[:, None] - exponents).min(1)
+        new = np.argsort(-distance, kind="stable")[: size // 2 - len(exponents)]
+        exponents = np.concatenate([exponents, ladder[np.sort(new)]])
+    return 1e4**-exponents
+
+
 class Body:
-    """Parameters and optimiser state of one transformer; `steps` it was trained for. Nothing here computes by itself:
-    Trainer trains it, Decoder speaks from it, `log_probs` measures it."""
+    """Parameters and optimiser state of one transformer; `steps` it was trained for, and had been when it last grew.
+    Nothing here computes by itself: Trainer trains it, Decoder speaks from it, `log_probs` measures it."""
 
     def __init__(self, stage: str, vocabulary: int, config: BodyConfig, seed: int = 0):
         self.stage, self.config, self.steps = stage, config, 0
+        self.grown_at: int | None = None
+        self.deltas: list[Delta] = []
         self.shape = BodyShape.of(stage, vocabulary, config)
         self.arena = Arena(self.shape.layout())
         self._initialise(np.random.Generator(np.random.PCG64(seed)))
 
     def _initialise(self, rng: np.random.Generator) -> None:
         """Small normal weights; as on the field: head 0 and gain 1 make a newborn the field itself."""
-        spread = 0.05 if self.on_field else 0.02
-        for name, place in self.arena.places.items():
-            array, kind = self.arena[name], name.rpartition(".")[2]
-            if kind in ("norm", "norm1", "norm2"):
-                array[:] = 1
-            elif kind == "alpha":
-                array[:] = self.config.hybrid_alpha_init
-            elif kind == "gain":
-                array[-1] = 1
-            elif kind in ("qkv", "out", "gate_up", "down", "scalars"):
-                array[:] = rng.standard_normal(place.shape, np.float32) / np.float32(math.sqrt(3 * place.shape[0]))
-            elif kind != "head":
-                array[:] = rng.standard_normal(place.shape, np.float32) * np.float32(spread)
+        for name in self.arena.places:
+            self.arena[name][:] = self._at_birth(name, self.arena[name].shape, rng)
         self.arena.average[:] = self.arena.parameters
         self.birth = self.arena["embedding"].copy()  # never written to; gamma is the difference from it
+
+    def _at_birth(self, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        """float32: what a parameter is at first."""
+        array, kind = np.zeros(shape, np.float32), name.rpartition(".")[2]
+        if kind in ("norm", "norm1", "norm2", "strength"):
+            array[:] = 1
+        elif kind == "alpha":
+            array[:] = self.config.hybrid_alpha_init
+        elif kind == "gain":
+            array[-1] = 1
+        elif kind in (*PROJECTIONS, "scalars", "a"):
+            array[:] = rng.standard_normal(shape, np.float32) / np.float32(math.sqrt(3 * shape[0]))
+        elif kind in ("embedding", "expected"):
+            array[:] = rng.standard_normal(shape, np.float32) * np.float32(0.05 if self.on_field else 0.02)
+        return array
 
     @property
     def on_field(self) -> bool:
@@ -2639,7 +2773,7 @@ class Body:
         """An independent body with the same weights."""
         twin = object.__new__(Body)
         twin.__dict__.update(self.__dict__)
-        twin.arena = self.arena.copy()
+        twin.arena, twin.deltas = self.arena.copy(), list(self.deltas)
         return twin
 
     # Measuring.
@@ -2656,7 +2790,7 @@ class Body:
 
     def _measure(self, body: Body, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> np.ndarray:
         program = body_program(self.shape, "measure", 1)
-        machine = Machine(self.arena.average, aligned_zeros(program.size), rope_angles(self.context, self.shape.head_size),
+        machine = Machine(self.arena.average, aligned_zeros(program.size), rope_angles(self.context, *self.shape.rope),
                           x[0], length=x.shape[1], log_probs=np.zeros(program.rows))  # fmt: skip
         out = np.zeros(x.shape, np.float32)
         for b in range(len(x)):
@@ -2688,6 +2822,31 @@ class Body:
         self.birth = np.concatenate([self.birth, arena["embedding"][old:]])
         self.shape, self.arena = shape, arena
 
+    # Growing.
+
+    def grow(self, stage: str, seed: int = 0) -> None:
+        """Become a larger stage without a change of what it predicts; raises UsageError where that cannot be.
+
+        Moments and averaged weights go along. New readers are random and new writers zero: nothing moves, and all of it
+        has gradients, the writers' first. Gamma stays what it was: what joined counts from zero.
+        """
+        config = dataclasses.replace(self.config, field=self.on_field, context=max(self.context, self.config.context))
+        growth = Growth(self.shape, BodyShape.of(stage, self.shape.vocabulary, config), self.config.hybrid_alpha_init)
+        self.refit(growth, np.random.Generator(np.random.PCG64([seed, self.steps])))
+        self.stage, self.grown_at = stage, self.steps
+
+    def refit(self, growth: Growth, rng: np.random.Generator) -> None:
+        """Go over to the shape that a growth leads to."""
+        old, self.shape = self.arena, growth.new
+        self.arena = Arena(self.shape.layout(), old.dtype)
+        for name, place in self.arena.places.items():
+            born = self._at_birth(name, place.shape, rng)
+            for array in Arena.ARRAYS:
+                self.arena.view(array, name)[:] = growth.fit(name, born, old, array)
+        birth = np.zeros((self.shape.vocabulary, self.shape.width), np.float32)
+        birth[: len(self.birth), : self.birth.shape[1]] = self.birth
+        self.birth = birth
+
     # State.
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -2696,13 +2855,15 @@ class Body:
             f"{array}/{name}": self.arena.view(array, name) for array in Arena.ARRAYS for name in self.arena.places
         }
         arrays["birth/embedding"] = self.birth
-        return arrays, dict(stage=self.stage, steps=self.steps, shape=dataclasses.asdict(self.shape))
+        return arrays, dict(stage=self.stage, steps=self.steps, grown_at=self.grown_at, shape=dataclasses.asdict(self.shape),
+                            deltas=[dataclasses.asdict(delta) for delta in self.deltas])  # fmt: skip
 
     @staticmethod
     def from_state(meta: dict[str, Any], arrays: dict[str, np.ndarray], config: BodyConfig) -> Body:
         """The body that `state` described; what shapes it comes from there, not from config."""
         body = object.__new__(Body)
         body.stage, body.steps, body.config = meta["stage"], meta["steps"], config
+        body.grown_at, body.deltas = meta["grown_at"], [Delta(**delta) for delta in meta["deltas"]]
         shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["shape"].items()}
         body.shape = BodyShape(**shape)
         body.arena = Arena(body.shape.layout())
@@ -2729,6 +2890,148 @@ def _part_rows(tokenizer: Tokenizer, old: int, side: int) -> np.ndarray:
     for token in range(old, len(tokenizer)):
         rows.append(rows[tokenizer.merges[token - Tokenizer.BASE][side]])
     return np.array(rows[old:], np.int64)
+
+
+# --- Growth, which changes the shape and leaves the function as it was. ---
+#
+# Gesmundo & Maile 2023 (arXiv 2308.06103): what reads new columns may be anything as long as what writes them is zero. So
+# rows that write the stream (embeddings, out, down) get zeros in new columns, whatever reads it gets small random rows,
+# and new layers begin as the identity. Besides: the norm's mean is taken over more columns, which its gain and epsilon
+# make good; a larger head's score is divided by a larger root, which its queries make good; a deeper body's residual
+# scale 1/√L is smaller, which out and down make good.
+
+
+class Growth:
+    """From one shape to one that is at least as large in everything: where each old number goes, and times what.
+
+    `alpha` is the logit that a new hybrid head begins with. Raises UsageError where a dimension would shrink.
+    """
+
+    def __init__(self, old: BodyShape, new: BodyShape, alpha: float):
+        extra = dict(epsilon=old.epsilon * old.width / new.width, deltas=old.deltas,
+                     rope=old.rope if new.head_size == old.head_size else (*old.rope, new.head_size))  # fmt: skip
+        self.old, self.new, self.alpha = old, dataclasses.replace(new, **extra), alpha
+        for name in ("width", "layers", "heads", "head_size", "context", "vocabulary"):
+            if getattr(new, name) < getattr(old, name):
+                raise UsageError(f"A body only grows: {name.replace('_', ' ')} {getattr(old, name)} is more than "
+                                 f"{getattr(new, name)}.")  # fmt: skip
+        if (old.on_field, old.operators) != (new.on_field, new.operators[: old.layers]):
+            raise UsageError("A body keeps its field and the operators of its layers as it grows.")
+        self.slots = self._head_slots()
+        self.at, self.factor = self._axes(), self._factors()
+
+    def _kinds(self, shape: BodyShape) -> list[str]:
+        content = shape.heads - shape.hybrid - shape.pure
+        return ["content"] * content + ["hybrid"] * shape.hybrid + ["pure"] * shape.pure
+
+    def _head_slots(self) -> list[int]:
+        """Which head each old one becomes: of its kind, or hybrid, which can be either."""
+        free = collections.defaultdict(list)
+        for slot, kind in enumerate(self._kinds(self.new)):
+            free[kind].append(slot)
+        slots, kinds = [-1] * self.old.heads, self._kinds(self.old)
+        for h in sorted(range(self.old.heads), key=lambda h: kinds[h] != "hybrid"):  # who has no choice goes first
+            kind = kinds[h] if free[kinds[h]] else "hybrid"
+            if not free[kind]:
+                raise UsageError(f"A {kinds[h]} head of the body finds no place among the larger one's heads: "
+                                 "body.head_types must have as many of each kind, or hybrid ones instead.")  # fmt: skip
+            slots[h] = free[kind].pop(0)
+        return slots
+
+    def _pattern(self, shape: BodyShape, head: int) -> int:
+        """Which pattern a head reads; below 0: none."""
+        return head - (shape.heads - shape.hybrid - shape.pure)
+
+    def _axes(self) -> dict[str, np.ndarray]:
+        """For each kind of axis, the new place of each old number along it."""
+        old, new = self.old, self.new
+        head = np.arange(old.head_size)
+        inner = np.concatenate([s * new.head_size + head for s in self.slots])
+        patterned = [s for h, s in enumerate(self.slots) if self._pattern(old, h) >= 0]
+        patterns = [3 * new.inner + self._pattern(new, s) * new.context + np.arange(old.context) for s in patterned]
+        width, hidden = np.arange(old.width), np.arange(4 * old.width)
+        hybrid = [self._pattern(new, s) for h, s in enumerate(self.slots) if 0 <= self._pattern(old, h) < old.hybrid]
+        return dict(
+            width=width, hidden=hidden, inner=inner, alpha=np.array(hybrid, np.int64),
+            gate_up=np.concatenate([hidden, 4 * new.width + hidden]),
+            qkv=np.concatenate([inner, new.inner + inner, 2 * new.inner + inner, *patterns]).astype(np.int64),
+            gain=np.concatenate([width, new.width + np.arange(FIELD_SCALARS + 1)]),
+        )  # fmt: skip
+
+    def _factors(self) -> dict[str, np.ndarray]:
+        """For each kind of axis, what the old numbers along it are multiplied by; 1 where it is not named.
+
+        A head that turns hybrid keeps its scores: (1 - g) · q k / (1 - g), and g · pattern / g.
+        """
+        old, new, gate = self.old, self.new, 1 / (1 + math.exp(-self.alpha))
+        query, pattern = np.full(old.heads, math.sqrt(new.head_size / old.head_size)), np.ones(old.heads)
+        for h, (before, s) in enumerate(zip(self._kinds(old), self.slots, strict=True)):
+            if before != (after := self._kinds(new)[s]):
+                assert after == "hybrid"
+                query[h] *= 1 / (1 - gate) if before == "content" else 0
+                pattern[h] = 1 / gate
+        patterns = np.repeat(pattern[old.heads - old.hybrid - old.pure :], old.context)
+        qkv = np.concatenate([np.repeat(query, old.head_size), np.ones(2 * old.inner), patterns])
+        return dict(
+            qkv=qkv, norm=np.array(math.sqrt(old.width / new.width)), depth=np.array(math.sqrt(new.layers / old.layers))
+        )
+
+    AXES = dict(embedding=("all", "width"), expected=("all", "width"), head=("all", "width"), scalars=("all", "width"),
+                qkv=("width", "qkv"), out=("inner", "width"), gate_up=("width", "gate_up"), down=("hidden", "width"),
+                norm=("width",), norm1=("width",), norm2=("width",), alpha=("alpha",), gain=("gain",),
+                bias=("all",), strength=("all",))  # fmt: skip
+
+    def _axes_of(self, name: str) -> tuple[str, ...]:
+        """The kinds of a parameter's axes."""
+        *_, projection, kind = ("", *name.split("."))
+        if kind in ("a", "b"):
+            inner, outer = self.AXES[projection]
+            return (inner, "all") if kind == "a" else ("all", outer)
+        return self.AXES[kind]
+
+    def _factor_of(self, name: str) -> np.ndarray:
+        """What an old parameter is multiplied by, for each of its columns."""
+        kinds = name.split(".")
+        kind = kinds[-2] if kinds[-1] == "b" else kinds[-1]
+        if kind in ("norm", "norm1", "norm2"):
+            return self.factor["norm"]
+        return (
+            self.factor["depth"] if kind in ("out", "down") else self.factor["qkv"] if kind == "qkv" else np.array(1.0)
+        )
+
+    def fit(self, name: str, born: np.ndarray, old: Arena, array: str) -> np.ndarray:
+        """A parameter of the larger shape in one of Arena.ARRAYS, from what the old arena holds and a newborn would."""
+        new = np.zeros(born.shape, old.dtype)
+        moment = array.startswith("moment")
+        kind = name.rpartition(".")[2]
+        if not moment and (kind not in ("out", "down", "embedding", "expected", "head", "gain", "scalars", "a", "b")):
+            new[:] = born
+        if name not in old.places:
+            if not moment and kind == "a":
+                new[:] = born
+            return new
+        if not moment and kind == "qkv":
+            self._silence(new)
+        source, factor = old.view(array, name), self._factor_of(name).astype(np.float64)
+        at = [
+            np.arange(n) if axis == "all" else self.at[axis]
+            for axis, n in zip(self._axes_of(name), source.shape, strict=True)
+        ]
+        power = {"moment1": -1, "moment2": -2}.get(array, 1)
+        with np.errstate(divide="ignore"):
+            scale = np.where(factor == 0, 0, np.abs(factor) ** power)
+        new[np.ix_(*at)] = source * scale
+        return new
+
+    def _silence(self, qkv: np.ndarray) -> None:
+        """Zeros where old columns would meet new ones in an old head's scores: its new query columns, and patterns it had
+        none of."""
+        old, new, rows = self.old, self.new, slice(0, self.old.width)
+        for s in self.slots:
+            qkv[rows, s * new.head_size + old.head_size : (s + 1) * new.head_size] = 0
+            if (pattern := self._pattern(new, s)) >= 0:
+                begin = 3 * new.inner + pattern * new.context
+                qkv[rows, begin : begin + new.context] = 0
 
 
 # --- Training. ---
@@ -2781,13 +3084,13 @@ class _ReferenceGradients:
 
     def __init__(self, body: Body, config: LearningConfig):
         self.body, self.config, self.yield_flag = body, config, np.zeros(1, np.int64)
-        self.flat = aligned_zeros(body.arena.size)
+        self.flat = aligned_zeros(body.arena.trained, dtype=body.arena.dtype)
 
     def of(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> float:
         """Fill `flat` with the gradients of the mean loss over all targets; returns that loss in nats."""
         arena, shape = self.body.arena, self.body.shape
         program, (B, T) = body_program(shape, "train", 1), x.shape
-        machine = Machine(arena.parameters, aligned_zeros(program.size, dtype=arena.dtype), rope_angles(shape.context, shape.head_size),
+        machine = Machine(arena.parameters, aligned_zeros(program.size, dtype=arena.dtype), rope_angles(shape.context, *shape.rope),
                           x[0], length=T, gradients=self.flat, inverse=1 / x.size, log_probs=np.zeros(program.rows))  # fmt: skip
         self.flat[:], total = 0, 0.0
         for b in range(B):
@@ -2821,7 +3124,7 @@ class Decoder:
         self.body, self.shape, self.position = body, shape, 0
         self.program = body_program(shape, "speak")
         self.cache = aligned_zeros(self.program.cache)
-        self.angles = rope_angles(2 * shape.context, shape.head_size)
+        self.angles = rope_angles(2 * shape.context, *shape.rope)
         self._speaker: Any = None
         if executor == "numba":
             self._speaker = organ("kernels").Speaker(self)
@@ -2881,8 +3184,25 @@ class Decoder:
 ################################################################################################
 # Chapter 6. Deltas
 ################################################################################################
-# Gamma is the difference from birth: how far, and how sparsely, the embedding has moved since the first breath. The
-# low-rank adapters that share this chapter's name grow with the capability GROWS.
+# Deltas are low-rank adapters that stand beside every projection of the body (project, in chapter 5): each is born
+# without effect, learns while it is the newest, and is frozen when the next one comes, so that what it holds stays. A
+# gate of its own weighs it, row by row, by what the projection reads. Gamma is the difference from birth: how far, and
+# how sparsely, the embedding has moved since the first breath. This chapter hides how deltas lie in the arena.
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is known of one delta: why it grew, at which step, from which bursts it learned, and its strength (0: off)."""
+
+    id: int
+    reason: str
+    born: int
+    bursts: tuple[int, ...] = ()
+    strength: float = 1.0
+    on: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bursts", tuple(self.bursts))
 
 
 @dataclass(frozen=True)
@@ -5091,8 +5411,10 @@ class Generation(NamedTuple):
     state: dict
 
 
-GENERATION_FORMAT = 1  # of state.json; a newer one is refused, an older one migrated
-GENERATION_MIGRATIONS: dict[int, Callable[[dict], dict]] = {}  # from format n to n + 1: append-only
+GENERATION_FORMAT = 2  # of state.json; a newer one is refused, an older one migrated
+GENERATION_MIGRATIONS: dict[int, Callable[[dict], dict]] = {  # from format n to n + 1: append-only
+    1: lambda state: state | dict(body=state["body"] | dict(grown_at=None, deltas=[])),  # it could not grow yet
+}
 
 
 class Home:
@@ -5590,8 +5912,7 @@ class Organism:
         seed = self.seed if self.seed is not None else int.from_bytes(os.urandom(4), "little")
         text = seed_corpus()
         stage = stage or self.config.body.stage
-        if stage not in STAGES:
-            raise UsageError(f"There is no stage {stage!r}: choose one of {', '.join(STAGES)}.")
+        stage_size(stage, self.config.body)
         breath = first_breath(self.config, text) if self.compiled else None
         if breath is None:
             tokenizer = Tokenizer()
@@ -6799,7 +7120,7 @@ def _run_say(asking: _Asking, text: str) -> None:
     ("--prequential", "switch", "Predict each piece before learning it, on a working copy."),
     ("--blank", "switch", "Begin from a newborn that has read nothing, not even nonames.txt."),
     ("--curve", "switch", "Also print how bits per byte fall on the way."),
-    ("--stage", CONFIG_CHOICES["body.stage"], "What the newborn of --blank is (default: child)."),
+    ("--stage", "text", "What the newborn of --blank is (default: child)."),
 )
 def _run_eval(asking: _Asking, path: str, prequential: bool, blank: bool, curve: bool, stage: str | None) -> None:
     """Measure bits per byte and perplexity of a file; the home never changes.
@@ -6871,7 +7192,7 @@ def _run_status(asking: _Asking) -> None:
     "compress",
     ("file", "path", ""),
     ("-o/--out", "file", "Where to write; what is there is replaced, once the new file is complete."),
-    ("--stage", CONFIG_CHOICES["body.stage"], "What the newborn is that predicts (default: child)."),
+    ("--stage", "text", "What the newborn is that predicts (default: child)."),
 )
 def _run_compress(asking: _Asking, file: str, out: str, stage: str | None) -> None:
     """Compress a file to what `eval --prequential --blank` says it costs; this machine and version can decompress it.
@@ -6952,7 +7273,7 @@ _TRAIN_SETTINGS = {  # flag: the setting that it overrides
     ("--seconds", "more than 0", "Stop after so many seconds of training; the corpus repeats."),
     ("--tokens", "count", "Stop after so many trained tokens."),
     ("--epochs", "more than 0", "Read the corpus so many times (default: once)."),
-    ("--stage", CONFIG_CHOICES["body.stage"], "What to be born as, in a new home."),
+    ("--stage", "text", "What to be born as, in a new home."),
     ("--engine", ("numpy", "numba", "torch"), "What computes (default: numba, where compiled)."),
     ("--eval", "path", "Measure this file at the end."),
     ("--lr", "more than 0", "Learning rate at its peak."),
