@@ -266,7 +266,8 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "body.context": (8, 4096), "body.hybrid_alpha_init": (-20, 20), "body.word_dropout": (0, 0.9),
     "tokenizer.max_merges": (0, 60_000),
     "field.table_mb": (1, 4096), "field.max_table_mb": (1, 4096), "field.match_min": (1, 64),
-    "field.count_limit": (1, 1023), "field.domains": (1, 64), "field.foreign": (1, 1000), "field.view_width": (8, 1024), "field.view_floor": (1e-6, 0.5),
+    "field.count_limit": (1, 1023), "field.domains": (1, 64), "field.foreign": (1, 1000),
+    "field.view_width": (8, 1024), "field.view_floor": (1e-6, 0.5),
     "learning.rate_min": (0, 1), "learning.horizon_steps": (1, 10**9), "learning.beta1": (0, 0.9999),
     "learning.beta2": (0, 0.99999), "learning.epsilon": (1e-12, 1), "learning.average": (0, 0.99999),
     "learning.batch": (1, 65_536), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
@@ -2265,7 +2266,9 @@ class Field(_FieldBase):
         self.arrays = _field_state(self.tree, self.tables, config)
         self.boosts = np.zeros(len(vocabulary))
         self._twin = _field_twin(engine)
-        self.resting: list[_FieldState | None] = [None]  # each domain's arrays, never written to; None: whose turn it is
+        self.resting: list[_FieldState | None] = [
+            None
+        ]  # each domain's arrays, never written to; None: whose turn it is
         self.paid = np.zeros((1, 2))  # bits and bytes that each domain has learned
         self._borrowed = False  # whether tables are still those of somebody who rests
 
@@ -2433,7 +2436,12 @@ class Field(_FieldBase):
         """All that `from_state` needs for a field that is the same bit for bit."""
         settings = json.dumps(dict(contexts=self.config.contexts, table_mb=self.config.table_mb, count_limit=self.config.count_limit,
                                    mixer_floor=self.config.mixer_floor, match_min=self.config.match_min))  # fmt: skip
-        rest = {f"{k}/{name}": array for k, state in enumerate(self.resting) if state for name, array in state._asdict().items()}
+        rest = {
+            f"{k}/{name}": array
+            for k, state in enumerate(self.resting)
+            if state
+            for name, array in state._asdict().items()
+        }
         return dict(self.arrays._asdict(), boosts=self.boosts, tree_weights=self.tree.weights, paid=self.paid,
                     domain=np.array(self.domain), settings=np.frombuffer(settings.encode(), np.uint8), **rest)  # fmt: skip
 
@@ -3138,7 +3146,7 @@ class Growth:
         """The kinds of a parameter's axes."""
         *_, projection, kind = ("", *name.split("."))
         if kind in ("a", "b"):
-            inner, outer = self.AXES[projection]
+            inner, outer = self.AXES[projection][0], self.AXES[projection][-1]
             return (inner, "all") if kind == "a" else ("all", outer)
         return self.AXES[kind]
 
@@ -3537,14 +3545,20 @@ def read_export(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dic
         raise OrganismError(f"There is no file {str(path)!r} to read: check the path.")
     try:
         with safe_open(path, framework="numpy") as file:
-            header, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found, version, facts = header.get("kind", ""), int(header.get("format", "0")), json.loads(header.get("facts", "{}"))
+            header, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        found, version, facts = (
+            header.get("kind", ""),
+            int(header.get("format", "0")),
+            json.loads(header.get("facts", "{}")),
+        )
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise OrganismError(f"{path} is damaged, or no file that organism exported: {error}.") from error
     if found != f"organism-{kind}":
         raise OrganismError(f"{path} is no exported {kind}, but {found or 'something else'}.")
     if version > EXPORT_FORMAT:
-        raise OrganismError(f"{path} has format {version}, this program reads {EXPORT_FORMAT}: update organism to use it.")
+        raise OrganismError(
+            f"{path} has format {version}, this program reads {EXPORT_FORMAT}: update organism to use it."
+        )
     if not all(np.isfinite(array).all() for array in arrays.values() if array.dtype.kind == "f"):
         raise OrganismError(f"{path} holds numbers that are not finite: export it again.")
     return arrays, facts
@@ -3568,7 +3582,11 @@ def import_delta(body: Body, path: str | Path) -> Delta:
             f"{path} was made beside a body at stage {facts.get('stage')!r}, whose matrices have other sizes than those of "
             f"{body.stage!r}: import it into an organism of that stage."
         )
-    factors = {(array, name): np.zeros_like(f) if array.startswith("moment") else f for array in Arena.ARRAYS for name, f in arrays.items()}
+    factors = {
+        (array, name): np.zeros_like(f) if array.startswith("moment") else f
+        for array in Arena.ARRAYS
+        for name, f in arrays.items()
+    }
     packs = delta_packs(body)
     at = next((k for k, pack in enumerate(packs) if pack.trained), len(packs))
     before = sum(pack.parts for pack in packs[:at])
@@ -3626,7 +3644,9 @@ def export_gamma(body: Body, tokenizer: Tokenizer, path: str | Path, id: str) ->
     ends = np.cumsum([len(token) for token in vocabulary])
     text = np.frombuffer(b"".join(vocabulary), np.uint8)
     change = body.arena.view("average", "embedding") - body.birth
-    write_export(path, "gamma", dict(change=change, birth=body.birth, text=text, ends=ends), dict(id=id, stage=body.stage))
+    write_export(
+        path, "gamma", dict(change=change, birth=body.birth, text=text, ends=ends), dict(id=id, stage=body.stage)
+    )
 
 
 class ForeignGamma(NamedTuple):
@@ -4259,7 +4279,9 @@ def body_rate(body: Body, learning: LearningConfig, growth: GrowthConfig) -> flo
     if body.grown_at is None:
         return rate
     since = body.steps - body.grown_at
-    return rate * min(1.0, (since + 1) / max(1, growth.warmup_steps)) * (growth.dampen if since < growth.window else 1.0)
+    return (
+        rate * min(1.0, (since + 1) / max(1, growth.warmup_steps)) * (growth.dampen if since < growth.window else 1.0)
+    )
 
 
 def stage_batch(stage: str, config: Config) -> int:
@@ -4392,7 +4414,10 @@ class Experience:
             domains = self._block_domains(blocks)
             weight = self._domain_weights(domains)
             if config.replay_surprise:
-                cost = [self.costs[b * self.BLOCK : min(self.length, (b + 1) * self.BLOCK)].mean(dtype=np.float64) for b in range(blocks)]
+                cost = [
+                    self.costs[b * self.BLOCK : min(self.length, (b + 1) * self.BLOCK)].mean(dtype=np.float64)
+                    for b in range(blocks)
+                ]
                 weight = weight * np.maximum(cost, 0.01) ** config.replay_surprise
             if config.replay_age:
                 weight = weight * (1.0 + np.arange(blocks)[::-1]) ** -config.replay_age
@@ -4956,7 +4981,8 @@ def newborn_learner(
     tokenizer = tokenizer or Tokenizer()
     learning = config.learning
     room = max(learning.experience_tokens, Prequential.EXPERIENCE)
-    config = dataclasses.replace(config, learning=dataclasses.replace(learning, experience_tokens=room))
+    config = dataclasses.replace(config, learning=dataclasses.replace(learning, experience_tokens=room),
+                                 field=dataclasses.replace(config.field, domains=1))  # fmt: skip
     compiled = engine != "numpy" and kernels_ready()
     body = Body(stage, len(tokenizer), config.body, seed)
     plain = not body.on_field
@@ -6929,7 +6955,9 @@ class Organism:
     def _advance(self, learner: Learner) -> dict[str, Any]:
         following, before = self.next_stage, self.published.body
         if following is None:
-            raise OrganismError(f"It is at its last stage, {before.stage!r}: body.stages in {self.config.FILE} can add one.")
+            raise OrganismError(
+                f"It is at its last stage, {before.stage!r}: body.stages in {self.config.FILE} can add one."
+            )
         config = dataclasses.replace(self.config.body, field=before.on_field)
         must_fit(BodyShape.of(following, before.shape.vocabulary, config), self.config.growth.memory_share, following)
         change = learner.grow(following)
@@ -6963,7 +6991,9 @@ class Organism:
         rows = []
         for delta in body.deltas:
             _, pack, _ = delta_place(body, delta.id)
-            rows.append(dataclasses.asdict(delta) | dict(trained=body.shape.deltas[pack][2], norm=delta_norm(body, delta.id)))
+            rows.append(
+                dataclasses.asdict(delta) | dict(trained=body.shape.deltas[pack][2], norm=delta_norm(body, delta.id))
+            )
         return rows
 
     def weigh_delta(self, id: int, on: bool | None = None, strength: float | None = None) -> Delta:
@@ -7026,7 +7056,8 @@ class Organism:
         self._publish_files(snapshot, extra, learner if checkpoint or self._field_dirty or due else None)
         self.published = snapshot
         gamma = self.gamma()
-        self.memory.growth(step=learner.body.steps, vocab_size=len(learner.tokenizer), n_params=learner.body.n_params, n_deltas=len(learner.body.deltas),
+        self.memory.growth(step=learner.body.steps, vocab_size=len(learner.tokenizer), n_params=learner.body.n_params,
+                           n_deltas=len(learner.body.deltas),
                            corpus_chars=self.state["lived_bytes"], loss=self.state["loss"], gamma_sparsity=gamma.sparsity,
                            gamma_magnitude=gamma.magnitude, note=note)  # fmt: skip
 
@@ -7326,9 +7357,10 @@ def frozen_score(learner: Learner, data: bytes, curve: Callable[[int, float], No
 class Schooling:
     """Streams a corpus through judgement, field and body: `steps`, `seconds`, `tokens` or `epochs` say when to stop.
 
-    A step is batch × context tokens. Every token read earns `replay` tokens of training; where the limit is not
-    reached by then the corpus repeats, as replay of the experience. The body grows by its gates, unless `hold_stage`. Reading stops where the limit is reached, and the next
-    run goes on from there, so that two halves make a whole. Ctrl-C saves before it is passed on.
+    A step is batch × context tokens. Every token read earns `replay` tokens of training; where the limit is not reached by
+    then the corpus repeats, as replay of the experience. The body grows by its gates, unless `hold_stage`. Reading stops
+    where the limit is reached, and the next run goes on from there, so that two halves make a whole. Ctrl-C saves before
+    it is passed on.
     """
 
     SLICE = 4096  # bytes read between two looks at the training credit
@@ -8277,7 +8309,9 @@ def _run_delta_list(asking: _Asking) -> None:
         rows = life.deltas()
     for row in rows:
         state = "off" if not row["on"] else "learning" if row["trained"] else "frozen"
-        asking.result(row, f"{row['id']:>4}  {state:8}  strength {row['strength']:<5g} norm {row['norm']:<8.3g} {row['reason']}")
+        asking.result(
+            row, f"{row['id']:>4}  {state:8}  strength {row['strength']:<5g} norm {row['norm']:<8.3g} {row['reason']}"
+        )
     if not rows and not asking.json:
         asking.note("No deltas yet.")
 
@@ -8355,7 +8389,10 @@ def _run_gamma_export(asking: _Asking, o: str) -> None:
     with asking.wake(read_only=True) as life:
         export_gamma(life.published.body, life.published.tokenizer, o, str(life.home.id))
         gamma = life.gamma()
-    asking.result(dict(file=o, magnitude=gamma.magnitude, sparsity=gamma.sparsity), f"Gamma of magnitude {gamma.magnitude:.3g} is in {o}.")
+    asking.result(
+        dict(file=o, magnitude=gamma.magnitude, sparsity=gamma.sparsity),
+        f"Gamma of magnitude {gamma.magnitude:.3g} is in {o}.",
+    )
 
 
 @_command("gamma import", ("file", "path", ""), ("--strength", "0 or more", "Times what is added (default: 1)."))

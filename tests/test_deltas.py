@@ -1,6 +1,6 @@
 """Deltas: low-rank adapters that are born without effect, routed by a gate, frozen, joined, and moved as files.
 
-    pytest tests/test_deltas.py
+pytest tests/test_deltas.py
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import json
 
 import numpy as np
 import pytest
+from test_growth import CONTEXT, LEARNING, TOKENS, VIEW, assert_same, distribution, disturb, schooled
 
 import organism as o
-from test_growth import CONTEXT, LEARNING, TOKENS, VIEW, V, assert_same, distribution, disturb, schooled
 
 torch = pytest.importorskip("torch")
 on_each_executor = pytest.mark.parametrize("executor", ["numpy", "numba"])
@@ -40,7 +40,7 @@ def batch(field: bool):
 
 def test_each_part_of_a_delta_is_weighed_by_its_gate():
     """strength · sigmoid(z + bias) · low, by hand."""
-    body, (x, _, _) = adapted(deltas=2), batch(True)
+    body = adapted(deltas=2)
     h = np.random.default_rng(0).standard_normal((5, 64))
     pack = o.single_delta(body, 2)
     a, b, bias = (pack.factors["average", f"blocks.1.qkv.{kind}"] for kind in ("a", "b", "bias"))
@@ -48,7 +48,9 @@ def test_each_part_of_a_delta_is_weighed_by_its_gate():
     tape = o.Tape(1, 5, CONTEXT)
     places = o.layout_places(body.shape.layout())
     start = o.embed(tape, o.Place(0, (5, 64)))
-    low = o.delta_gate(start @ places["deltas.1.blocks.1.qkv.a"], 1, places["deltas.1.blocks.1.qkv.bias"], places["frozen.1.strength"])
+    low = o.delta_gate(
+        start @ places["deltas.1.blocks.1.qkv.a"], 1, places["deltas.1.blocks.1.qkv.bias"], places["frozen.1.strength"]
+    )
     out = low @ places["deltas.1.blocks.1.qkv.b"]
     with o.no_grad():
         program = tape.plan()
