@@ -306,6 +306,9 @@ class Config:
             ("the command line", {k: v for k, v in (overrides or {}).items() if v is not None}),
         ):
             config = config.replace(values, where)
+        if config.body.stage not in (known := stages(config.body)):
+            raise UsageError(f"body.stage must be one of {', '.join(known)}, not {config.body.stage!r}.")
+        stage_batch(config.body.stage, config)  # raises where growth.batches cannot be read
         return config
 
     def replace(self, values: dict[str, object], where: str = "the settings") -> Config:
@@ -2269,7 +2272,7 @@ class Field(_FieldBase):
         self.resting: list[_FieldState | None] = [
             None
         ]  # each domain's arrays, never written to; None: whose turn it is
-        self.paid = np.zeros((1, 2))  # bits and bytes that each domain has learned
+        self.paid = np.zeros((1, 2), np.int64)  # 1/65536 bits, and bytes, that each domain has learned
         self._borrowed = False  # whether tables are still those of somebody who rests
 
     @property
@@ -2299,7 +2302,7 @@ class Field(_FieldBase):
             if not learn and end < len(tokens):
                 self._turn_to(self._cheapest(tokens[max(0, end - self.LOOK) : end])[0])
         if learn:
-            self.paid[self.domain] += bits.sum(), self._bytes(tokens)
+            self.paid[self.domain] += np.rint(bits * 65536).astype(np.int64).sum(), self._bytes(tokens)
         return bits, (FieldView.concat(parts) if parts else self._empty_view()) if views else None
 
     def _read_part(self, tokens: np.ndarray, views: bool, learn: bool, bits: np.ndarray) -> FieldView | None:
@@ -2358,12 +2361,12 @@ class Field(_FieldBase):
             return self.domain
         best, cost = self._cheapest(tokens)
         bits, size = self.paid[best]
-        strange = size > 20_000 and cost > self.config.foreign * bits / size
+        strange = size > 20_000 and cost > self.config.foreign * bits / 65536 / size
         if may_divide and strange and len(tokens) == self.PROBE and len(self.resting) < self.config.domains:
             self._turn_to(best)
             self.resting[best] = self.arrays
             self.resting.append(None)
-            self.paid = np.concatenate([self.paid, np.zeros((1, 2))])
+            self.paid = np.concatenate([self.paid, np.zeros((1, 2), np.int64)])
             self.arrays, self._borrowed = _own_field_state(self.arrays), False
         else:
             self._turn_to(best)
@@ -2454,7 +2457,7 @@ class Field(_FieldBase):
         made = cls(vocabulary, dataclasses.replace(config, **settings), arrays["tree_weights"], engine)
         made.arrays = _filled_field_state(made.arrays, arrays, "")
         if "paid" in arrays:  # there were no domains before
-            made.paid, turn = np.array(arrays["paid"], np.float64), int(arrays["domain"])
+            made.paid, turn = np.array(arrays["paid"], np.int64), int(arrays["domain"])
             like = _field_state(made.tree, made.tables, made.config)
             made.resting = [
                 None if k == turn else _own_field_state(_filled_field_state(like, arrays, f"{k}/"))

@@ -297,3 +297,238 @@ def test_stages_of_ones_own_follow_the_adult():
 def test_a_stage_that_cannot_be_is_refused(entry):
     with pytest.raises(o.UsageError, match="body.stages has"):
         o.stages(o.BodyConfig(stages=(entry,)))
+
+
+# --- Whole lives ---
+
+
+def a_life(home, **options) -> o.Organism:
+    settings = {"body.context": 16, "learning.batch": 4, "growth.auto": False, "tokenizer.retrain": "never"}
+    return o.Organism(home, overrides=settings, seed=3, threads=1, kernels="wait", **options)
+
+
+def lived_windows(life: o.Organism) -> tuple:
+    learner = life.learner
+    return learner.experience.windows(4, 16, 0, np.random.default_rng(0))
+
+
+def act(life: o.Organism, action: str, step: int) -> o.Organism:
+    """Do one thing to a life; what it returns goes on living."""
+    if action == "grow":
+        if life.next_stage in ("infant", "child"):
+            life.grow()
+    elif action == "expand":
+        learner = life.learner
+        learner.grow_vocabulary(len(learner.tokenizer.merges) + 3, life._past)
+        life._field_dirty = True
+        life._publish(learner, float("nan"), "vocabulary")
+    elif action == "delta":
+        life.add_delta(f"step {step}")
+    elif action == "consolidate":
+        life.consolidate_deltas()
+    elif action == "learn":
+        life.learn_now(f"The {step} lamps of Orrin burn blue, and the keeper counts them at night. " * 4)
+    elif action in ("save", "kill"):
+        if action == "save":
+            life.save()
+        home = life.home.path
+        life.memory.close()  # and nothing else: whatever was not published is lost
+        life.home.close()
+        if life._learner is not None:
+            life._learner.release()
+        return a_life(home)
+    return life
+
+
+def live(home, actions: list[str]) -> np.ndarray:
+    """Live through actions and check the invariants on the way; the parameters in the end."""
+    life = a_life(home, stage="embryo")
+    try:
+        for step, action in enumerate(actions):
+            windows, before = lived_windows(life), life.published.body
+            log_p = before.log_probs(*windows, life.compiled)
+            life = act(life, action, step)
+            after = life.published.body
+            if action in ("grow", "delta", "consolidate", "save", "kill"):
+                assert np.abs(after.log_probs(*windows, life.compiled) - log_p).max() < 1e-4, action
+                assert after.steps == before.steps
+            if action == "expand":  # the old windows, spelled as before
+                old = windows[2].tree if windows[2] is not None else None
+                assert old is None or len(old) < after.shape.vocabulary
+        return life.published.body.arena.parameters.copy()
+    finally:
+        life.memory.close()
+        life.home.close()
+        if life._learner is not None:
+            life._learner.release()
+
+
+ACTIONS = st.sampled_from(["grow", "expand", "delta", "consolidate", "learn", "save", "kill"])
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.lists(ACTIONS, min_size=2, max_size=5))
+def test_any_order_of_growing_keeps_the_invariants(tmp_path_factory, actions):
+    """Invariants 1 and 4 of the design: nothing moves that should not, and the same life comes out twice."""
+    first, again = (live(tmp_path_factory.mktemp("life") / "home", actions) for _ in range(2))
+    assert np.array_equal(first, again)
+
+
+def test_growth_is_told_in_the_table_and_its_generation_is_kept(tmp_path):
+    with a_life(tmp_path / "home", stage="embryo") as life:
+        facts = life.grow()
+        assert facts["from"] == "embryo" and facts["stage"] == "infant" and facts["change"] < 1e-4
+        number = facts["generation"]
+        note = life.memory._all("SELECT note, n_params FROM growth ORDER BY id DESC LIMIT 1")[0]
+        assert note == (f"ontogenesis:stage=1|params={facts['n_params']}", facts["n_params"])
+        for n in range(5):
+            life.add_delta(str(n))
+        assert (life.home.body / f"{number:06d}").is_dir()
+
+
+def test_growth_beyond_the_memory_is_refused_before_it_starts(tmp_path, monkeypatch):
+    with a_life(tmp_path / "home", stage="embryo") as life:
+        monkeypatch.setattr(o, "free_memory", lambda: 100_000)
+        with pytest.raises(o.OrganismError, match=r"Growing to infant needs about \d+ MB of memory, and 0 MB are free"):
+            life.grow()
+        assert life.published.body.stage == "embryo" and life.status()["stage"] == "embryo"
+
+
+def test_the_last_stage_says_so(tmp_path):
+    with a_life(tmp_path / "home", stage="embryo") as life:
+        life.published.body.stage = "adult"
+        with pytest.raises(o.OrganismError, match="It is at its last stage, 'adult'"):
+            life.grow()
+
+
+def test_the_gates_are_bytes_steps_and_a_flat_curve(tmp_path):
+    with a_life(tmp_path / "home", stage="embryo") as life:
+        learner = life.learner
+        life.state["lived_bytes"] = 30_000
+        for n in range(400):
+            learner.curve.add(2.0 + 1 / (n + 1))
+        gates = life.growth_gates()
+        assert gates["next"] == "infant" and gates["bytes_needed"] == 20_000 and gates["ready"] and gates["gain"] < 0.01
+        learner.curve = o.LearningCurve([2.0 - 0.02 * n for n in range(50)])
+        assert not life.growth_gates()["ready"]  # it still learns well at this size
+        life.state["lived_bytes"] = 10_000
+        learner.curve = o.LearningCurve([2.0] * 50)
+        assert not life.growth_gates()["ready"]  # too little was lived
+
+
+def test_the_rate_is_dampened_after_growth():
+    body, learning, growth = schooled("embryo", True, np.float32), o.LearningConfig(), o.GrowthConfig()
+    body.steps = 1000
+    usual = o.body_rate(body, learning, growth)
+    body.grow("infant")
+    rates = []
+    for _ in range(growth.window + 1):
+        rates.append(o.body_rate(body, learning, growth))
+        body.steps += 1
+    assert rates[0] < rates[growth.warmup_steps] and rates[-2] == pytest.approx(growth.dampen * usual, rel=0.01)
+    assert rates[-1] == pytest.approx(usual, rel=0.01)
+
+
+def test_windows_a_step_can_be_set_for_each_stage():
+    config = o.Config().replace({"growth.batches": ("child 8", "adult 64")})
+    assert [o.stage_batch(stage, config) for stage in ("infant", "child", "adult")] == [32, 8, 64]
+    with pytest.raises(o.UsageError, match="growth.batches has 'child many'"):
+        o.stage_batch("child", o.Config().replace({"growth.batches": ("child many",)}))
+
+
+# --- Domains and the guard ---
+
+
+def test_foreign_text_gets_a_mixer_of_its_own_and_the_old_one_rests(sample_text):
+    tokenizer = o.Tokenizer()
+    english = (b"In the beginning the keeper of the lamps counted the ships, and the sea was calm. " * 40)[:3000]
+    russian = "В начале смотритель ламп считал корабли, и море было спокойно. ".encode() * 80
+    config = o.FieldConfig(table_mb=1)
+    field = o.Field(tokenizer.vocabulary, config)
+    for _ in range(2):
+        field.read(tokenizer.encode(sample_text[:30_000] + english))
+    old = field.copy()
+    before = old.copy().read(tokenizer.encode(english), learn=False)[0].sum()
+    assert field.route(tokenizer.encode(russian)) == 1 and len(field.resting) == 2
+    field.read(tokenizer.encode(russian))
+    assert field.route(tokenizer.encode(english)) == 0
+    assert all(np.array_equal(a, b) for a, b in zip(field.arrays[:3], old.arrays[:3], strict=True))  # untouched
+    field.route(tokenizer.encode(russian))
+    after = field.copy().read(tokenizer.encode(english), learn=False)[0].sum()  # finds out by itself whose this is
+    assert after < 1.1 * before
+    twin = o.Field.from_state(tokenizer.vocabulary, config, field.state())
+    assert twin.domain == field.domain and len(twin.resting) == 2
+    assert np.array_equal(twin.dense(), field.dense())
+    assert np.array_equal(
+        twin.read(tokenizer.encode(english), learn=False)[0], field.read(tokenizer.encode(english), learn=False)[0]
+    )
+
+
+def test_a_copy_of_a_field_with_domains_is_independent():
+    tokenizer = o.Tokenizer()
+    field = o.Field(tokenizer.vocabulary, o.FieldConfig(table_mb=1, foreign=1.0))
+    field.read(np.tile(np.arange(97, 122), 1000))
+    field.route(np.arange(256) % 256)
+    assert len(field.resting) == 2
+    field.read(np.arange(256))
+    twin, known = field.copy(), field.dense()
+    twin.route(np.tile(np.arange(97, 122), 20), may_divide=False)
+    assert twin.domain == 0 and field.domain == 1
+    twin.read(np.zeros(500, np.int64))
+    assert np.array_equal(field.dense(), known)
+    resting = o._given(field.resting[0])
+    assert not np.shares_memory(resting.table, twin.arrays.table)
+
+
+def an_experience(**settings) -> o.Experience:
+    """Nine blocks of domain 0, one of domain 1 which cost more."""
+    experience = o.Experience(100_000, 8, None, 0, dataclasses.replace(o.LearningConfig(), **settings))
+    experience.append(np.zeros(9 * 1024, np.int32), None, 0, 1.0)
+    experience.append(np.ones(1024, np.int32), None, 1, 4.0)
+    return experience
+
+
+@pytest.mark.parametrize(
+    "settings,share",
+    [(dict(replay_domain=1.0), 0.1), (dict(replay_domain=0.5), 0.25), (dict(replay_domain=0.0), 0.5),
+     (dict(replay_domain=1.0, replay_surprise=1.0), 4 / 13), (dict(replay_domain=1.0, replay_age=50.0), 1.0)],
+)  # fmt: skip
+def test_replay_is_drawn_by_domain_surprise_and_age(settings, share):
+    experience = an_experience(**settings)
+    x, _, _ = experience.windows(4000, 16, 0, np.random.default_rng(0))
+    assert x[:, -1].mean() == pytest.approx(share, abs=0.03)
+
+
+def test_rare_domains_outlive_the_trim():
+    experience = o.Experience(64 * 1024, 8, None, 0)
+    experience.append(np.zeros(60 * 1024, np.int32), None, 0)
+    experience.domains[10 * 1024 : 14 * 1024] = 1
+    experience.append(np.zeros(10 * 1024, np.int32), None, 0)
+    experience.trim()
+    assert experience.length <= 64 * 1024 and (experience.domains[: experience.length] == 1).sum() >= 3 * 1024
+
+
+def test_an_experience_of_the_first_format_is_read():
+    experience = an_experience()
+    arrays = {k: v.copy() for k, v in experience.state().items() if k not in ("domains", "costs")}
+    other = o.Experience(100_000, 8, None, 0)
+    other.load(arrays)
+    assert other.length == experience.length and not other.domains.any()
+
+
+def test_the_guard_replays_a_domain_that_was_hurt(tmp_path):
+    """A body that was made to forget one of two domains wins it back, partly, before it would be published."""
+    with a_life(tmp_path / "home", stage="embryo") as life:
+        life.learn_now("The lamps of Orrin burn blue. " * 50)
+        learner = life.learner
+        learner.experience.domains[: learner.experience.length // 2] = 1
+        before = learner.body.copy()
+        assert learner.guard(before).keys() == {0, 1}
+        rng = np.random.default_rng(0)
+        for array in ("parameters", "average"):
+            learner.body.arena.view(array, "head")[:] += 0.3 * rng.standard_normal(before.arena["head"].shape)
+        hurt = learner.domain_bits()
+        steps = learner.body.steps
+        after = learner.guard(before)
+        assert learner.body.steps - steps == life.config.learning.guard_steps
+        assert all(after[d][0] < after[d][1] < hurt[d] for d in after)
