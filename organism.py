@@ -195,7 +195,7 @@ class GrowthConfig:
 
     auto: bool = True  # grow by itself, once enough was lived and learning has flattened; off: only when asked to
     flat: float = 0.01  # flattened: the loss fell by less than this share from the third quarter of a stage to the last
-    least_steps: int = 200  # steps at a stage before it may be left (chosen)
+    least_steps: int = 300  # steps at a stage before it may be left; besides, it lasts as long as all before it (chosen)
     window: int = 100  # steps after growth in which the rate is dampened and the next stage waits (molequla §1.7: 500)
     dampen: float = 0.3  # factor on the rate in that window (molequla §1.2)
     warmup_steps: int = 30  # steps over which the rate rises again after growth (chosen)
@@ -271,7 +271,8 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "learning.rate_min": (0, 1), "learning.horizon_steps": (1, 10**9), "learning.beta1": (0, 0.9999),
     "learning.beta2": (0, 0.99999), "learning.epsilon": (1e-12, 1), "learning.average": (0, 0.99999),
     "learning.batch": (1, 65_536), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
-    "deltas.rank": (1, 1024), "deltas.most": (1, 64), "growth.flat": (0, 1), "growth.dampen": (0, 1), "growth.memory_share": (0.01, 1),
+    "deltas.rank": (1, 1024), "deltas.most": (1, 64), "growth.flat": (0, 1), "growth.dampen": (0, 1),
+    "growth.memory_share": (0.01, 1),
     "voice.top_p": (0.01, 1), "voice.min_p": (0, 1), "voice.typical_p": (0.01, 1), "voice.max_tokens": (1, 100_000),
     "memory.candidates": (1, 10_000), "life.keep_generations": (1, 10_000),
 }  # fmt: skip
@@ -2330,6 +2331,7 @@ class Field(_FieldBase):
 
     LOOK = 64  # tokens that unlearned reading looks back at, to tell whose they are
     PROBE = 256  # tokens by which `route` judges
+    SETTLED = 20_000  # bytes that a domain must have learned before anything is foreign to it
 
     @property
     def domain(self) -> int:
@@ -2356,13 +2358,12 @@ class Field(_FieldBase):
         Depends on the tokens and on what was learned alone, so that a replay of the same rows comes to the same.
         """
         tokens = self._checked(tokens)[: self.PROBE]
-        alone = len(self.resting) == 1 and (not may_divide or self.config.domains == 1)
-        if not len(tokens) or alone:
+        may_divide = may_divide and len(tokens) == self.PROBE and len(self.resting) < self.config.domains
+        if not len(tokens) or (len(self.resting) == 1 and (not may_divide or self.paid[0, 1] <= self.SETTLED)):
             return self.domain
         best, cost = self._cheapest(tokens)
         bits, size = self.paid[best]
-        strange = size > 20_000 and cost > self.config.foreign * bits / 65536 / size
-        if may_divide and strange and len(tokens) == self.PROBE and len(self.resting) < self.config.domains:
+        if may_divide and size > self.SETTLED and cost > self.config.foreign * bits / 65536 / size:
             self._turn_to(best)
             self.resting[best] = self.arrays
             self.resting.append(None)
@@ -6918,19 +6919,16 @@ class Organism:
         return names[after] if after < len(names) else None
 
     def growth_gates(self) -> dict[str, Any]:
-        """What the next stage waits for: {"next", "bytes", "bytes_needed", "gain", "flat", "steps", "ready"}."""
+        """What the next stage waits for: bytes lived, steps at this stage, and `gain`, which must be below `flat`."""
         following, body, growth = self.next_stage, self.published.body, self.config.growth
         if following is None:
             return dict(next=None, ready=False)
         curve = self._learner.curve if self._learner else LearningCurve(self.state.get("curve", ()))
         needed, steps = stages(self.config.body)[following][1], len(curve.blocks) * curve.BLOCK
-        ready = (
-            self.state["lived_bytes"] >= needed
-            and steps >= max(growth.least_steps, growth.window)
-            and curve.gain < growth.flat
-        )
-        return dict(next=following, bytes=self.state["lived_bytes"], bytes_needed=needed, gain=curve.gain, flat=growth.flat,
-                    steps=steps, grown_at=body.grown_at, ready=ready)  # fmt: skip
+        steps_needed = max(growth.least_steps, growth.window, body.grown_at or 0)
+        ready = self.state["lived_bytes"] >= needed and steps >= steps_needed and curve.gain < growth.flat
+        return dict(next=following, bytes=self.state["lived_bytes"], bytes_needed=needed, steps=steps, steps_needed=steps_needed,
+                    gain=curve.gain, flat=growth.flat, ready=ready)  # fmt: skip
 
     def _advance_when_ready(self, learner: Learner) -> bool:
         """Grow by itself, past the gates, where memory suffices."""
@@ -6963,13 +6961,23 @@ class Organism:
             )
         config = dataclasses.replace(self.config.body, field=before.on_field)
         must_fit(BodyShape.of(following, before.shape.vocabulary, config), self.config.growth.memory_share, following)
-        change = learner.grow(following)
-        note = f"ontogenesis:stage={list(stages(self.config.body)).index(following)}|params={learner.body.n_params}"
-        self._publish(learner, math.nan, note, keep=True)
+        with self._whole_or_dropped():
+            change = learner.grow(following)
+            note = f"ontogenesis:stage={list(stages(self.config.body)).index(following)}|params={learner.body.n_params}"
+            self._publish(learner, math.nan, note, keep=True)
         facts = {"from": before.stage, "stage": following, "n_params": learner.body.n_params, "change": change,
                  "generation": self.published.number}  # fmt: skip
         self.memory.event("growth", facts)
         return facts
+
+    @contextlib.contextmanager
+    def _whole_or_dropped(self) -> Iterator[None]:
+        """What fails inside drops the working copy: the published organism goes on as it is."""
+        try:
+            yield
+        except BaseException:
+            self._learner = None
+            raise
 
     # Deltas and gamma.
 
@@ -6979,14 +6987,16 @@ class Organism:
             return self._add_delta(self.learner, reason, burst_ids)
 
     def _add_delta(self, learner: Learner, reason: str, burst_ids: Iterable[int] = ()) -> Delta:
-        settings, made = self.config.deltas, []
-        learner.reshape("growing a delta", lambda body: made.append(
-            add_delta(body, reason, settings.rank, learner.seed, settings.most)))  # fmt: skip
-        for burst in burst_ids:
-            learner.body.deltas[-1] = learner.body.deltas[-1].trained_by(int(burst))
-        self._publish(learner, math.nan, f"delta:{made[0].id}|{reason}")
-        self.memory.event("delta", dict(id=made[0].id, reason=reason, deltas=len(learner.body.deltas)))
-        return learner.body.deltas[-1]
+        settings = self.config.deltas
+        with self._whole_or_dropped():
+            learner.reshape("growing a delta", lambda body: add_delta(
+                body, reason, settings.rank, learner.seed, settings.most))  # fmt: skip
+            for burst in burst_ids:
+                learner.body.deltas[-1] = learner.body.deltas[-1].trained_by(int(burst))
+            delta = learner.body.deltas[-1]
+            self._publish(learner, math.nan, f"delta:{delta.id}|{reason}")
+        self.memory.event("delta", dict(id=delta.id, reason=reason, deltas=len(learner.body.deltas)))
+        return delta
 
     def deltas(self) -> list[dict[str, Any]]:
         """Each delta: {"id", "reason", "born", "bursts", "strength", "on", "trained", "norm"}."""
@@ -7007,7 +7017,7 @@ class Organism:
 
     def consolidate_deltas(self) -> None:
         """Make one pack of all frozen deltas, without loss."""
-        with self._lock:
+        with self._lock, self._whole_or_dropped():
             self.learner.reshape("consolidating deltas", consolidate_deltas)
             self._publish(self.learner, math.nan, "delta:consolidated")
 
@@ -7026,7 +7036,7 @@ class Organism:
         """Change a copy of the body by hand, and publish it."""
         if self.read_only:
             raise OrganismError("It was opened to be read only: nothing can change.")
-        with self._lock:
+        with self._lock, self._whole_or_dropped():
             learner = self.learner
             learner.release()
             body = learner.body.copy()

@@ -182,7 +182,7 @@ def grown(
 
 
 def race(data: bytes, held: bytes, options: argparse.Namespace) -> str:
-    settings = {"body.field": options.field == "on", "learning.replay": options.replay}
+    settings = {"body.field": options.field == "on", "learning.replay": options.replay, "learning.batch": options.batch}
     schedule = [float(share) for share in options.schedule.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         whole, parts = Path(folder) / "whole", []
@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=3_000_000, help="of the text (default: 3,000,000)")
     parser.add_argument("--field", choices=("on", "off"), default="on", help="whether bodies stand on the field")
     parser.add_argument("--replay", type=float, default=1.0, help="tokens trained a token read (default: 1)")
+    parser.add_argument("--batch", type=int, default=8, help="windows a step (default: 8)")
     parser.add_argument("--schedule", default="0.05,0.15,0.35,0.6,0.8", help="shares of the text at which it grows")
     parser.add_argument("--parts", type=int, default=20, help="pieces after which held-out text is measured")
     parser.add_argument("--only", choices=("change", "race"), help="one half alone")

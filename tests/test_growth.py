@@ -366,10 +366,17 @@ def live(home, actions: list[str]) -> np.ndarray:
 ACTIONS = st.sampled_from(["grow", "expand", "delta", "consolidate", "learn", "save", "kill"])
 
 
-@settings(max_examples=4, deadline=None)
-@given(st.lists(ACTIONS, min_size=2, max_size=5))
-def test_any_order_of_growing_keeps_the_invariants(tmp_path_factory, actions):
+def test_a_life_of_everything_keeps_the_invariants(tmp_path):
     """Invariants 1 and 4 of the design: nothing moves that should not, and the same life comes out twice."""
+    actions = ["learn", "delta", "grow", "learn", "kill", "expand", "delta", "save", "consolidate", "grow"]
+    first, again = (live(tmp_path / str(n), actions) for n in range(2))
+    assert np.array_equal(first, again)
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
+@given(st.lists(ACTIONS, min_size=2, max_size=7))
+def test_any_order_of_growing_keeps_the_invariants(tmp_path_factory, actions):
     first, again = (live(tmp_path_factory.mktemp("life") / "home", actions) for _ in range(2))
     assert np.array_equal(first, again)
 
@@ -384,6 +391,25 @@ def test_growth_is_told_in_the_table_and_its_generation_is_kept(tmp_path):
         for n in range(5):
             life.add_delta(str(n))
         assert (life.home.body / f"{number:06d}").is_dir()
+
+
+def test_growth_that_cannot_be_written_has_not_happened(tmp_path, monkeypatch):
+    """A crash or a full disk in the middle: it wakes, and lives on, as it was before."""
+    home = tmp_path / "home"
+    with a_life(home, stage="embryo") as life:
+        before = life.published
+
+        def full(*_):
+            raise o.OrganismError("The disk is full.")
+
+        for change in (life.grow, lambda: life.add_delta("x")):
+            with monkeypatch.context() as patch:
+                patch.setattr(life.home, "publish", full)
+                with pytest.raises(o.OrganismError, match="full"):
+                    change()
+            assert life.published is before and life.learner.body.shape == before.body.shape
+    with a_life(home) as life:
+        assert life.published.body.stage == "embryo" and life.published.body.deltas == []
 
 
 def test_growth_beyond_the_memory_is_refused_before_it_starts(tmp_path, monkeypatch):
@@ -500,12 +526,16 @@ def test_replay_is_drawn_by_domain_surprise_and_age(settings, share):
 
 
 def test_rare_domains_outlive_the_trim():
-    experience = o.Experience(64 * 1024, 8, None, 0)
-    experience.append(np.zeros(60 * 1024, np.int32), None, 0)
-    experience.domains[10 * 1024 : 14 * 1024] = 1
-    experience.append(np.zeros(10 * 1024, np.int32), None, 0)
-    experience.trim()
-    assert experience.length <= 64 * 1024 and (experience.domains[: experience.length] == 1).sum() >= 3 * 1024
+    """Of 48 older blocks of one domain and 4 of another half goes: mostly of the large one."""
+    left = []
+    for seed in range(20):
+        experience = o.Experience(64 * 1024, 8, None, seed)
+        experience.append(np.zeros(70 * 1024, np.int32), None, 0)
+        experience.domains[10 * 1024 : 14 * 1024] = 1
+        experience.trim()
+        assert experience.length <= 64 * 1024
+        left.append((experience.domains[: experience.length] == 1).sum() / (4 * 1024))
+    assert np.mean(left) > 0.7
 
 
 def test_an_experience_of_the_first_format_is_read():
