@@ -119,7 +119,8 @@ def kernels_ready() -> bool:
 class BodyConfig:
     """The transformer that stands on the field (chapter 5)."""
 
-    stage: str = "embryo"  # what a newborn is: embryo, infant, child, adolescent, teen or adult (molequla §1.7)
+    stage: str = "embryo"  # what a newborn is: embryo, infant, child, adolescent, teen, adult or one of stages (§1.7)
+    stages: tuple[str, ...] = ()  # stages beyond adult, each "NAME WIDTH LAYERS HEADS HEAD_SIZE BYTES", rising
     field: bool = True  # stand on the field; off: the plain graph, blended with n-gram counts (stack)
     context: int = 96  # tokens that attention sees (molequla §1.1)
     head_types: tuple[str, ...] = ()  # content, hybrid or rrpram, one a head; empty: half content, half hybrid
@@ -151,6 +152,8 @@ class FieldConfig:
     mixer_floor: float = 0.004  # learning rate that the mixer's never falls below (field)
     view_width: int = 64  # ranges of the pruned distribution kept a token (stack: 62 to 74 nodes above 1e-3)
     view_floor: float = 1e-3  # probability below which a range is not split further (stack)
+    domains: int = 4  # mixers at most: text that is foreign to all of them gets one of its own; 1: all learn in one
+    foreign: float = 1.8  # text that costs so many times what is usual is foreign (chosen; docs/growth.md)
     user_boost: float = 0.3  # added to the boost of each word that the user says (molequla §1.5)
     boost_decay: float = 0.7  # boosts times this after each message and each reply (molequla §1.5)
 
@@ -172,6 +175,11 @@ class LearningConfig:
     batch: int = 32  # windows a step (DESIGN §5)
     accum: int = 1  # batches whose gradients make one step
     replay: float = 8.0  # tokens trained per token read, fresh and replayed together (stack: 16; halved for speed)
+    replay_domain: float = 0.5  # a domain's share of the replay is its tokens to this power: 1 as lived, 0 all alike
+    replay_surprise: float = 0.0  # blocks are replayed by what they cost the field, to this power; 0: all alike
+    replay_age: float = 0.0  # and by their age in blocks, to minus this power; 0: old and new alike
+    guard: float = 0.01  # share by which an old domain may rise in bits before it is replayed more; 0: no guard
+    guard_steps: int = 32  # steps of such replay at most, before what was learned is published
     burst_steps: int = 32  # steps of one burst (molequla §1.8)
     buffer_bytes: int = 1024  # bytes that wait before a burst begins (molequla §1.8)
     buffer_novelty: float = 0.15  # or novelty of what waits, as a share above what is usual (molequla §1.8)
@@ -181,6 +189,31 @@ class LearningConfig:
     precision: str = "fp32"  # "fp32"; "bf16" with the torch engine
     engine: str = "auto"  # "auto" (numba where compiled), "numpy", "numba" or "torch"
     prequential_stage: str = "child"  # stage of the newborn that `eval --prequential --blank` raises (stack)
+
+
+@dataclass(frozen=True)
+class GrowthConfig:
+    """When the body grows to its next stage, and how it learns just after (chapters 5 and 8)."""
+
+    auto: bool = True  # grow by itself, once enough was lived and learning has flattened; off: only when asked to
+    flat: float = 0.01  # flattened: the loss fell by less than this share from the third quarter of a stage to the last
+    least_steps: int = (
+        300  # steps at a stage before it may be left; besides, it lasts as long as all before it (chosen)
+    )
+    window: int = 100  # steps after growth in which the rate is dampened and the next stage waits (molequla §1.7: 500)
+    dampen: float = 0.3  # factor on the rate in that window (molequla §1.2)
+    warmup_steps: int = 30  # steps over which the rate rises again after growth (chosen)
+    batches: tuple[str, ...] = ()  # windows a step at a stage, each "STAGE N"; others have learning.batch times accum
+    memory_share: float = 0.8  # of the free memory that a larger body may take at most (chosen)
+
+
+@dataclass(frozen=True)
+class DeltasConfig:
+    """Low-rank adapters beside every projection (chapter 6)."""
+
+    rank: int = 8  # of a new delta (molequla §1.1)
+    most: int = 4  # frozen packs that stand side by side; more are consolidated into one (chosen)
+    on_domain: bool = False  # grow one when a new domain begins (docs/growth.md: replay alone holds what it knows)
 
 
 @dataclass(frozen=True)
@@ -225,7 +258,6 @@ class LifeConfig:
 
 
 CONFIG_CHOICES = {  # what a text may be, where it is one of a few
-    "body.stage": ("embryo", "infant", "child", "adolescent", "teen", "adult"),
     "body.head_types": ("content", "hybrid", "rrpram"),
     "tokenizer.retrain": ("double", "never"),
     "field.contexts": ("full", "lite"),
@@ -238,10 +270,13 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "body.context": (8, 4096), "body.hybrid_alpha_init": (-20, 20), "body.word_dropout": (0, 0.9),
     "tokenizer.max_merges": (0, 60_000),
     "field.table_mb": (1, 4096), "field.max_table_mb": (1, 4096), "field.match_min": (1, 64),
-    "field.count_limit": (1, 1023), "field.view_width": (8, 1024), "field.view_floor": (1e-6, 0.5),
+    "field.count_limit": (1, 1023), "field.domains": (1, 64), "field.foreign": (1, 1000),
+    "field.view_width": (8, 1024), "field.view_floor": (1e-6, 0.5),
     "learning.rate_min": (0, 1), "learning.horizon_steps": (1, 10**9), "learning.beta1": (0, 0.9999),
     "learning.beta2": (0, 0.99999), "learning.epsilon": (1e-12, 1), "learning.average": (0, 0.99999),
     "learning.batch": (1, 65_536), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
+    "deltas.rank": (1, 1024), "deltas.most": (1, 64), "growth.flat": (0, 1), "growth.dampen": (0, 1),
+    "growth.memory_share": (0.01, 1),
     "voice.top_p": (0.01, 1), "voice.min_p": (0, 1), "voice.typical_p": (0.01, 1), "voice.max_tokens": (1, 100_000),
     "memory.candidates": (1, 10_000), "life.keep_generations": (1, 10_000),
 }  # fmt: skip
@@ -255,6 +290,8 @@ class Config:
     tokenizer: TokenizerConfig = TokenizerConfig()
     field: FieldConfig = FieldConfig()
     learning: LearningConfig = LearningConfig()
+    growth: GrowthConfig = GrowthConfig()
+    deltas: DeltasConfig = DeltasConfig()
     voice: VoiceConfig = VoiceConfig()
     memory: MemoryConfig = MemoryConfig()
     life: LifeConfig = LifeConfig()
@@ -274,6 +311,9 @@ class Config:
             ("the command line", {k: v for k, v in (overrides or {}).items() if v is not None}),
         ):
             config = config.replace(values, where)
+        if config.body.stage not in (known := stages(config.body)):
+            raise UsageError(f"body.stage must be one of {', '.join(known)}, not {config.body.stage!r}.")
+        stage_batch(config.body.stage, config)  # raises where growth.batches cannot be read
         return config
 
     def replace(self, values: dict[str, object], where: str = "the settings") -> Config:
@@ -498,12 +538,15 @@ def aligned_zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
 
 # --- The arena, in which all parameters are one array. ---
 
+FROZEN = "frozen."  # how the names of parameters begin that are no longer trained
+
 
 class Place(NamedTuple):
-    """Where a parameter lies: `offset` in numbers, and its shape."""
+    """Where a parameter lies: `offset` in numbers, and its shape; whether it is trained, or frozen."""
 
     offset: int
     shape: tuple[int, ...]
+    trained: bool = True
 
     @property
     def size(self) -> int:
@@ -517,18 +560,21 @@ class Place(NamedTuple):
 class Arena:
     """Parameters, AdamW's moments and the averaged weights: four flat arrays of one layout {name: shape}.
 
-    Matrices lie first, vectors behind them, so that "decay the matrices" is "decay the first `decayed` numbers". Places
-    begin at multiples of 16; what lies between them stays zero. Snapshot, clip and AdamW are each one pass.
+    Matrices lie first, vectors behind them, so that "decay the matrices" is "decay the first `decayed` numbers"; what is
+    frozen lies last, so that AdamW and gradients end at `trained`. Places begin at multiples of 16; what lies between
+    them stays zero. Snapshot, clip and AdamW are each one pass.
     """
 
     ARRAYS = ("parameters", "moment1", "moment2", "average")
 
     def __init__(self, layout: dict[str, tuple[int, ...]], dtype: Any = np.float32):
-        self.dtype, self.places, self.size, self.decayed = np.dtype(dtype), layout_places(layout), 0, 0
+        self.dtype, self.places = np.dtype(dtype), layout_places(layout)
+        self.size = self.trained = self.decayed = 0
         for place in self.places.values():
             self.size = max(self.size, place.offset + padded(place.size, 16))
-            if len(place.shape) > 1:
-                self.decayed = self.size
+            if place.trained:
+                self.trained = self.size
+                self.decayed = self.size if len(place.shape) > 1 else self.decayed
         self.parameters, self.moment1, self.moment2, self.average = (
             aligned_zeros(self.size, dtype=dtype) for _ in self.ARRAYS
         )
@@ -541,8 +587,13 @@ class Arena:
         """The part of one of ARRAYS that belongs to a parameter."""
         return self.places[name].of(getattr(self, array))
 
+    @staticmethod
+    def size_of(layout: dict[str, tuple[int, ...]]) -> int:
+        """The size that an arena of this layout would have."""
+        return sum(padded(math.prod(shape), 16) for shape in layout.values())
+
     def __len__(self) -> int:
-        """Trained numbers, without the gaps."""
+        """Numbers of all parameters, without the gaps."""
         return sum(place.size for place in self.places.values())
 
     def copy(self) -> Arena:
@@ -557,29 +608,31 @@ class Arena:
 
 
 def layout_places(layout: dict[str, tuple[int, ...]]) -> dict[str, Place]:
-    """The place of each parameter; in the order of the layout, matrices before vectors."""
+    """The place of each parameter: in the order of the layout, matrices before vectors, and last of all what is frozen,
+    whose names begin with FROZEN."""
     places, offset = {}, 0
-    for name in sorted(layout, key=lambda name: len(layout[name]) < 2):
-        places[name] = Place(offset, tuple(layout[name]))
+    for name in sorted(layout, key=lambda name: (name.startswith(FROZEN), len(layout[name]) < 2)):
+        places[name] = Place(offset, tuple(layout[name]), not name.startswith(FROZEN))
         offset += padded(places[name].size, 16)
     return places
 
 
 def adamw(arena: Arena, gradients: np.ndarray, rate: float, step: int, config: LearningConfig) -> float:
-    """One step on gradients [size]; returns their norm before clipping. `step` counts from 1.
+    """One step on gradients [trained]; returns their norm before clipping. `step` counts from 1.
 
     Decoupled decay of the matrices (Loshchilov & Hutter 2019, arXiv 1711.05101), clipping by the global norm, and a moving
     average of the weights: with decay min(config.average, step / (step + 1)), so that it starts as a plain mean.
     """
     norm = float(np.sqrt(np.sum(np.square(gradients, dtype=np.float64))))
     clip = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm > 0 else 1.0
-    g, p = gradients * arena.dtype.type(clip), arena.parameters
-    arena.moment1 += (1 - config.beta1) * (g - arena.moment1)
-    arena.moment2 += (1 - config.beta2) * (g * g - arena.moment2)
-    mean, square = arena.moment1 / (1 - config.beta1**step), arena.moment2 / (1 - config.beta2**step)
+    g = gradients * arena.dtype.type(clip)
+    p, moment1, moment2, average = (getattr(arena, name)[: arena.trained] for name in Arena.ARRAYS)
+    moment1 += (1 - config.beta1) * (g - moment1)
+    moment2 += (1 - config.beta2) * (g * g - moment2)
+    mean, square = moment1 / (1 - config.beta1**step), moment2 / (1 - config.beta2**step)
     p[: arena.decayed] *= 1 - rate * config.weight_decay
     p -= rate * mean / (np.sqrt(square) + config.epsilon)
-    arena.average += max(1 - config.average, 1 / (step + 1)) * (p - arena.average)
+    average += max(1 - config.average, 1 / (step + 1)) * (p - average)
     return norm
 
 
@@ -607,9 +660,8 @@ class Tensor:
     def __matmul__(self, weight: Place) -> Tensor:
         inner, outer = weight.shape
         assert inner == self.width, f"a product of {self.width} columns with a matrix of {weight.shape}"
-        return self.tape.record(
-            "linear", outer, self, weights=[weight], inner=inner, scratch_back=inner * outer, scale=1.0
-        )
+        return self.tape.record("linear", outer, self, weights=[weight], inner=inner, scratch_back=inner * outer, scale=1.0,
+                                frozen=not weight.trained)  # fmt: skip
 
     def __rmul__(self, factor: float) -> Tensor:
         self._product().fields["scale"] *= factor
@@ -785,7 +837,7 @@ class Machine:
     sequences: int = 1
     length: int = 1
     position: int = 0  # of the first token, for angles and cache
-    gradients: np.ndarray | None = None  # [arena.size]; operations add to it
+    gradients: np.ndarray | None = None  # [arena.trained]; operations add to it
     targets: np.ndarray | None = None  # int64 [rows]
     view: FieldView | None = None  # of every row
     cache: np.ndarray | None = None  # [program.cache]
@@ -868,7 +920,7 @@ def _field_input_back(f: Frame) -> None:
 
 def _rms_norm(f: Frame) -> None:
     """Zhang & Sennrich 2019, arXiv 1910.07467: x / rms(x) · gain. saved [R, 1] = 1 / rms."""
-    f.saved[:] = 1 / np.sqrt((f.x**2).mean(1, keepdims=True) + RMS_EPSILON)
+    f.saved[:] = 1 / np.sqrt((f.x**2).mean(1, keepdims=True) + f.epsilon)
     f.out[:] = f.x * f.saved * f.weight()
 
 
@@ -885,7 +937,8 @@ def _linear(f: Frame) -> None:
 
 
 def _linear_back(f: Frame) -> None:
-    f.d_weight()[:] += f.scale * (f.x.T @ f.d_out)
+    if not f.frozen:
+        f.d_weight()[:] += f.scale * (f.x.T @ f.d_out)
     f.give(f.scale * (f.d_out @ f.weight().T))
     if f.add_y:
         f.d_y[:] += f.d_out
@@ -993,6 +1046,28 @@ def _swiglu_back(f: Frame) -> None:
     f.give(np.concatenate([f.d_out * up * s * (1 + gate * (1 - s)), f.d_out * gate * s], axis=1))
 
 
+def _delta_parts(f: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the low-rank factor gave [R, parts, rank], each part's gate [R, parts], and its strength [parts]."""
+    parts, rank = int(f.parts), int(f.outer) // int(f.parts)
+    low, z = f.x[:, : parts * rank].reshape(-1, parts, rank), f.x[:, parts * rank :]
+    return low, 1 / (1 + np.exp(-(z + f.weight(0)))), f.weight(1)
+
+
+def _delta_gate(f: Frame) -> None:
+    """strength · sigmoid(z + bias) · low, of x = [low, z]: each part of a delta is weighed by its gate."""
+    low, gate, strength = _delta_parts(f)
+    f.out[:] = (low * (strength * gate)[..., None]).reshape(f.out.shape)
+
+
+def _delta_gate_back(f: Frame) -> None:
+    low, gate, strength = _delta_parts(f)
+    d_out = f.d_out.reshape(low.shape)
+    d_z = strength * gate * (1 - gate) * (d_out * low).sum(-1)
+    if not f.frozen:
+        f.d_weight(0)[:] += d_z.sum(0)
+    f.give(np.concatenate([(d_out * (strength * gate)[..., None]).reshape(f.d_out.shape), d_z], axis=1))
+
+
 def _loss_of(f: Frame, logits: np.ndarray) -> np.ndarray:
     """Write ln p of the targets to the machine; returns the gradient of the logits [R, V]."""
     rows, targets = np.arange(f.m.rows), _given(f.m.targets)[: f.m.rows]
@@ -1067,6 +1142,7 @@ OPS: dict[str, Op] = {
     "attention": Op(_attention, _attention_back, keeps=("x", "saved"), overwrites=True),
     "attention_step": Op(_attention_step),
     "swiglu": Op(_swiglu, _swiglu_back, keeps=("x",), overwrites=True),
+    "delta_gate": Op(_delta_gate, _delta_gate_back, keeps=("x",)),
     "cross_entropy": Op(_cross_entropy, _cross_entropy_back, keeps=("x",), loss=True),
     "field_loss": Op(_field_loss, _field_loss_back, keeps=("x",), loss=True),
     "logits": Op(_logits),
@@ -1092,9 +1168,9 @@ def field_input(x: Tensor, expected: Place, scalars: Place) -> Tensor:
     )
 
 
-def rms_norm(x: Tensor, gain: Place) -> Tensor:
-    """Root-mean-square norm with gain [C]."""
-    return x.tape.record("rms_norm", x.width, x, weights=[gain], saved=1, inner=x.width)
+def rms_norm(x: Tensor, gain: Place, epsilon: float = RMS_EPSILON) -> Tensor:
+    """Root-mean-square norm with gain [C]; epsilon is added to the mean square."""
+    return x.tape.record("rms_norm", x.width, x, weights=[gain], saved=1, inner=x.width, epsilon=epsilon)
 
 
 def rope(x: Tensor, heads: int, size: int) -> Tensor:
@@ -1120,6 +1196,12 @@ def attention(x: Tensor, heads: int, size: int, hybrid: int, pure: int, alpha: P
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) · up, of x = [gate, up]."""
     return x.tape.record("swiglu", x.width // 2, x)
+
+
+def delta_gate(x: Tensor, parts: int, bias: Place, strength: Place) -> Tensor:
+    """Each of `parts` equal runs of x = [low, z] times its strength · sigmoid(z + bias); bias and strength [parts]."""
+    numbers = dict(inner=x.width, parts=parts, frozen=not bias.trained)
+    return x.tape.record("delta_gate", x.width - parts, x, weights=[bias, strength], **numbers)
 
 
 def cross_entropy(x: Tensor, table: Place) -> Tensor:
@@ -2137,6 +2219,10 @@ class _FieldBase:
     def _empty_view(self) -> FieldView:
         return _field_view(*self._blank_cuts(0), self.tree)
 
+    def route(self, tokens, may_divide: bool = True) -> int:
+        """Choose who reads what begins with these tokens, see Field; the number of the domain."""
+        return 0
+
     def learn(self, token: int) -> float:
         """Learn one token; returns what it cost, in bits."""
         return float(self.read([token])[0][0])
@@ -2173,6 +2259,11 @@ class Field(_FieldBase):
 
     engine: "numba" (compiled), "numpy" (the reference, about 2,000 times slower), "auto" (compiled if it can be). Costs are
     in bits, probabilities are plain numbers. One thread may use a field at a time; a copy is independent.
+
+    Domains: a mixer that goes on to learn Python forgets the Bible, since its counts follow the present. So text that
+    costs far more than what a mixer is used to gets a mixer of its own, a copy of the one that finds it least
+    strange, and the old one rests untouched. `route` chooses whose turn it is; unlearned reading of longer text chooses
+    by itself, from what it has already read. All of them share the token tree.
     """
 
     def __init__(
@@ -2183,11 +2274,16 @@ class Field(_FieldBase):
         self.arrays = _field_state(self.tree, self.tables, config)
         self.boosts = np.zeros(len(vocabulary))
         self._twin = _field_twin(engine)
+        self.resting: list[_FieldState | None] = [
+            None
+        ]  # each domain's arrays, never written to; None: whose turn it is
+        self.paid = np.zeros((1, 2), np.int64)  # 1/65536 bits, and bytes, that each domain has learned
+        self._borrowed = False  # whether tables are still those of somebody who rests
 
     @property
     def seen(self) -> int:
-        """Tokens learned."""
-        return int(self.arrays.registers[1])
+        """Tokens learned, by the domain that has learned the most."""
+        return max(int(state.registers[1]) for state in self._states())
 
     def _tree_arrays(self) -> tuple[np.ndarray, ...]:
         return self.tree.nodes, self.tree.rank, self.tree.leaf, self.tree.text, self.tree.starts
@@ -2202,10 +2298,16 @@ class Field(_FieldBase):
         learn=False moves contexts and matches past the tokens and learns nothing. (costs: for CooccurField's sake.)
         """
         tokens = self._checked(tokens)
-        bits, parts, size = np.zeros(len(tokens)), [], 4_096 if views else 65_536  # unrounded, a view takes 800 bytes
-        for i in range(0, len(tokens), size):
-            view = self._read_part(tokens[i : i + size], views, learn, bits[i : i + size])
+        bits, parts = np.zeros(len(tokens)), []
+        if learn and self._borrowed:
+            self.arrays, self._borrowed = _own_field_state(self.arrays), False
+        for begin, end in self._stretches(len(tokens), views, learn):
+            view = self._read_part(tokens[begin:end], views, learn, bits[begin:end])
             parts += [] if view is None else [view]
+            if not learn and end < len(tokens):
+                self._turn_to(self._cheapest(tokens[max(0, end - self.LOOK) : end])[0])
+        if learn:
+            self.paid[self.domain] += np.rint(bits * 65536).astype(np.int64).sum(), self._bytes(tokens)
         return bits, (FieldView.concat(parts) if parts else self._empty_view()) if views else None
 
     def _read_part(self, tokens: np.ndarray, views: bool, learn: bool, bits: np.ndarray) -> FieldView | None:
@@ -2228,6 +2330,78 @@ class Field(_FieldBase):
             larger = np.zeros(size, np.uint16)
             larger[: len(history)] = history
             self.arrays = self.arrays._replace(history=larger)
+
+    # Domains.
+
+    LOOK = 64  # tokens that unlearned reading looks back at, to tell whose they are
+    PROBE = 256  # tokens by which `route` judges
+    SETTLED = 20_000  # bytes that a domain must have learned before anything is foreign to it
+
+    @property
+    def domain(self) -> int:
+        """Whose turn it is."""
+        return self.resting.index(None)
+
+    def _states(self) -> list[_FieldState]:
+        return [self.arrays if state is None else state for state in self.resting]
+
+    def _bytes(self, tokens: np.ndarray) -> int:
+        return int((self.tree.starts[tokens + 1] - self.tree.starts[tokens]).sum())
+
+    def _stretches(self, count: int, views: bool, learn: bool) -> list[tuple[int, int]]:
+        """Where reading pauses: after ever more tokens, to look back, where there are several domains."""
+        if learn or len(self.resting) == 1:
+            marks = list(range(0, count, 4_096 if views else 65_536))  # unrounded, a view takes 800 bytes
+        else:
+            marks = [m for m in (0, 16, 48, 112, 240) if m < count] + list(range(512, count, 512))
+        return list(itertools.pairwise([*marks, count]))
+
+    def route(self, tokens, may_divide: bool = True) -> int:
+        """Give the turn to whom these tokens [N], the first of a text, cost least; foreign text gets a domain of its own.
+
+        Depends on the tokens and on what was learned alone, so that a replay of the same rows comes to the same.
+        """
+        tokens = self._checked(tokens)[: self.PROBE]
+        may_divide = may_divide and len(tokens) == self.PROBE and len(self.resting) < self.config.domains
+        if not len(tokens) or (len(self.resting) == 1 and (not may_divide or self.paid[0, 1] <= self.SETTLED)):
+            return self.domain
+        best, cost = self._cheapest(tokens)
+        bits, size = self.paid[best]
+        if may_divide and size > self.SETTLED and cost > self.config.foreign * bits / 65536 / size:
+            self._turn_to(best)
+            self.resting[best] = self.arrays
+            self.resting.append(None)
+            self.paid = np.concatenate([self.paid, np.zeros((1, 2), np.int64)])
+            self.arrays, self._borrowed = _own_field_state(self.arrays), False
+        else:
+            self._turn_to(best)
+        return self.domain
+
+    def _cheapest(self, tokens: np.ndarray) -> tuple[int, float]:
+        """The domain whom tokens cost least, a little in favour of whose turn it is; and their bits a byte."""
+        size, costs = max(1, self._bytes(tokens)), []
+        for state in self._states():
+            bits, mine = np.zeros(len(tokens)), self.arrays
+            self.arrays = _borrowed_field_state(state)
+            self._make_room(len(tokens))
+            self._ask(tokens, False, bits, *self._blank_cuts(0))
+            self.arrays = mine
+            costs.append(float(bits.sum()) / size)
+        weighed = [cost * (0.97 if k == self.domain else 1.0) for k, cost in enumerate(costs)]
+        best = int(np.argmin(weighed))
+        return best, costs[best]
+
+    def _turn_to(self, domain: int) -> None:
+        """Let another domain go on: with the last tokens in its contexts, and tables that are copied when it learns."""
+        if domain == self.domain:
+            return
+        history, position = self.arrays.history, int(self.arrays.registers[0])
+        last = history[np.arange(max(0, position - 32), position) % len(history)].astype(np.int64)
+        self.resting[self.domain] = self.arrays
+        self.arrays, self._borrowed = _borrowed_field_state(_given(self.resting[domain])), True
+        self.resting[domain] = None
+        self._make_room(len(last))
+        self._ask(last, False, np.zeros(len(last)), *self._blank_cuts(0))
 
     # Speaking.
 
@@ -2259,21 +2433,25 @@ class Field(_FieldBase):
     # Copies.
 
     def copy(self) -> Field:
-        """An independent field that has learned the same; the tree is shared."""
+        """An independent field that has learned the same; the tree, and domains that rest, are shared."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        table = aligned_zeros(len(self.arrays.table), dtype=np.uint32)
-        table[:] = self.arrays.table
-        twin.arrays = _FieldState(table, *(array.copy() for array in self.arrays[1:]))
-        twin.boosts = self.boosts.copy()
+        twin.arrays, twin._borrowed = _own_field_state(self.arrays), False
+        twin.resting, twin.paid, twin.boosts = list(self.resting), self.paid.copy(), self.boosts.copy()
         return twin
 
     def state(self) -> dict[str, np.ndarray]:
         """All that `from_state` needs for a field that is the same bit for bit."""
         settings = json.dumps(dict(contexts=self.config.contexts, table_mb=self.config.table_mb, count_limit=self.config.count_limit,
                                    mixer_floor=self.config.mixer_floor, match_min=self.config.match_min))  # fmt: skip
-        return dict(self.arrays._asdict(), boosts=self.boosts, tree_weights=self.tree.weights,
-                    settings=np.frombuffer(settings.encode(), np.uint8))  # fmt: skip
+        rest = {
+            f"{k}/{name}": array
+            for k, state in enumerate(self.resting)
+            if state
+            for name, array in state._asdict().items()
+        }
+        return dict(self.arrays._asdict(), boosts=self.boosts, tree_weights=self.tree.weights, paid=self.paid,
+                    domain=np.array(self.domain), settings=np.frombuffer(settings.encode(), np.uint8), **rest)  # fmt: skip
 
     @classmethod
     def from_state(
@@ -2282,18 +2460,44 @@ class Field(_FieldBase):
         """The field that `state` described; what shapes its arrays comes from there, not from config."""
         settings = json.loads(bytes(np.asarray(arrays["settings"], np.uint8)))
         made = cls(vocabulary, dataclasses.replace(config, **settings), arrays["tree_weights"], engine)
-        for name, mine in made.arrays._asdict().items():
-            given = arrays[name]
-            if name == "history" and given.ndim == 1 and given.dtype == mine.dtype and len(given).bit_count() == 1:
-                made.arrays = made.arrays._replace(history=given.copy())
-                continue
-            if given.shape != mine.shape or given.dtype != mine.dtype:
-                raise OrganismError(
-                    f"The field's checkpoint does not fit its vocabulary: {name} is {given.shape}, not {mine.shape}."
-                )
-            mine[...] = given
+        made.arrays = _filled_field_state(made.arrays, arrays, "")
+        if "paid" in arrays:  # there were no domains before
+            made.paid, turn = np.array(arrays["paid"], np.int64), int(arrays["domain"])
+            like = _field_state(made.tree, made.tables, made.config)
+            made.resting = [
+                None if k == turn else _own_field_state(_filled_field_state(like, arrays, f"{k}/"))
+                for k in range(len(made.paid))
+            ]
         made.boosts[:] = arrays["boosts"]
         return made
+
+
+def _filled_field_state(mine: _FieldState, arrays: dict[str, np.ndarray], prefix: str) -> _FieldState:
+    """The arrays of a checkpoint whose names begin with `prefix`, put into those of a new field."""
+    for name, array in mine._asdict().items():
+        given = arrays[prefix + name]
+        if name == "history" and given.ndim == 1 and given.dtype == array.dtype and len(given).bit_count() == 1:
+            mine = mine._replace(history=given.copy())
+            continue
+        if given.shape != array.shape or given.dtype != array.dtype:
+            raise OrganismError(
+                f"The field's checkpoint does not fit its vocabulary: {name} is {given.shape}, not {array.shape}."
+            )
+        array[...] = given
+    return mine
+
+
+def _own_field_state(state: _FieldState) -> _FieldState:
+    """A copy that may learn."""
+    table = aligned_zeros(len(state.table), dtype=np.uint32)
+    table[:] = state.table
+    return _FieldState(table, *(array.copy() for array in state[1:]))
+
+
+def _borrowed_field_state(state: _FieldState) -> _FieldState:
+    """A copy that may read without learning: what it would learn into stays the other's."""
+    moving = ("history", "registers", "rolling", "costs")
+    return state._replace(**{name: getattr(state, name).copy() for name in moving})
 
 
 def _field_twin(engine: str):
@@ -2493,12 +2697,49 @@ STAGES = {
     "teen": Stage(224, 5, 8, 32),
     "adult": Stage(320, 6, 8, 40),
 }
+STAGE_BYTES = dict(embryo=0, infant=20_000, child=50_000, adolescent=200_000, teen=350_000, adult=500_000)  # §1.7
 FIELD_SCALARS = 6  # numbers beside a view
+
+
+def stages(config: BodyConfig) -> dict[str, tuple[Stage, int]]:
+    """{name: (size, bytes lived from which it may be grown to)}, rising: those above, then those of body.stages.
+
+    Raises UsageError for an entry that cannot be read, or that is smaller than the stage before it.
+    """
+    known = {name: (size, STAGE_BYTES[name]) for name, size in STAGES.items()}
+    for entry in config.stages:
+        try:
+            name, *numbers = entry.split()
+            width, layers, heads, head_size, size = (int(n.replace("_", "")) for n in numbers)
+        except ValueError:
+            raise UsageError(f"body.stages has {entry!r}: write NAME WIDTH LAYERS HEADS HEAD_SIZE BYTES.") from None
+        last, stage = next(reversed(known.values())), Stage(width, layers, heads, head_size)
+        if (
+            name in known
+            or head_size % 2
+            or any(a < b for a, b in zip((*stage, size), (*last[0], last[1]), strict=True))
+        ):
+            raise UsageError(f"body.stages has {entry!r}: a name of its own, an even head size, and nothing smaller "
+                             f"than the stage before it ({' '.join(map(str, (*last[0], last[1])))}) are needed.")  # fmt: skip
+        known[name] = stage, size
+    return known
+
+
+def stage_size(name: str, config: BodyConfig) -> Stage:
+    """The size of a stage; raises UsageError where there is none of that name."""
+    known = stages(config)
+    if name not in known:
+        raise UsageError(f"There is no stage {name!r}: choose one of {', '.join(known)}.")
+    return known[name][0]
 
 
 @dataclass(frozen=True)
 class BodyShape:
-    """All that decides which parameters a body has and which graph it is."""
+    """All that decides which parameters a body has and which graph it is.
+
+    epsilon, rope and deltas are what a body that grew differs in from one that was born at its size: the norm's epsilon
+    (a mean over more columns is smaller), the head sizes that it had, for the angles, and the low-rank adapters.
+    """
 
     width: int
     layers: int
@@ -2510,11 +2751,18 @@ class BodyShape:
     vocabulary: int
     on_field: bool
     operators: tuple[str, ...]  # the sequence operator of each layer
+    epsilon: float = RMS_EPSILON  # of the norms
+    rope: tuple[int, ...] = ()  # head sizes from birth on, see `rope_frequencies`
+    deltas: tuple[tuple[int, int, bool], ...] = ()  # (parts, rank of each, whether it is trained), see chapter 6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rope", tuple(self.rope) or (self.head_size,))
+        object.__setattr__(self, "deltas", tuple(tuple(delta) for delta in self.deltas))
 
     @staticmethod
     def of(stage: str, vocabulary: int, config: BodyConfig) -> BodyShape:
         """The shape of a stage; raises UsageError where head_types do not fit its heads."""
-        size = STAGES[stage]
+        size = stage_size(stage, config)
         types = config.head_types or ("content",) * (size.heads - size.heads // 2) + ("hybrid",) * (size.heads // 2)
         if len(types) != size.heads:
             raise UsageError(
@@ -2540,17 +2788,49 @@ class BodyShape:
             if self.hybrid:
                 block["alpha"] = (self.hybrid,)
             layout |= {f"blocks.{n}.{name}": shape for name, shape in block.items()}
+            for k in range(len(self.deltas)):
+                layout |= self._delta_layout(k, n, block)
         layout["norm"] = (C,)
         if self.on_field:
             layout |= {"head": (V, C), "gain": (C + FIELD_SCALARS + 1,)}
         return layout
+
+    def delta_name(self, k: int) -> str:
+        """How the names of delta k's parameters begin."""
+        return f"deltas.{k}" if self.deltas[k][2] else f"{FROZEN}{k}"
+
+    def _delta_layout(self, k: int, n: int, block: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Factors a [in, parts · (rank + 1)], of which the last columns are gates, and b [parts · rank, out]."""
+        layout, (parts, rank, _), name = {}, self.deltas[k], self.delta_name(k)
+        for projection in PROJECTIONS:
+            inner, outer = block[projection]
+            layout[f"{name}.blocks.{n}.{projection}.a"] = inner, parts * (rank + 1)
+            layout[f"{name}.blocks.{n}.{projection}.b"] = parts * rank, outer
+            layout[f"{name}.blocks.{n}.{projection}.bias"] = (parts,)
+        return layout | {f"{FROZEN}{k}.strength": (parts,)}
+
+
+PROJECTIONS = ("qkv", "out", "gate_up", "down")  # the matrices of a block, each of which deltas add to
+
+
+def project(
+    x: Tensor, shape: BodyShape, places: dict[str, Place], name: str, onto: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """onto + scale · (x @ weight + what each delta adds: its low-rank product, weighed by its gate)."""
+    out = scale * (x @ places[name])
+    out = out if onto is None else onto + out
+    for k, (parts, _, _) in enumerate(shape.deltas):
+        delta = f"{shape.delta_name(k)}.{name}"
+        low = delta_gate(x @ places[f"{delta}.a"], parts, places[f"{delta}.bias"], places[f"{FROZEN}{k}.strength"])
+        out = out + scale * (low @ places[f"{delta}.b"])
+    return out
 
 
 # --- Sequence operators: what a block does along time. Each maps the normed input to [rows, inner]; OUMNIX adds others. ---
 
 
 def _attend(h: Tensor, shape: BodyShape, places: dict[str, Place], block: str) -> Tensor:
-    qkv = rope(h @ places[f"{block}.qkv"], shape.heads, shape.head_size)
+    qkv = rope(project(h, shape, places, f"{block}.qkv"), shape.heads, shape.head_size)
     return attention(qkv, shape.heads, shape.head_size, shape.hybrid, shape.pure, places.get(f"{block}.alpha"))
 
 
@@ -2567,11 +2847,14 @@ def record_hidden(tape: Tape, shape: BodyShape, places: dict[str, Place]) -> Ten
         x = field_input(x, places["expected"], places["scalars"])
     for n, operator in enumerate(shape.operators):
         block = f"blocks.{n}"
-        mixed = SEQUENCE_OPERATORS[operator](rms_norm(x, places[f"{block}.norm1"]), shape, places, block)
-        x = x + scale * (mixed @ places[f"{block}.out"])
-        hidden = swiglu(rms_norm(x, places[f"{block}.norm2"]) @ places[f"{block}.gate_up"])
-        x = x + scale * (hidden @ places[f"{block}.down"])
-    return rms_norm(x, places["norm"])
+        normed = rms_norm(x, places[f"{block}.norm1"], shape.epsilon)
+        mixed = SEQUENCE_OPERATORS[operator](normed, shape, places, block)
+        x = project(mixed, shape, places, f"{block}.out", x, scale)
+        normed = rms_norm(x, places[f"{block}.norm2"], shape.epsilon)
+        x = project(
+            swiglu(project(normed, shape, places, f"{block}.gate_up")), shape, places, f"{block}.down", x, scale
+        )
+    return rms_norm(x, places["norm"], shape.epsilon)
 
 
 @functools.lru_cache(maxsize=64)
@@ -2591,39 +2874,57 @@ def body_program(shape: BodyShape, use: str, sequences: int = 1) -> Program:
 
 
 @functools.lru_cache(maxsize=16)
-def rope_angles(positions: int, head_size: int) -> np.ndarray:
-    """float32 [2, positions, head size / 2]: cosines and sines of position · 10000^(-2i / head size)."""
-    angle = np.arange(positions)[:, None] * 1e4 ** (-np.arange(0, head_size, 2) / head_size)
+def rope_angles(positions: int, *head_sizes: int) -> np.ndarray:
+    """float32 [2, positions, last head size / 2]: cosines and sines of position · frequency."""
+    angle = np.arange(positions)[:, None] * rope_frequencies(head_sizes)
     return np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
 
 
+def rope_frequencies(head_sizes: Sequence[int]) -> np.ndarray:
+    """float64 [last head size / 2]: 10000^(-2i / head size) for the first size; a head that grew keeps its frequencies,
+    and gets those of the larger size that are farthest from any it has. Twice the size gives the larger size's very set."""
+    exponents = np.arange(0, head_sizes[0], 2) / head_sizes[0]
+    for size in head_sizes[1:]:
+        ladder = np.arange(0, size, 2) / size
+        distance = np.abs(ladder[:, None] - exponents).min(1)
+        new = np.argsort(-distance, kind="stable")[: size // 2 - len(exponents)]
+        exponents = np.concatenate([exponents, ladder[np.sort(new)]])
+    return 1e4**-exponents
+
+
 class Body:
-    """Parameters and optimiser state of one transformer; `steps` it was trained for. Nothing here computes by itself:
-    Trainer trains it, Decoder speaks from it, `log_probs` measures it."""
+    """Parameters and optimiser state of one transformer; `steps` it was trained for, and had been when it last grew.
+    Nothing here computes by itself: Trainer trains it, Decoder speaks from it, `log_probs` measures it."""
 
     def __init__(self, stage: str, vocabulary: int, config: BodyConfig, seed: int = 0):
         self.stage, self.config, self.steps = stage, config, 0
+        self.grown_at: int | None = None
+        self.deltas: list[Delta] = []
         self.shape = BodyShape.of(stage, vocabulary, config)
         self.arena = Arena(self.shape.layout())
         self._initialise(np.random.Generator(np.random.PCG64(seed)))
 
     def _initialise(self, rng: np.random.Generator) -> None:
         """Small normal weights; as on the field: head 0 and gain 1 make a newborn the field itself."""
-        spread = 0.05 if self.on_field else 0.02
-        for name, place in self.arena.places.items():
-            array, kind = self.arena[name], name.rpartition(".")[2]
-            if kind in ("norm", "norm1", "norm2"):
-                array[:] = 1
-            elif kind == "alpha":
-                array[:] = self.config.hybrid_alpha_init
-            elif kind == "gain":
-                array[-1] = 1
-            elif kind in ("qkv", "out", "gate_up", "down", "scalars"):
-                array[:] = rng.standard_normal(place.shape, np.float32) / np.float32(math.sqrt(3 * place.shape[0]))
-            elif kind != "head":
-                array[:] = rng.standard_normal(place.shape, np.float32) * np.float32(spread)
+        for name in self.arena.places:
+            self.arena[name][:] = self._at_birth(name, self.arena[name].shape, rng)
         self.arena.average[:] = self.arena.parameters
         self.birth = self.arena["embedding"].copy()  # never written to; gamma is the difference from it
+
+    def _at_birth(self, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        """float32: what a parameter is at first."""
+        array, kind = np.zeros(shape, np.float32), name.rpartition(".")[2]
+        if kind in ("norm", "norm1", "norm2", "strength"):
+            array[:] = 1
+        elif kind == "alpha":
+            array[:] = self.config.hybrid_alpha_init
+        elif kind == "gain":
+            array[-1] = 1
+        elif kind in (*PROJECTIONS, "scalars", "a"):
+            array[:] = rng.standard_normal(shape, np.float32) / np.float32(math.sqrt(3 * shape[0]))
+        elif kind in ("embedding", "expected"):
+            array[:] = rng.standard_normal(shape, np.float32) * np.float32(0.05 if self.on_field else 0.02)
+        return array
 
     @property
     def on_field(self) -> bool:
@@ -2641,7 +2942,7 @@ class Body:
         """An independent body with the same weights."""
         twin = object.__new__(Body)
         twin.__dict__.update(self.__dict__)
-        twin.arena = self.arena.copy()
+        twin.arena, twin.deltas = self.arena.copy(), list(self.deltas)
         return twin
 
     # Measuring.
@@ -2658,7 +2959,7 @@ class Body:
 
     def _measure(self, body: Body, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> np.ndarray:
         program = body_program(self.shape, "measure", 1)
-        machine = Machine(self.arena.average, aligned_zeros(program.size), rope_angles(self.context, self.shape.head_size),
+        machine = Machine(self.arena.average, aligned_zeros(program.size), rope_angles(self.context, *self.shape.rope),
                           x[0], length=x.shape[1], log_probs=np.zeros(program.rows))  # fmt: skip
         out = np.zeros(x.shape, np.float32)
         for b in range(len(x)):
@@ -2690,6 +2991,31 @@ class Body:
         self.birth = np.concatenate([self.birth, arena["embedding"][old:]])
         self.shape, self.arena = shape, arena
 
+    # Growing.
+
+    def grow(self, stage: str, seed: int = 0) -> None:
+        """Become a larger stage without a change of what it predicts; raises UsageError where that cannot be.
+
+        Moments and averaged weights go along. New readers are random and new writers zero: nothing moves, and all of it
+        has gradients, the writers' first. Gamma stays what it was: what joined counts from zero.
+        """
+        config = dataclasses.replace(self.config, field=self.on_field, context=max(self.context, self.config.context))
+        growth = Growth(self.shape, BodyShape.of(stage, self.shape.vocabulary, config), self.config.hybrid_alpha_init)
+        self.refit(growth, np.random.Generator(np.random.PCG64([seed, self.steps])))
+        self.stage, self.grown_at = stage, self.steps
+
+    def refit(self, growth: Growth, rng: np.random.Generator) -> None:
+        """Go over to the shape that a growth leads to."""
+        old, self.shape = self.arena, growth.new
+        self.arena = Arena(self.shape.layout(), old.dtype)
+        for name, place in self.arena.places.items():
+            born = self._at_birth(name, place.shape, rng)
+            for array in Arena.ARRAYS:
+                self.arena.view(array, name)[:] = growth.fit(name, born, old, array)
+        birth = np.zeros((self.shape.vocabulary, self.shape.width), np.float32)
+        birth[: len(self.birth), : self.birth.shape[1]] = self.birth
+        self.birth = birth
+
     # State.
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -2698,13 +3024,15 @@ class Body:
             f"{array}/{name}": self.arena.view(array, name) for array in Arena.ARRAYS for name in self.arena.places
         }
         arrays["birth/embedding"] = self.birth
-        return arrays, dict(stage=self.stage, steps=self.steps, shape=dataclasses.asdict(self.shape))
+        return arrays, dict(stage=self.stage, steps=self.steps, grown_at=self.grown_at, shape=dataclasses.asdict(self.shape),
+                            deltas=[dataclasses.asdict(delta) for delta in self.deltas])  # fmt: skip
 
     @staticmethod
     def from_state(meta: dict[str, Any], arrays: dict[str, np.ndarray], config: BodyConfig) -> Body:
         """The body that `state` described; what shapes it comes from there, not from config."""
         body = object.__new__(Body)
         body.stage, body.steps, body.config = meta["stage"], meta["steps"], config
+        body.grown_at, body.deltas = meta["grown_at"], [Delta(**delta) for delta in meta["deltas"]]
         shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["shape"].items()}
         body.shape = BodyShape(**shape)
         body.arena = Arena(body.shape.layout())
@@ -2731,6 +3059,148 @@ def _part_rows(tokenizer: Tokenizer, old: int, side: int) -> np.ndarray:
     for token in range(old, len(tokenizer)):
         rows.append(rows[tokenizer.merges[token - Tokenizer.BASE][side]])
     return np.array(rows[old:], np.int64)
+
+
+# --- Growth, which changes the shape and leaves the function as it was. ---
+#
+# Gesmundo & Maile 2023 (arXiv 2308.06103): what reads new columns may be anything as long as what writes them is zero. So
+# rows that write the stream (embeddings, out, down) get zeros in new columns, whatever reads it gets small random rows,
+# and new layers begin as the identity. Besides: the norm's mean is taken over more columns, which its gain and epsilon
+# make good; a larger head's score is divided by a larger root, which its queries make good; a deeper body's residual
+# scale 1/√L is smaller, which out and down make good.
+
+
+class Growth:
+    """From one shape to one that is at least as large in everything: where each old number goes, and times what.
+
+    `alpha` is the logit that a new hybrid head begins with. Raises UsageError where a dimension would shrink.
+    """
+
+    def __init__(self, old: BodyShape, new: BodyShape, alpha: float):
+        extra = dict(epsilon=old.epsilon * old.width / new.width, deltas=old.deltas,
+                     rope=old.rope if new.head_size == old.head_size else (*old.rope, new.head_size))  # fmt: skip
+        self.old, self.new, self.alpha = old, dataclasses.replace(new, **extra), alpha
+        for name in ("width", "layers", "heads", "head_size", "context", "vocabulary"):
+            if getattr(new, name) < getattr(old, name):
+                raise UsageError(f"A body only grows: {name.replace('_', ' ')} {getattr(old, name)} is more than "
+                                 f"{getattr(new, name)}.")  # fmt: skip
+        if (old.on_field, old.operators) != (new.on_field, new.operators[: old.layers]):
+            raise UsageError("A body keeps its field and the operators of its layers as it grows.")
+        self.slots = self._head_slots()
+        self.at, self.factor = self._axes(), self._factors()
+
+    def _kinds(self, shape: BodyShape) -> list[str]:
+        content = shape.heads - shape.hybrid - shape.pure
+        return ["content"] * content + ["hybrid"] * shape.hybrid + ["pure"] * shape.pure
+
+    def _head_slots(self) -> list[int]:
+        """Which head each old one becomes: of its kind, or hybrid, which can be either."""
+        free = collections.defaultdict(list)
+        for slot, kind in enumerate(self._kinds(self.new)):
+            free[kind].append(slot)
+        slots, kinds = [-1] * self.old.heads, self._kinds(self.old)
+        for h in sorted(range(self.old.heads), key=lambda h: kinds[h] != "hybrid"):  # who has no choice goes first
+            kind = kinds[h] if free[kinds[h]] else "hybrid"
+            if not free[kind]:
+                raise UsageError(f"A {kinds[h]} head of the body finds no place among the larger one's heads: "
+                                 "body.head_types must have as many of each kind, or hybrid ones instead.")  # fmt: skip
+            slots[h] = free[kind].pop(0)
+        return slots
+
+    def _pattern(self, shape: BodyShape, head: int) -> int:
+        """Which pattern a head reads; below 0: none."""
+        return head - (shape.heads - shape.hybrid - shape.pure)
+
+    def _axes(self) -> dict[str, np.ndarray]:
+        """For each kind of axis, the new place of each old number along it."""
+        old, new = self.old, self.new
+        head = np.arange(old.head_size)
+        inner = np.concatenate([s * new.head_size + head for s in self.slots])
+        patterned = [s for h, s in enumerate(self.slots) if self._pattern(old, h) >= 0]
+        patterns = [3 * new.inner + self._pattern(new, s) * new.context + np.arange(old.context) for s in patterned]
+        width, hidden = np.arange(old.width), np.arange(4 * old.width)
+        hybrid = [self._pattern(new, s) for h, s in enumerate(self.slots) if 0 <= self._pattern(old, h) < old.hybrid]
+        return dict(
+            width=width, hidden=hidden, inner=inner, alpha=np.array(hybrid, np.int64),
+            gate_up=np.concatenate([hidden, 4 * new.width + hidden]),
+            qkv=np.concatenate([inner, new.inner + inner, 2 * new.inner + inner, *patterns]).astype(np.int64),
+            gain=np.concatenate([width, new.width + np.arange(FIELD_SCALARS + 1)]),
+        )  # fmt: skip
+
+    def _factors(self) -> dict[str, np.ndarray]:
+        """For each kind of axis, what the old numbers along it are multiplied by; 1 where it is not named.
+
+        A head that turns hybrid keeps its scores: (1 - g) · q k / (1 - g), and g · pattern / g.
+        """
+        old, new, gate = self.old, self.new, 1 / (1 + math.exp(-self.alpha))
+        query, pattern = np.full(old.heads, math.sqrt(new.head_size / old.head_size)), np.ones(old.heads)
+        for h, (before, s) in enumerate(zip(self._kinds(old), self.slots, strict=True)):
+            if before != (after := self._kinds(new)[s]):
+                assert after == "hybrid"
+                query[h] *= 1 / (1 - gate) if before == "content" else 0
+                pattern[h] = 1 / gate
+        patterns = np.repeat(pattern[old.heads - old.hybrid - old.pure :], old.context)
+        qkv = np.concatenate([np.repeat(query, old.head_size), np.ones(2 * old.inner), patterns])
+        return dict(
+            qkv=qkv, norm=np.array(math.sqrt(old.width / new.width)), depth=np.array(math.sqrt(new.layers / old.layers))
+        )
+
+    AXES = dict(embedding=("all", "width"), expected=("all", "width"), head=("all", "width"), scalars=("all", "width"),
+                qkv=("width", "qkv"), out=("inner", "width"), gate_up=("width", "gate_up"), down=("hidden", "width"),
+                norm=("width",), norm1=("width",), norm2=("width",), alpha=("alpha",), gain=("gain",),
+                bias=("all",), strength=("all",))  # fmt: skip
+
+    def _axes_of(self, name: str) -> tuple[str, ...]:
+        """The kinds of a parameter's axes."""
+        *_, projection, kind = ("", *name.split("."))
+        if kind in ("a", "b"):
+            inner, outer = self.AXES[projection][0], self.AXES[projection][-1]
+            return (inner, "all") if kind == "a" else ("all", outer)
+        return self.AXES[kind]
+
+    def _factor_of(self, name: str) -> np.ndarray:
+        """What an old parameter is multiplied by, for each of its columns."""
+        kinds = name.split(".")
+        kind = kinds[-2] if kinds[-1] == "b" else kinds[-1]
+        if kind in ("norm", "norm1", "norm2"):
+            return self.factor["norm"]
+        return (
+            self.factor["depth"] if kind in ("out", "down") else self.factor["qkv"] if kind == "qkv" else np.array(1.0)
+        )
+
+    def fit(self, name: str, born: np.ndarray, old: Arena, array: str) -> np.ndarray:
+        """A parameter of the larger shape in one of Arena.ARRAYS, from what the old arena holds and a newborn would."""
+        new = np.zeros(born.shape, old.dtype)
+        moment = array.startswith("moment")
+        kind = name.rpartition(".")[2]
+        if not moment and (kind not in ("out", "down", "embedding", "expected", "head", "gain", "scalars", "a", "b")):
+            new[:] = born
+        if name not in old.places:
+            if not moment and kind == "a":
+                new[:] = born
+            return new
+        if not moment and kind == "qkv":
+            self._silence(new)
+        source, factor = old.view(array, name), self._factor_of(name).astype(np.float64)
+        at = [
+            np.arange(n) if axis == "all" else self.at[axis]
+            for axis, n in zip(self._axes_of(name), source.shape, strict=True)
+        ]
+        power = {"moment1": -1, "moment2": -2}.get(array, 1)
+        with np.errstate(divide="ignore"):
+            scale = np.where(factor == 0, 0, np.abs(factor) ** power)
+        new[np.ix_(*at)] = source * scale
+        return new
+
+    def _silence(self, qkv: np.ndarray) -> None:
+        """Zeros where old columns would meet new ones in an old head's scores: its new query columns, and patterns it had
+        none of."""
+        old, new, rows = self.old, self.new, slice(0, self.old.width)
+        for s in self.slots:
+            qkv[rows, s * new.head_size + old.head_size : (s + 1) * new.head_size] = 0
+            if (pattern := self._pattern(new, s)) >= 0:
+                begin = 3 * new.inner + pattern * new.context
+                qkv[rows, begin : begin + new.context] = 0
 
 
 # --- Training. ---
@@ -2783,13 +3253,13 @@ class _ReferenceGradients:
 
     def __init__(self, body: Body, config: LearningConfig):
         self.body, self.config, self.yield_flag = body, config, np.zeros(1, np.int64)
-        self.flat = aligned_zeros(body.arena.size)
+        self.flat = aligned_zeros(body.arena.trained, dtype=body.arena.dtype)
 
     def of(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> float:
         """Fill `flat` with the gradients of the mean loss over all targets; returns that loss in nats."""
         arena, shape = self.body.arena, self.body.shape
         program, (B, T) = body_program(shape, "train", 1), x.shape
-        machine = Machine(arena.parameters, aligned_zeros(program.size, dtype=arena.dtype), rope_angles(shape.context, shape.head_size),
+        machine = Machine(arena.parameters, aligned_zeros(program.size, dtype=arena.dtype), rope_angles(shape.context, *shape.rope),
                           x[0], length=T, gradients=self.flat, inverse=1 / x.size, log_probs=np.zeros(program.rows))  # fmt: skip
         self.flat[:], total = 0, 0.0
         for b in range(B):
@@ -2823,7 +3293,7 @@ class Decoder:
         self.body, self.shape, self.position = body, shape, 0
         self.program = body_program(shape, "speak")
         self.cache = aligned_zeros(self.program.cache)
-        self.angles = rope_angles(2 * shape.context, shape.head_size)
+        self.angles = rope_angles(2 * shape.context, *shape.rope)
         self._speaker: Any = None
         if executor == "numba":
             self._speaker = organ("kernels").Speaker(self)
@@ -2883,23 +3353,367 @@ class Decoder:
 ################################################################################################
 # Chapter 6. Deltas
 ################################################################################################
-# Gamma is the difference from birth: how far, and how sparsely, the embedding has moved since the first breath. The
-# low-rank adapters that share this chapter's name grow with the capability GROWS.
+# Deltas are low-rank adapters that stand beside every projection of the body (project, in chapter 5): each is born
+# without effect, learns while it is the newest, and is frozen when the next one comes, so that what it holds stays. A
+# gate of its own weighs it, row by row, by what the projection reads. Gamma is the difference from birth: how far, and
+# how sparsely, the embedding has moved since the first breath. This chapter hides how deltas lie in the arena.
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is known of one delta: why it grew and at which step, which bursts it learned from, and how strong it is."""
+
+    id: int
+    reason: str
+    born: int  # step of the body
+    bursts: tuple[tuple[int, int], ...] = ()  # runs of generations (first, last) that trained it
+    strength: float = 1.0
+    on: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bursts", tuple(tuple(run) for run in self.bursts))
+
+    def trained_by(self, burst: int) -> Delta:
+        """The same, with one more burst on record."""
+        if self.bursts and self.bursts[-1][1] in (burst - 1, burst):
+            return dataclasses.replace(self, bursts=(*self.bursts[:-1], (self.bursts[-1][0], burst)))
+        return dataclasses.replace(self, bursts=(*self.bursts, (burst, burst)))
+
+
+# --- How deltas lie in a body: packs of parts of one rank, each part a delta. ---
+
+
+@dataclass
+class DeltaPack:
+    """Factors of `parts` deltas of one rank, by (array of the arena, "blocks.N.PROJECTION.KIND"); strength [parts]."""
+
+    parts: int
+    rank: int
+    trained: bool
+    factors: dict[tuple[str, str], np.ndarray]
+    strength: np.ndarray
+
+
+def delta_packs(body: Body) -> list[DeltaPack]:
+    """The packs of a body, copied out of its arena."""
+    packs = []
+    for k, (parts, rank, trained) in enumerate(body.shape.deltas):
+        start = f"{body.shape.delta_name(k)}.blocks."
+        names = [name for name in body.arena.places if name.startswith(start)]
+        factors = {(array, f"blocks.{name.removeprefix(start)}"): body.arena.view(array, name).copy()
+                   for array in Arena.ARRAYS for name in names}  # fmt: skip
+        packs.append(DeltaPack(parts, rank, trained, factors, body.arena[f"{FROZEN}{k}.strength"].copy()))
+    return packs
+
+
+def set_delta_packs(body: Body, packs: Sequence[DeltaPack]) -> None:
+    """Give a body these packs instead of those it has; all else keeps its numbers, and its moments."""
+    old, deltas = body.arena, tuple((pack.parts, pack.rank, pack.trained) for pack in packs)
+    body.shape = dataclasses.replace(body.shape, deltas=deltas)
+    body.arena = Arena(body.shape.layout(), old.dtype)
+    for name in body.arena.places:
+        if not name.startswith(("deltas.", FROZEN)):
+            for array in Arena.ARRAYS:
+                body.arena.view(array, name)[:] = old.view(array, name)
+    for k, pack in enumerate(packs):
+        for (array, name), factor in pack.factors.items():
+            body.arena.view(array, f"{body.shape.delta_name(k)}.{name}")[:] = factor
+        for array in ("parameters", "average"):
+            body.arena.view(array, f"{FROZEN}{k}.strength")[:] = pack.strength
+
+
+def new_delta_pack(body: Body, rank: int, rng: np.random.Generator) -> DeltaPack:
+    """A delta without effect: its second factor is zero, the first is small and random, its gate is half open."""
+    names = dataclasses.replace(body.shape, deltas=((1, rank, True),)).layout()
+    factors: dict[tuple[str, str], np.ndarray] = {}
+    for name, shape in names.items():
+        if name.startswith("deltas.0."):
+            born, kind = np.zeros(shape, body.arena.dtype), name.rpartition(".")[2]
+            if kind == "a":  # the last column is the gate's
+                born[:, :rank] = rng.standard_normal((shape[0], rank)) / math.sqrt(3 * shape[0])
+            for array in Arena.ARRAYS:
+                moment = array.startswith("moment")
+                factors[array, name.removeprefix("deltas.0.")] = np.zeros_like(born) if moment else born.copy()
+    return DeltaPack(1, rank, True, factors, np.ones(1, body.arena.dtype))
+
+
+def add_delta(body: Body, reason: str, rank: int, seed: int = 0, most: int = 4) -> Delta:
+    """Freeze the newest delta and grow another, without effect at first; more than `most` frozen packs become one."""
+    rng = np.random.Generator(np.random.PCG64([seed, body.steps, len(body.deltas)]))
+    packs = [dataclasses.replace(pack, trained=False) for pack in delta_packs(body)]
+    if len(packs) > most:
+        packs = [joined_deltas(packs)]
+    set_delta_packs(body, [*packs, new_delta_pack(body, rank, rng)])
+    delta = Delta(1 + max((d.id for d in body.deltas), default=0), reason, body.steps)
+    body.deltas = [*body.deltas, delta]
+    return delta
+
+
+def consolidate_deltas(body: Body) -> None:
+    """Make one pack of all that are frozen, without loss: ranks side by side, each part with the gate it has."""
+    packs = delta_packs(body)
+    frozen = [pack for pack in packs if not pack.trained]
+    if len(frozen) > 1:
+        set_delta_packs(body, [joined_deltas(frozen), *(pack for pack in packs if pack.trained)])
+
+
+def joined_deltas(packs: Sequence[DeltaPack]) -> DeltaPack:
+    """One pack of several; a part of a smaller rank is filled up with zeros."""
+    rank, parts = max(pack.rank for pack in packs), sum(pack.parts for pack in packs)
+    factors = {}
+    for array, name in packs[0].factors:
+        each = [(pack, pack.factors[array, name]) for pack in packs]
+        if name.endswith(".bias"):
+            factors[array, name] = np.concatenate([factor for _, factor in each])
+        elif name.endswith(".b"):
+            factors[array, name] = np.concatenate([_ranked(f.T, pack, rank).T for pack, f in each])
+        else:
+            low = [_ranked(f[:, : pack.parts * pack.rank], pack, rank) for pack, f in each]
+            gates = [f[:, pack.parts * pack.rank :] for pack, f in each]
+            factors[array, name] = np.concatenate([*low, *gates], axis=1)
+    return DeltaPack(parts, rank, False, factors, np.concatenate([pack.strength for pack in packs]))
+
+
+def _ranked(factor: np.ndarray, pack: DeltaPack, rank: int) -> np.ndarray:
+    """A factor [n, parts · pack.rank] with room for `rank` columns a part."""
+    wide = np.zeros((len(factor), pack.parts, rank), factor.dtype)
+    wide[..., : pack.rank] = factor.reshape(len(factor), pack.parts, pack.rank)
+    return wide.reshape(len(factor), -1)
+
+
+def delta_place(body: Body, id: int) -> tuple[int, int, int]:
+    """(place in body.deltas, pack, part of it) of a delta; raises UsageError where there is none of that number."""
+    at = next((i for i, delta in enumerate(body.deltas) if delta.id == id), -1)
+    if at < 0:
+        known = ", ".join(str(d.id) for d in body.deltas) or "none"
+        raise UsageError(f"There is no delta {id}: `organism delta list` shows those there are ({known}).")
+    first = 0
+    for k, (parts, _, _) in enumerate(body.shape.deltas):
+        if at < first + parts:
+            return at, k, at - first
+        first += parts
+    raise AssertionError("a delta without a place")
+
+
+def weigh_delta(body: Body, id: int, strength: float, on: bool) -> Delta:
+    """Set how strong a delta is, and whether it is heard at all."""
+    at, pack, part = delta_place(body, id)
+    body.deltas[at] = delta = dataclasses.replace(body.deltas[at], strength=strength, on=on)
+    for array in ("parameters", "average"):
+        body.arena.view(array, f"{FROZEN}{pack}.strength")[part] = strength if on else 0
+    return delta
+
+
+def single_delta(body: Body, id: int) -> DeltaPack:
+    """A copy of one delta as a frozen pack of its own."""
+    _, k, part = delta_place(body, id)
+    pack, (parts, rank, _) = delta_packs(body)[k], body.shape.deltas[k]
+    mine = slice(part * rank, (part + 1) * rank)
+    factors = {}
+    for (array, name), factor in pack.factors.items():
+        if name.endswith(".a"):
+            factor = np.concatenate([factor[:, mine], factor[:, [parts * rank + part]]], axis=1)
+        else:
+            factor = factor[mine] if name.endswith(".b") else factor[[part]]
+        factors[array, name] = factor
+    return DeltaPack(1, rank, False, factors, np.ones(1, body.arena.dtype))
+
+
+def delta_norm(body: Body, id: int) -> float:
+    """Frobenius norm of what one delta adds to the weights where its gates are fully open, by the averaged weights."""
+    pack, total = single_delta(body, id), 0.0
+    for (array, name), a in pack.factors.items():
+        if array == "average" and name.endswith(".a"):
+            product = a[:, : pack.rank].astype(np.float64) @ pack.factors["average", f"{name[:-1]}b"]
+            total += float((product**2).sum())
+    return math.sqrt(total)
+
+
+# --- Files of one delta, and of gamma: safetensors with a header that says what they are. ---
+
+EXPORT_FORMAT = 1
+
+
+def write_export(path: str | Path, kind: str, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+    """Write arrays and facts into a file that `read_export` reads; raises OrganismError where it cannot be written."""
+    from safetensors.numpy import save
+
+    header = {"kind": f"organism-{kind}", "format": str(EXPORT_FORMAT), "facts": json.dumps(facts)}
+    try:
+        write_atomically(Path(path), save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, header))
+    except OSError as error:
+        raise OrganismError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def read_export(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, facts) of a file; raises OrganismError for one that is missing, damaged, newer, or of another kind."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise OrganismError(f"There is no file {str(path)!r} to read: check the path.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        found, version, facts = (
+            header.get("kind", ""),
+            int(header.get("format", "0")),
+            json.loads(header.get("facts", "{}")),
+        )
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise OrganismError(f"{path} is damaged, or no file that organism exported: {error}.") from error
+    if found != f"organism-{kind}":
+        raise OrganismError(f"{path} is no exported {kind}, but {found or 'something else'}.")
+    if version > EXPORT_FORMAT:
+        raise OrganismError(
+            f"{path} has format {version}, this program reads {EXPORT_FORMAT}: update organism to use it."
+        )
+    if not all(np.isfinite(array).all() for array in arrays.values() if array.dtype.kind == "f"):
+        raise OrganismError(f"{path} holds numbers that are not finite: export it again.")
+    return arrays, facts
+
+
+def export_delta(body: Body, id: int, path: str | Path) -> None:
+    """Write one delta into a file: its factors, and what is known of it."""
+    arrays = {name: factor for (array, name), factor in single_delta(body, id).factors.items() if array == "average"}
+    delta = body.deltas[delta_place(body, id)[0]]
+    write_export(path, "delta", arrays, dict(reason=delta.reason, strength=delta.strength, stage=body.stage))
+
+
+def import_delta(body: Body, path: str | Path) -> Delta:
+    """Add a delta from a file, frozen; raises OrganismError where it was made beside a body of another size."""
+    arrays, facts = read_export(path, "delta")
+    rank = arrays["blocks.0.out.b"].shape[0] if "blocks.0.out.b" in arrays else 0
+    expected = dataclasses.replace(body.shape, deltas=((1, max(1, rank), True),)).layout()
+    wanted = {n.removeprefix("deltas.0."): s for n, s in expected.items() if n.startswith("deltas.0.")}
+    if {name: array.shape for name, array in arrays.items()} != wanted:
+        raise OrganismError(
+            f"{path} was made beside a body at stage {facts.get('stage')!r}, whose matrices have other sizes than those of "
+            f"{body.stage!r}: import it into an organism of that stage."
+        )
+    factors = {
+        (array, name): np.zeros_like(f) if array.startswith("moment") else f
+        for array in Arena.ARRAYS
+        for name, f in arrays.items()
+    }
+    packs = delta_packs(body)
+    at = next((k for k, pack in enumerate(packs) if pack.trained), len(packs))
+    before = sum(pack.parts for pack in packs[:at])
+    strength = float(facts.get("strength", 1.0))
+    packs.insert(at, DeltaPack(1, rank, False, factors, np.full(1, strength, body.arena.dtype)))
+    set_delta_packs(body, packs)
+    reason = str(facts.get("reason", "unknown"))
+    delta = Delta(1 + max((d.id for d in body.deltas), default=0), f"imported: {reason}", body.steps, strength=strength)
+    body.deltas = [*body.deltas[:before], delta, *body.deltas[before:]]
+    return delta
+
+
+# --- Gamma. ---
 
 
 @dataclass(frozen=True)
 class Gamma:
-    """Magnitude: Frobenius norm of (embedding - embedding at birth). Sparsity: share of its elements that are at most
-    `threshold` in size. Rows that joined the vocabulary later are compared with the row they were given then."""
+    """How the embedding differs from what it was at birth (spec molequla §1.9).
+
+    Magnitude: Frobenius norm of the difference. Sparsity: share of its elements that are at most `threshold` in size.
+    Direction: the unit vector from the mean of the rows at birth to the mean of those now (contrastive projection), and
+    `shift`, the distance. Rows that joined the vocabulary later are compared with the row they were given then, and columns
+    that joined in growth with zero: neither counts as character before it has moved.
+    """
 
     magnitude: float
     sparsity: float
+    direction: np.ndarray  # float64 [C]
+    shift: float
+    rows: np.ndarray  # float64 [V]: norm of each token's change
 
     @staticmethod
     def of(now: np.ndarray, birth: np.ndarray, threshold: float = 0.01) -> Gamma:
         """Both arrays [V, C]."""
         change = now.astype(np.float64) - birth
-        return Gamma(float(np.sqrt((change**2).sum())), float((np.abs(change) <= threshold).mean()))
+        mean = change.mean(0)
+        shift = float(np.linalg.norm(mean))
+        return Gamma(float(np.sqrt((change**2).sum())), float((np.abs(change) <= threshold).mean()),
+                     mean / shift if shift > 0 else mean, shift, np.linalg.norm(change, axis=1))  # fmt: skip
+
+    def most_changed(self, count: int = 10) -> list[int]:
+        """Tokens whose rows moved farthest."""
+        return [int(token) for token in np.argsort(-self.rows, kind="stable")[:count]]
+
+    def drift(self, before: Gamma) -> float:
+        """1 - cosine of the two directions; 0 where one of them has none. A wider body is compared in the old columns."""
+        size = min(len(self.direction), len(before.direction))
+        norms = np.linalg.norm(self.direction[:size]) * np.linalg.norm(before.direction[:size])
+        return 0.0 if norms < 1e-12 else 1 - float(self.direction[:size] @ before.direction[:size] / norms)
+
+
+def export_gamma(body: Body, tokenizer: Tokenizer, path: str | Path, id: str) -> None:
+    """Write the difference from birth into a file, each row with the bytes of its token, and the rows at birth."""
+    vocabulary = tokenizer.vocabulary
+    ends = np.cumsum([len(token) for token in vocabulary])
+    text = np.frombuffer(b"".join(vocabulary), np.uint8)
+    change = body.arena.view("average", "embedding") - body.birth
+    write_export(
+        path, "gamma", dict(change=change, birth=body.birth, text=text, ends=ends), dict(id=id, stage=body.stage)
+    )
+
+
+class ForeignGamma(NamedTuple):
+    """A gamma from a file, in the columns of this body: `change` [n, C] for the tokens `rows` [n] that both know.
+
+    fit: how well the two births agree after the best rotation (cosine; 1: born as one).
+    """
+
+    rows: np.ndarray
+    change: np.ndarray
+    fit: float
+    known: int  # tokens in the file
+    facts: dict[str, Any]
+
+
+def read_gamma(body: Body, tokenizer: Tokenizer, path: str | Path) -> ForeignGamma:
+    """A gamma from a file, aligned by the bytes of tokens, and turned into this body's columns.
+
+    Two organisms that were not born as one have columns of different meaning; the rotation that brings the rows at
+    birth together best (orthogonal Procrustes, Schönemann 1966) is applied to the change.
+    """
+    arrays, facts = read_export(path, "gamma")
+    try:
+        change, birth, text, ends = (arrays[name] for name in ("change", "birth", "text", "ends"))
+        if change.ndim != 2 or birth.shape != change.shape or len(ends) != len(change) or ends[-1] != len(text):
+            raise KeyError
+    except (KeyError, IndexError):
+        raise OrganismError(f"{path} lacks something that a gamma has: export it again.") from None
+    begins = [0, *ends[:-1].tolist()]
+    theirs = {text[a:b].tobytes(): i for i, (a, b) in enumerate(zip(begins, ends.tolist(), strict=True)) if b > a}
+    pairs = [(theirs[token], row) for row, token in enumerate(tokenizer.vocabulary) if token in theirs]
+    if not pairs:
+        raise OrganismError(f"{path} knows none of this organism's tokens: nothing can be aligned.")
+    source, rows = (np.array(side) for side in zip(*pairs, strict=True))
+    a, b = birth[source].astype(np.float64), body.birth[rows].astype(np.float64)
+    same = a.shape == b.shape and np.allclose(a, b)
+    if same:
+        turned, fit = change[source].astype(np.float64), 1.0
+    else:
+        left, _, right = np.linalg.svd(a.T @ b, full_matrices=False)
+        turn = left @ right
+        turned = change[source] @ turn
+        fit = float(((a @ turn) * b).sum() / max(1e-12, np.linalg.norm(a @ turn) * np.linalg.norm(b)))
+    return ForeignGamma(rows, turned, fit, len(theirs), facts)
+
+
+def import_gamma(body: Body, foreign: ForeignGamma, strength: float) -> None:
+    """Add `strength` times a foreign gamma to the embedding."""
+    for array in ("parameters", "average"):
+        body.arena.view(array, "embedding")[foreign.rows] += (strength * foreign.change).astype(body.arena.dtype)
+
+
+def compare_gamma(body: Body, foreign: ForeignGamma) -> dict[str, Any]:
+    """Cosine of the two changes over common tokens, both magnitudes there, and what they have in common."""
+    mine = (body.arena.view("average", "embedding") - body.birth)[foreign.rows].astype(np.float64)
+    norms = float(np.linalg.norm(mine)), float(np.linalg.norm(foreign.change))
+    cosine = float((mine * foreign.change).sum()) / (norms[0] * norms[1]) if min(norms) > 1e-12 else 0.0
+    return dict(cosine=cosine, magnitude=norms[0], their_magnitude=norms[1], common_tokens=len(foreign.rows),
+                their_tokens=foreign.known, fit=foreign.fit, their_id=foreign.facts.get("id"))  # fmt: skip
 
 
 ################################################################################################
@@ -3188,6 +4002,7 @@ class Voice:
     def surprise(self, question: str) -> float:
         """Bits per byte that the question costs, before anything is taught about it."""
         tokens = self.snapshot.tokenizer.encode(f"H: {question}\n")
+        self.field.route(tokens, may_divide=False)
         costs, _ = self.field.read(tokens, learn=False)
         return float(costs.sum()) / max(1, len(question.encode()) + 4)
 
@@ -3497,6 +4312,59 @@ def learning_rate(step: int, config: LearningConfig) -> float:
     return config.rate * warm * (config.rate_min + (1 - config.rate_min) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def body_rate(body: Body, learning: LearningConfig, growth: GrowthConfig) -> float:
+    """The rate of the body's next step: after growth it rises anew, dampened for a while, since what joined has no
+    moments yet."""
+    rate = learning_rate(body.steps, learning)
+    if body.grown_at is None:
+        return rate
+    since = body.steps - body.grown_at
+    return (
+        rate * min(1.0, (since + 1) / max(1, growth.warmup_steps)) * (growth.dampen if since < growth.window else 1.0)
+    )
+
+
+def stage_batch(stage: str, config: Config) -> int:
+    """Windows a step at a stage; raises UsageError for an entry of growth.batches that cannot be read."""
+    for entry in config.growth.batches:
+        name, _, count = entry.partition(" ")
+        if name not in stages(config.body) or not count.strip().isdigit() or not int(count):
+            raise UsageError(f"growth.batches has {entry!r}: write STAGE N, the stage's name and a number of windows.")
+        if name == stage:
+            return int(count)
+    return config.learning.batch * config.learning.accum
+
+
+class LearningCurve:
+    """The loss since the last growth, in blocks of `BLOCK` steps; `flat` once more learning at this size buys little.
+
+    The test compares the last quarter with the one before: on a power law their distance shrinks as a stage goes on, so
+    that every stage ends, and the later, the more there is still to gain.
+    """
+
+    BLOCK, MOST = 8, 4096
+
+    def __init__(self, blocks: Sequence[float] = ()):
+        self.blocks, self.rest = list(blocks), []
+
+    def add(self, loss: float) -> None:
+        self.rest.append(loss)
+        if len(self.rest) == self.BLOCK:
+            self.blocks.append(float(np.mean(self.rest)))
+            self.rest = []
+            if len(self.blocks) > self.MOST:  # so long a stage is told as well by every other block
+                self.blocks = [(a + b) / 2 for a, b in zip(self.blocks[::2], self.blocks[1::2])]
+
+    @property
+    def gain(self) -> float:
+        """Share by which the loss fell from the third quarter to the last; 1 where there is too little to tell."""
+        quarter = len(self.blocks) // 4
+        if quarter < 2:
+            return 1.0
+        third, last = self.blocks[-2 * quarter : -quarter], self.blocks[-quarter:]
+        return 1 - float(np.mean(last)) / float(np.mean(third))
+
+
 # --- The experience, which keeps what was read beside what the field thought of it then. ---
 
 
@@ -3504,14 +4372,20 @@ class Experience:
     """Tokens it has read, in order, each with the field's pruned prediction *of its time* (notes/stack.md).
 
     Replay shows the body those stored predictions, never the present field's, which knows the past by heart. Bounded:
-    beyond `capacity` tokens a random half of the older blocks is let go. Single writer; a burst that is rolled back
-    calls `rollback(mark)`.
+    beyond `capacity` tokens half of the older blocks is let go, at random, sooner from domains that have many. Replay
+    draws blocks by domain, surprise and age as the settings say. Single writer; a burst that is rolled back calls
+    `rollback(mark)`.
     """
 
     BLOCK = 1024  # tokens that stay or go together
 
-    def __init__(self, capacity: int, width: int, tree: FieldTree | None, seed: int = 0):
+    PER_TOKEN = "tokens", "starts", "logmass", "scalars", "domains", "costs"
+
+    def __init__(
+        self, capacity: int, width: int, tree: FieldTree | None, seed: int = 0, config: LearningConfig | None = None
+    ):
         self.capacity, self.width, self.tree = max(capacity, 4 * self.BLOCK), width, tree
+        self.config, self._drawn = config or LearningConfig(), (-1, np.zeros(0))
         self.length, self.rng = 0, np.random.Generator(np.random.PCG64(seed))
         self._allocate(4 * self.BLOCK)
 
@@ -3519,18 +4393,24 @@ class Experience:
         old = getattr(self, "tokens", None)
         wide = size if self.tree is not None else 0
         arrays = (np.zeros(size, np.int32), np.zeros((wide, self.width), np.uint16),
-                  np.zeros((wide, self.width), np.float16), np.zeros((wide, 6), np.float16))  # fmt: skip
+                  np.zeros((wide, self.width), np.float16), np.zeros((wide, 6), np.float16),
+                  np.zeros(size, np.uint8), np.zeros(size, np.float16))  # fmt: skip
         if old is not None:
-            for new, past in zip(arrays, (self.tokens, self.starts, self.logmass, self.scalars), strict=True):
+            for new, name in zip(arrays, self.PER_TOKEN, strict=True):
+                past = getattr(self, name)
                 new[: min(len(past), self.length)] = past[: self.length]
-        self.tokens, self.starts, self.logmass, self.scalars = arrays
+        self.tokens, self.starts, self.logmass, self.scalars, self.domains, self.costs = arrays
 
-    def append(self, tokens: np.ndarray, view: FieldView | None) -> None:
-        """Add n tokens [n] and the view of n rows that predicted them (None for a body without a field)."""
+    def append(
+        self, tokens: np.ndarray, view: FieldView | None, domain: int = 0, costs: np.ndarray | float = 0.0
+    ) -> None:
+        """Add n tokens [n], the view of n rows that predicted them (None for a body without a field), whose domain they
+        are, and what each cost the field in bits."""
         end = self.length + len(tokens)
         if end > len(self.tokens):
             self._allocate(max(end, min(2 * len(self.tokens), self.capacity + 64 * self.BLOCK)))
         self.tokens[self.length : end] = tokens
+        self.domains[self.length : end], self.costs[self.length : end] = domain, np.minimum(costs, 60_000)
         if view is not None:
             for name in ("starts", "logmass", "scalars"):
                 getattr(self, name)[self.length : end] = getattr(view, name)
@@ -3542,13 +4422,67 @@ class Experience:
             return
         blocks = self.length // self.BLOCK
         old = blocks * 3 // 4
-        kept = np.sort(self.rng.permutation(old)[: old // 2])
+        kept = np.sort(self._survivors(old, old // 2))
         older = (kept[:, None] * self.BLOCK + np.arange(self.BLOCK)).ravel()
         rows = np.concatenate([older, np.arange(old * self.BLOCK, self.length)])
-        for array in (self.tokens, self.starts, self.logmass, self.scalars):
+        for array in (getattr(self, name) for name in self.PER_TOKEN):
             if len(array):
                 array[: len(rows)] = array[rows]
-        self.length = len(rows)
+        self.length, self._drawn = len(rows), (-1, np.zeros(0))
+
+    def _survivors(self, old: int, count: int) -> np.ndarray:
+        """Numbers of `count` of the `old` first blocks: at random, where there are domains the likelier, the rarer."""
+        domains = self._block_domains(old)
+        if len(np.unique(domains)) < 2:
+            return self.rng.permutation(old)[:count]
+        weight = self._domain_weights(domains)
+        return np.argsort(-(self.rng.random(old) ** (1 / weight)), kind="stable")[:count]  # Efraimidis & Spirakis 2006
+
+    def _block_domains(self, blocks: int) -> np.ndarray:
+        """The domain of each block: that of its middle."""
+        return self.domains[np.minimum(np.arange(blocks) * self.BLOCK + self.BLOCK // 2, max(0, self.length - 1))]
+
+    def _domain_weights(self, domains: np.ndarray) -> np.ndarray:
+        """Weight of a block, such that a domain of n blocks has n ** replay_domain in all."""
+        _, which, counts = np.unique(domains, return_inverse=True, return_counts=True)
+        return counts[which] ** (self.config.replay_domain - 1.0)
+
+    def _replay_weights(self) -> np.ndarray | None:
+        """float64 [blocks]: chance of each block in the replay; None where all are alike."""
+        config, blocks = self.config, -(-self.length // self.BLOCK)
+        if self._drawn[0] != blocks:
+            domains = self._block_domains(blocks)
+            weight = self._domain_weights(domains)
+            if config.replay_surprise:
+                cost = [
+                    self.costs[b * self.BLOCK : min(self.length, (b + 1) * self.BLOCK)].mean(dtype=np.float64)
+                    for b in range(blocks)
+                ]
+                weight = weight * np.maximum(cost, 0.01) ** config.replay_surprise
+            if config.replay_age:
+                weight = weight * (1.0 + np.arange(blocks)[::-1]) ** -config.replay_age
+            self._drawn = blocks, weight / weight.sum()
+        weight = self._drawn[1]
+        return None if np.ptp(weight) < 1e-12 else weight
+
+    def _replay_ends(self, batch: int, length: int, rng: np.random.Generator) -> np.ndarray:
+        """Indexes of the last targets of `batch` windows of the past."""
+        weight = self._replay_weights()
+        if weight is None:
+            return rng.integers(length, self.length, batch)
+        ends = rng.choice(len(weight), batch, p=weight) * self.BLOCK + rng.integers(0, self.BLOCK, batch)
+        return np.clip(ends, length, self.length - 1)
+
+    def domain_ends(self, domain: int, count: int, length: int) -> np.ndarray:
+        """Up to `count` last targets of windows that lie in one domain, evenly over all that is kept of it."""
+        mine = np.flatnonzero(self.domains[length : self.length] == domain) + length
+        return mine[np.linspace(0, len(mine) - 1, min(count, len(mine)), dtype=np.int64)] if len(mine) else mine
+
+    def windows_at(self, ends: np.ndarray, length: int):
+        """(x [B, T], y [B, T], view of B*T rows) of the windows with these last targets."""
+        at = ends[:, None] - length + 1 + np.arange(length)
+        x, y = self.tokens[at - 1].astype(np.int64), self.tokens[at].astype(np.int64)
+        return x, y, self.view(at.ravel())
 
     def view(self, at: np.ndarray) -> FieldView | None:
         if self.tree is None:
@@ -3557,17 +4491,15 @@ class Experience:
 
     def windows(self, batch: int, length: int, fresh: int, rng: np.random.Generator):
         """(x [B, T], y [B, T], view of B*T rows): half of the batch from the last `fresh` tokens where there are any,
-        the newest among them, the rest uniformly from the whole past."""
+        the newest among them, the rest from the whole past, see `_replay_weights`."""
         length = min(length, self.length - 1)
-        ends = rng.integers(length, self.length, batch)  # index of the last target
+        ends = self._replay_ends(batch, length, rng)
         recent = min(batch // 2, -(-fresh // length)) if fresh else 0
         if recent:
             first = max(length, self.length - fresh)
             ends[1:recent] = rng.integers(min(first, self.length - 1), self.length, max(0, recent - 1))
             ends[0] = self.length - 1
-        at = ends[:, None] - length + 1 + np.arange(length)
-        x, y = self.tokens[at - 1].astype(np.int64), self.tokens[at].astype(np.int64)
-        return x, y, self.view(at.ravel())
+        return self.windows_at(ends, length)
 
     def mark(self) -> int:
         return self.length
@@ -3577,7 +4509,7 @@ class Experience:
 
     def state(self) -> dict[str, np.ndarray]:
         n = self.length
-        arrays = dict(tokens=self.tokens[:n])
+        arrays = dict(tokens=self.tokens[:n], domains=self.domains[:n], costs=self.costs[:n])
         if self.tree is not None:
             arrays |= dict(starts=self.starts[:n], logmass=self.logmass[:n], scalars=self.scalars[:n])
         return arrays
@@ -3587,8 +4519,11 @@ class Experience:
         view = (
             None if self.tree is None else FieldView(arrays["starts"], arrays["logmass"], arrays["scalars"], self.tree)
         )
-        self.length = 0
+        self.length, self._drawn = 0, (-1, np.zeros(0))
         self.append(arrays["tokens"], view)
+        for name in ("domains", "costs"):
+            if name in arrays:  # not in the first format
+                getattr(self, name)[: self.length] = arrays[name]
 
 
 # --- The gate, which mixes body and field for the last time, and learns its weight from who was right. ---
@@ -3657,6 +4592,7 @@ class Learner:
         self.threads, self.seed = threads, seed
         self.rng, self.gate, self.credit = np.random.Generator(np.random.PCG64(seed)), Gate(), 0.0
         self.experience: Any = self._new_experience()
+        self.curve = LearningCurve()
         self.trainer: Any = None
         self.past = np.full(1, Tokenizer.BOS, np.int32)  # the last tokens read, for predictions that go on from them
         self.past_view: FieldView | None = None
@@ -3667,7 +4603,8 @@ class Learner:
 
     def _new_experience(self) -> Experience:
         tree = self.field.tree if self.on_field else None
-        return Experience(self.config.learning.experience_tokens, self.config.field.view_width, tree, self.seed)
+        learning = self.config.learning
+        return Experience(learning.experience_tokens, self.config.field.view_width, tree, self.seed, learning)
 
     # Reading.
 
@@ -3683,7 +4620,8 @@ class Learner:
             self.experience.append(tokens, None)
             return np.zeros(len(tokens)), None
         costs, view = self.field.read(tokens, views=True)
-        self.experience.append(tokens, view)
+        domain = self.field.domain if isinstance(self.field, Field) else 0
+        self.experience.append(tokens, view, domain, costs)
         return costs, view
 
     # Training.
@@ -3692,17 +4630,27 @@ class Learner:
         """`steps` steps on windows of the experience, of which the last `fresh` tokens are new; mean loss in nats."""
         if self.experience.length < 2:
             return math.nan
-        learning, losses = self.config.learning, []
-        size = batch or learning.batch * learning.accum  # the engine goes through it in micro-batches: gradients add up
+        size, losses = batch or self.batch, []  # the engine goes through it in micro-batches: gradients add up
         for _ in range(steps):
             x, y, view = self.experience.windows(size, length or self.body.context, fresh, self.rng)
             losses.append(self.step(x, y, view))
+            self.curve.add(losses[-1])
         return float(np.mean(losses)) if losses else math.nan
+
+    @property
+    def batch(self) -> int:
+        """Windows a step at this stage."""
+        return stage_batch(self.body.stage, self.config)
+
+    @property
+    def rate(self) -> float:
+        """Of the next step."""
+        return body_rate(self.body, self.config.learning, self.config.growth)
 
     def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> float:
         if self.trainer is None:
             self.trainer = Trainer(self.body, self.config.learning, self.engine, self.threads, self.seed)
-        return float(self.trainer.step(x, y, view, learning_rate(self.body.steps, self.config.learning)))
+        return float(self.trainer.step(x, y, view, self.rate))
 
     def sync(self) -> None:
         """See to it that the body holds what was trained."""
@@ -3714,6 +4662,47 @@ class Learner:
         if self.trainer is not None:
             self.trainer.close()
             self.trainer = None
+
+    # The guard of old domains.
+
+    GUARD_WINDOWS = 16  # of a domain that are measured
+
+    def domain_bits(self, body: Body | None = None) -> dict[int, float]:
+        """Bits a token that a body (this one's) takes for each domain of the experience, as that is kept."""
+        self.sync()
+        body, kept, length = body or self.body, self.experience, min(self.body.context, self.experience.length - 1)
+        if length < 1:
+            return {}
+        out = {}
+        for domain in np.unique(kept.domains[: kept.length]).tolist():
+            ends = kept.domain_ends(domain, self.GUARD_WINDOWS, length)
+            if len(ends) >= 4:
+                x, y, view = kept.windows_at(ends, length)
+                log_p = body.log_probs(x, y, view, self.compiled)
+                out[domain] = -float(log_p.mean()) / math.log(2)
+        return out
+
+    def guard(self, before: Body) -> dict[int, tuple[float, float]]:
+        """Bits a token of each domain, by a body of before and by this one, after as much more replay as was needed.
+
+        A domain that rose by more than learning.guard is replayed, 8 steps at a time and guard_steps at most.
+        """
+        learning = self.config.learning
+        domains = np.unique(self.experience.domains[: self.experience.length])
+        if not learning.guard or len(domains) < 2 or before.shape.vocabulary != self.body.shape.vocabulary:
+            return {}
+        was, steps = self.domain_bits(before), 0
+        while True:
+            now = self.domain_bits()
+            hurt = [d for d in was if now[d] > was[d] * (1 + learning.guard)]
+            if not hurt or steps >= learning.guard_steps:
+                return {d: (was[d], now[d]) for d in was}
+            for _ in range(8):
+                length = min(self.body.context, self.experience.length - 1)
+                ends = np.concatenate([self.rng.choice(self.experience.domain_ends(d, 1 << 20, length), -(-self.batch // len(hurt)))
+                                       for d in hurt])  # fmt: skip
+                self.step(*self.experience.windows_at(ends[: self.batch], length))
+                steps += 1
 
     # Predicting.
 
@@ -3750,6 +4739,43 @@ class Learner:
             joined = view if self.past_view is None else FieldView.concat([self.past_view, view])
             self.past_view = joined[-(keep - 1) :]
 
+    # Growing the body, whose predictions stay what they were.
+
+    def grow(self, stage: str) -> float:
+        """Become a larger stage; returns by how much ln p of some lived tokens changed at most."""
+        change = self.reshape(f"growing to {stage}", lambda body: body.grow(stage, self.seed))
+        self.curve = LearningCurve()
+        return change
+
+    def reshape(self, what: str, change_body: Callable[[Body], Any]) -> float:
+        """Change a copy of the body's shape; returns by how much ln p of some lived tokens changed at most.
+
+        Raises OrganismError where that is more than rounding explains: then nothing has changed.
+        """
+        self.release()
+        with self._whole():
+            before, windows = self.body, self._probe()
+            self.body = before.copy()
+            change_body(self.body)
+            change = self._change(before, windows)
+            if not change < GROWTH_TOLERANCE:
+                raise OrganismError(f"{what.capitalize()} would have changed ln p by {change:.2g}, more than "
+                                    f"{GROWTH_TOLERANCE:g}: nothing was changed. Please report this.")  # fmt: skip
+        return change
+
+    def _probe(self) -> tuple[np.ndarray, np.ndarray, FieldView | None] | None:
+        """A few windows of the experience; None where it is too short."""
+        if self.experience.length <= self.body.context:
+            return None
+        return self.experience.windows(2, self.body.context, 0, np.random.Generator(np.random.PCG64(0)))
+
+    def _change(self, before: Body, windows: tuple[np.ndarray, np.ndarray, FieldView | None] | None) -> float:
+        """Largest difference of ln p between two bodies."""
+        if windows is None:
+            return 0.0
+        old, new = (body.log_probs(*windows, self.compiled) for body in (before, self.body))
+        return float(np.abs(new - old).max())
+
     # Growing the vocabulary, after which the field and the experience are made anew by replay.
 
     # What is saved (`frugal`) may let go of the old field before it has the new one: they are what fills the memory.
@@ -3765,7 +4791,9 @@ class Learner:
             self.field = None
         larger = make_field(self.tokenizer.vocabulary, settings, weights, compiled=True)
         for data, part in past():
-            larger.read(self.encode(data, part))
+            tokens = self.encode(data, part)
+            larger.route(tokens)
+            larger.read(tokens)
         self.field = larger
         return True
 
@@ -3801,7 +4829,7 @@ class Learner:
     @contextlib.contextmanager
     def _whole(self, frugal: bool = False) -> Iterator[None]:
         """What is replaced inside is replaced altogether, or, when something comes between (Ctrl-C), not at all."""
-        names = ["tokenizer", "body", "past", "past_view", *(() if frugal else ("field", "experience"))]
+        names = ["tokenizer", "body", "past", "past_view", "curve", *(() if frugal else ("field", "experience"))]
         before = {name: getattr(self, name) for name in names}
         try:
             yield
@@ -3828,11 +4856,15 @@ class Learner:
         self.past, self.past_view = np.full(1, Tokenizer.BOS, np.int32), None
         kept = spread_rows([len(tokens) for tokens in rows], self.experience.capacity)
         for number, tokens in enumerate(rows):
+            self.field.route(tokens)
             if number in kept:
                 _, view = self.read(tokens)
                 self.follow(tokens, view)
             elif self.on_field:
                 self.field.read(tokens)
+
+
+GROWTH_TOLERANCE = 1e-3  # nats of ln p that growth may change by rounding; a mistake would change more
 
 
 def _row_tokens(tokenizer: Tokenizer, text: bytes, part: int) -> np.ndarray:
@@ -4021,7 +5053,8 @@ def newborn_learner(
     tokenizer = tokenizer or Tokenizer()
     learning = config.learning
     room = max(learning.experience_tokens, Prequential.EXPERIENCE)
-    config = dataclasses.replace(config, learning=dataclasses.replace(learning, experience_tokens=room))
+    config = dataclasses.replace(config, learning=dataclasses.replace(learning, experience_tokens=room),
+                                 field=dataclasses.replace(config.field, domains=1))  # fmt: skip
     compiled = engine != "numpy" and kernels_ready()
     body = Body(stage, len(tokenizer), config.body, seed)
     plain = not body.on_field
@@ -4832,8 +5865,10 @@ class Generation(NamedTuple):
     state: dict
 
 
-GENERATION_FORMAT = 1  # of state.json; a newer one is refused, an older one migrated
-GENERATION_MIGRATIONS: dict[int, Callable[[dict], dict]] = {}  # from format n to n + 1: append-only
+GENERATION_FORMAT = 2  # of state.json; a newer one is refused, an older one migrated
+GENERATION_MIGRATIONS: dict[int, Callable[[dict], dict]] = {  # from format n to n + 1: append-only
+    1: lambda state: state | dict(body=state["body"] | dict(grown_at=None, deltas=[])),  # it could not grow yet
+}
 
 
 class Home:
@@ -5334,8 +6369,7 @@ class Organism:
         seed = self.seed if self.seed is not None else int.from_bytes(os.urandom(4), "little")
         text = seed_corpus()
         stage = stage or self.config.body.stage
-        if stage not in STAGES:
-            raise UsageError(f"There is no stage {stage!r}: choose one of {', '.join(STAGES)}.")
+        stage_size(stage, self.config.body)
         breath = first_breath(self.config, text) if self.compiled else None
         if breath is None:
             tokenizer = Tokenizer()
@@ -5370,7 +6404,9 @@ class Organism:
         with np.load(path, allow_pickle=False) as arrays:
             field = Field.from_state(tokenizer.vocabulary, self.config.field, dict(arrays))
         for row in self.memory.lived(after_seq=self.state["field_seq"]):
-            field.read(_row_tokens(tokenizer, row.text, row.part))
+            tokens = _row_tokens(tokenizer, row.text, row.part)
+            field.route(tokens)
+            field.read(tokens)
         return field
 
     def _replayed_field(self, tokenizer: Tokenizer, body: Body) -> Field | CooccurField:
@@ -5381,6 +6417,7 @@ class Organism:
         field = fresh_field(tokenizer, self.config, counts, compiled=self.compiled, seen=sum(map(len, rows)),
                             plain=not body.on_field)  # fmt: skip
         for tokens in rows:
+            field.route(tokens)
             field.read(tokens, costs=body.steps > 0)  # a body that was never trained does not look at them
         return field
 
@@ -5463,7 +6500,8 @@ class Organism:
         data = replies[0].data
         source = {"field": "from the field alone (what I have read, counted)", "body": "from my body alone",
                   "blend": "from my body, which stands on the field",
-                  "giant": f"from the giant beside me, who was shown {data.get('remembered', 0)} things that I remember"}[data["source"]]  # fmt: skip
+                  "giant": f"from the giant beside me, who was shown {data.get('remembered', 0)} things that I remember",
+                  }[data["source"]]  # fmt: skip
         leaned = {"told": " I leaned on something that you told me.",
                   "read": " I leaned on something that I have read."}  # fmt: skip
         return (f"My last reply came {source}. Your words cost me {data['surprise_bits']:.2f} bits per byte (usually "
@@ -5514,6 +6552,7 @@ class Organism:
         learner = Learner(self.config, snap.tokenizer, snap.field.copy(), snap.body.copy(), engine=self.config.learning.engine,
                           threads=self.threads, compiled=self.compiled, seed=self.state["seed"])  # fmt: skip
         learner.gate, learner.credit = snap.gate.copy(), self.state["credit"]
+        learner.curve = LearningCurve(self.state.get("curve", ()))
         if self.state["rng"]:
             learner.rng.bit_generator.state = self.state["rng"]
         self._restore_experience(learner)
@@ -5532,7 +6571,9 @@ class Organism:
                 learner.experience = learner._new_experience()
                 learner.experience.load(dict(arrays))
             for row in self.memory.lived(after_seq=self.state["field_seq"]):
-                learner.read(_row_tokens(learner.tokenizer, row.text, row.part))
+                tokens = _row_tokens(learner.tokenizer, row.text, row.part)
+                learner.field.route(tokens)
+                learner.read(tokens)
         elif learner.on_field:
             learner.rebuild(self._past(), getattr(learner.field.config, "table_mb", None))
         else:
@@ -5558,6 +6599,7 @@ class Organism:
         fresh = 0
         for row, _ in accepted:
             tokens = learner.encode(row.text, int(row.source in ("chat", "giant")))
+            self._route(learner, tokens)
             costs, view = learner.read(tokens)
             if learner.body.steps:
                 learner.predict(tokens, view, costs, learn_gate=True)
@@ -5572,14 +6614,27 @@ class Organism:
         self.state["learned"] += len(accepted)
         self._maybe_grow(learner)
         learner.experience.trim()
+        self._guard(learner)
         self._publish(learner, loss, "burst")
+        self._advance_when_ready(learner)
         judged = accepted or refused
         return judged[-1][1] if judged else Verdict("accept", "nothing", "there was nothing to learn")
 
+    def _route(self, learner: Learner, tokens: np.ndarray) -> None:
+        """Whose these tokens are; with deltas.on_domain a new domain gets a delta as well."""
+        known = len(getattr(learner.field, "resting", ()))
+        domain = learner.field.route(tokens)
+        if len(getattr(learner.field, "resting", ())) > known:
+            self.memory.event("domain", dict(domain=domain, domains=known + 1))
+            if self.config.deltas.on_domain:
+                settings = self.config.deltas
+                learner.reshape("growing a delta", lambda body: add_delta(body, f"domain {domain}", settings.rank, learner.seed,
+                                                                          settings.most))  # fmt: skip
+
     def _spend_credit(self, learner: Learner, fresh: int, seconds: float, at_least: int) -> float:
         """Train until the credit is spent or time is up; mean loss in nats."""
-        learning, began, losses = self.config.learning, time.perf_counter(), []
-        per_step = learning.batch * learning.accum * learner.body.context
+        began, losses = time.perf_counter(), []
+        per_step = learner.batch * learner.body.context
         while (learner.credit >= per_step or len(losses) < at_least) and learner.experience.length > 2:
             losses.append(learner.train(1, fresh))
             self._set_speaking(0)
@@ -5608,28 +6663,186 @@ class Organism:
         self._field_dirty |= learner.grow_table(self._past, frugal)
         return False
 
+    def _guard(self, learner: Learner) -> dict[int, tuple[float, float]]:
+        """Measure the old domains before what was learned is published, and replay those that were hurt."""
+        numbers = learner.guard(self.published.body)
+        if numbers:
+            self.memory.event("guard", {str(domain): [round(b, 4) for b in bits] for domain, bits in numbers.items()})
+        return numbers
+
+    # Growing the body.
+
+    @property
+    def next_stage(self) -> str | None:
+        """The name of the stage after the present one; None at the last."""
+        names = list(stages(self.config.body))
+        after = names.index(self.published.body.stage) + 1 if self.published.body.stage in names else len(names)
+        return names[after] if after < len(names) else None
+
+    def growth_gates(self) -> dict[str, Any]:
+        """What the next stage waits for: bytes lived, steps at this stage, and `gain`, which must be below `flat`."""
+        following, body, growth = self.next_stage, self.published.body, self.config.growth
+        if following is None:
+            return dict(next=None, ready=False)
+        curve = self._learner.curve if self._learner else LearningCurve(self.state.get("curve", ()))
+        needed, steps = stages(self.config.body)[following][1], len(curve.blocks) * curve.BLOCK
+        steps_needed = max(growth.least_steps, growth.window, body.grown_at or 0)
+        ready = self.state["lived_bytes"] >= needed and steps >= steps_needed and curve.gain < growth.flat
+        return dict(next=following, bytes=self.state["lived_bytes"], bytes_needed=needed, steps=steps, steps_needed=steps_needed,
+                    gain=curve.gain, flat=growth.flat, ready=ready)  # fmt: skip
+
+    def _advance_when_ready(self, learner: Learner) -> bool:
+        """Grow by itself, past the gates, where memory suffices."""
+        if not self.config.growth.auto or not self.growth_gates()["ready"]:
+            return False
+        try:
+            self._advance(learner)
+        except OrganismError as error:  # too little memory: it lives on as it is
+            if self.trouble != str(error):
+                self.trouble = str(error)
+                self.memory.event("growth", dict(refused=self.trouble))
+            return False
+        return True
+
+    def grow(self) -> dict[str, Any]:
+        """Become exactly one stage larger, whatever the gates say: {"from", "stage", "n_params", "change", "generation"}.
+
+        Raises OrganismError at the last stage, and where memory would not suffice.
+        """
+        if self.read_only:
+            raise OrganismError("It was opened to be read only: nothing can grow.")
+        with self._lock:
+            return self._advance(self.learner)
+
+    def _advance(self, learner: Learner) -> dict[str, Any]:
+        following, before = self.next_stage, self.published.body
+        if following is None:
+            raise OrganismError(
+                f"It is at its last stage, {before.stage!r}: body.stages in {self.config.FILE} can add one."
+            )
+        config = dataclasses.replace(self.config.body, field=before.on_field)
+        must_fit(BodyShape.of(following, before.shape.vocabulary, config), self.config.growth.memory_share, following)
+        with self._whole_or_dropped():
+            change = learner.grow(following)
+            note = f"ontogenesis:stage={list(stages(self.config.body)).index(following)}|params={learner.body.n_params}"
+            self._publish(learner, math.nan, note, keep=True)
+        facts = {"from": before.stage, "stage": following, "n_params": learner.body.n_params, "change": change,
+                 "generation": self.published.number}  # fmt: skip
+        self.memory.event("growth", facts)
+        return facts
+
+    @contextlib.contextmanager
+    def _whole_or_dropped(self) -> Iterator[None]:
+        """What fails inside drops the working copy: the published organism goes on as it is."""
+        try:
+            yield
+        except BaseException:
+            self._learner = None
+            raise
+
+    # Deltas and gamma.
+
+    def add_delta(self, reason: str, burst_ids: Iterable[int] = ()) -> Delta:
+        """Grow a delta without effect, and freeze the one before; it learns from now on. `burst_ids` made it necessary."""
+        with self._lock:
+            return self._add_delta(self.learner, reason, burst_ids)
+
+    def _add_delta(self, learner: Learner, reason: str, burst_ids: Iterable[int] = ()) -> Delta:
+        settings = self.config.deltas
+        with self._whole_or_dropped():
+            learner.reshape("growing a delta", lambda body: add_delta(
+                body, reason, settings.rank, learner.seed, settings.most))  # fmt: skip
+            for burst in burst_ids:
+                learner.body.deltas[-1] = learner.body.deltas[-1].trained_by(int(burst))
+            delta = learner.body.deltas[-1]
+            self._publish(learner, math.nan, f"delta:{delta.id}|{reason}")
+        self.memory.event("delta", dict(id=delta.id, reason=reason, deltas=len(learner.body.deltas)))
+        return delta
+
+    def deltas(self) -> list[dict[str, Any]]:
+        """Each delta: {"id", "reason", "born", "bursts", "strength", "on", "trained", "norm"}."""
+        body = self.published.body
+        rows = []
+        for delta in body.deltas:
+            _, pack, _ = delta_place(body, delta.id)
+            rows.append(
+                dataclasses.asdict(delta) | dict(trained=body.shape.deltas[pack][2], norm=delta_norm(body, delta.id))
+            )
+        return rows
+
+    def weigh_delta(self, id: int, on: bool | None = None, strength: float | None = None) -> Delta:
+        """Switch one delta on or off, or set its strength."""
+        delta = self.published.body.deltas[delta_place(self.published.body, id)[0]]
+        on, strength = delta.on if on is None else on, delta.strength if strength is None else strength
+        return self._edit_body(f"delta:{id}|{'on' if on else 'off'}", lambda body: weigh_delta(body, id, strength, on))
+
+    def consolidate_deltas(self) -> None:
+        """Make one pack of all frozen deltas, without loss."""
+        with self._lock, self._whole_or_dropped():
+            self.learner.reshape("consolidating deltas", consolidate_deltas)
+            self._publish(self.learner, math.nan, "delta:consolidated")
+
+    def import_delta(self, path: str | Path) -> Delta:
+        """Add a delta from a file, frozen."""
+        return self._edit_body("delta:imported", lambda body: import_delta(body, path))
+
+    def import_gamma(self, path: str | Path, strength: float = 1.0) -> dict[str, Any]:
+        """Add `strength` times the gamma in a file; how well the two fit together."""
+        foreign = read_gamma(self.published.body, self.published.tokenizer, path)
+        self._edit_body(f"gamma:imported|{strength:g}", lambda body: import_gamma(body, foreign, strength))
+        return dict(common_tokens=len(foreign.rows), their_tokens=foreign.known, fit=foreign.fit, strength=strength,
+                    their_id=foreign.facts.get("id"), generation=self.published.number)  # fmt: skip
+
+    def _edit_body(self, note: str, edit: Callable[[Body], _Value]) -> _Value:
+        """Change a copy of the body by hand, and publish it."""
+        if self.read_only:
+            raise OrganismError("It was opened to be read only: nothing can change.")
+        with self._lock, self._whole_or_dropped():
+            learner = self.learner
+            learner.release()
+            body = learner.body.copy()
+            result = edit(body)
+            learner.body = body
+            self._publish(learner, math.nan, note)
+            self.memory.event("edit", dict(note=note))
+        return result
+
     # Publishing.
 
     def _publish(
-        self, learner: Learner, loss: float, note: str, checkpoint: bool | None = None, spoken: bool = True
+        self,
+        learner: Learner,
+        loss: float,
+        note: str,
+        checkpoint: bool | None = None,
+        keep: bool = False,
+        spoken: bool = True,
     ) -> None:
-        """On disk first, then spoken from. Where nobody is likely to speak soon, the field stays on disk until then."""
+        """On disk first, then spoken from; a generation that is to be kept is never pruned. Where nobody is likely to speak
+        soon (`spoken`), the field stays on disk until then."""
         learner.sync()
         self._unsaved = True
         if not math.isnan(loss):
             self.state["loss"] = loss
+        if learner.body.deltas and not math.isnan(loss):
+            trained = [d for d, on in zip(learner.body.deltas, _trained_deltas(learner.body.shape)) if on]
+            for delta in trained:
+                at = learner.body.deltas.index(delta)
+                learner.body.deltas[at] = delta.trained_by(self.published.number + 1)
         stored = checkpoint and not spoken and isinstance(learner.field, Field)
         field = learner.field if stored else learner.field.copy()
         snapshot = Snapshot(learner.tokenizer, field, learner.body.copy(), learner.gate.copy(), compiled=self.compiled)
-        self.state |= dict(credit=learner.credit, rng=learner.rng.bit_generator.state)
+        self.state |= dict(credit=learner.credit, rng=learner.rng.bit_generator.state, curve=learner.curve.blocks)
         due = checkpoint is None and time.time() - self._last_checkpoint > self.config.life.checkpoint_seconds
-        self._publish_files(snapshot, {}, learner if checkpoint or self._field_dirty or due else None)
+        extra = dict(keep=True) if keep else {}
+        self._publish_files(snapshot, extra, learner if checkpoint or self._field_dirty or due else None)
         if stored:
             folder = self.home.folder(snapshot.number)
             snapshot.kept_field = functools.partial(self._load_field, folder, snapshot.tokenizer, snapshot.body)
         self.published = snapshot
         gamma = self.gamma()
-        self.memory.growth(step=learner.body.steps, vocab_size=len(learner.tokenizer), n_params=learner.body.n_params, n_deltas=0,
+        self.memory.growth(step=learner.body.steps, vocab_size=len(learner.tokenizer), n_params=learner.body.n_params,
+                           n_deltas=len(learner.body.deltas),
                            corpus_chars=self.state["lived_bytes"], loss=self.state["loss"], gamma_sparsity=gamma.sparsity,
                            gamma_magnitude=gamma.magnitude, note=note)  # fmt: skip
 
@@ -5731,7 +6944,7 @@ class Organism:
                 self._buffered.add(row.id)
                 bits, _ = self.published.field.copy().read(self.published.tokenizer.encode(row.text))
                 self.buffer.feed(row.text, float(bits.sum()))
-        per_step = self.config.learning.batch * self.config.learning.accum * self.published.body.context
+        per_step = stage_batch(self.published.body.stage, self.config) * self.published.body.context
         if self.buffer.ready(time.monotonic()) or (self.learner.credit >= per_step and not self._speaking):
             self._busy, self.buffer.asked = True, False  # who asks from now on means the next burst
             with self._lock:
@@ -5814,11 +7027,45 @@ class Organism:
         return dict(
             id=self.home.id, home=str(self.home.path), stage=snap.body.stage, n_params=snap.body.n_params, vocab=len(snap.tokenizer),
             corpus_bytes=self.state["lived_bytes"], step=snap.body.steps, generation=snap.number, loss=self.state["loss"], syntropy=0.0,
-            gamma=dict(magnitude=gamma.magnitude, sparsity=gamma.sparsity), deltas=0,
+            gamma=dict(magnitude=gamma.magnitude, sparsity=gamma.sparsity, shift=gamma.shift,
+                       most_changed=[_as_str(snap.tokenizer.decode([t])) for t in gamma.most_changed(5)]),
+            deltas=len(snap.body.deltas),
             immune=dict(accepted=self.state["learned"], delayed=0, refused=counts.get("quarantine", 0), rolled_back=0),
-            mesh=dict(peers=0), training_flops=self.state["training_flops"], messages=counts.get("messages", 0),
+            growth=self.growth_gates(), mesh=dict(peers=0), training_flops=self.state["training_flops"], messages=counts.get("messages", 0),
             waiting=counts.get("pending", 0), learning=self._busy, trouble=self.trouble or None,
         )  # fmt: skip
+
+
+def _trained_deltas(shape: BodyShape) -> list[bool]:
+    """Of each delta, whether it is still trained."""
+    return [trained for parts, _, trained in shape.deltas for _ in range(parts)]
+
+
+def body_memory(shape: BodyShape, threads: int) -> int:
+    """Bytes, about, that living with a body of this shape takes: the working copy and the published one with their
+    moments, a copy while one is published, and each thread's gradients and activations."""
+    size = Arena.size_of(shape.layout())
+    program = body_program(shape, "train", 4)
+    return 4 * (3 * len(Arena.ARRAYS) * size + threads * (size + program.size))
+
+
+def free_memory() -> int | None:
+    """Bytes that this machine can still give without swapping; None where that cannot be told."""
+    with contextlib.suppress(OSError, ValueError):
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    return None
+
+
+def must_fit(shape: BodyShape, share: float, stage: str) -> None:
+    """Raise OrganismError with the numbers where a body would not fit into the memory that is free."""
+    needed, free = body_memory(shape, os.cpu_count() or 1), free_memory()
+    if free is not None and needed > share * free:
+        raise OrganismError(
+            f"Growing to {stage} needs about {needed / 2**20:,.0f} MB of memory, and {free / 2**20:,.0f} MB are free: "
+            "close other programs, or let it stay as it is (growth.auto = false)."
+        )
 
 
 def _within(limit: int) -> Callable[[np.ndarray], bool]:
@@ -5902,16 +7149,18 @@ def frozen_score(learner: Learner, data: bytes, curve: Callable[[int, float], No
 class Schooling:
     """Streams a corpus through judgement, field and body: `steps`, `seconds`, `tokens` or `epochs` say when to stop.
 
-    A step is batch × context tokens. Every token read earns `replay` tokens of training; where the limit is not
-    reached by then the corpus repeats, as replay of the experience. Reading stops where the limit is reached, and the next
-    run goes on from there, so that two halves make a whole. Ctrl-C saves before it is passed on.
+    A step is batch × context tokens. Every token read earns `replay` tokens of training; where the limit is not reached by
+    then the corpus repeats, as replay of the experience. The body grows by its gates, unless `hold_stage`. Reading stops
+    where the limit is reached, and the next run goes on from there, so that two halves make a whole. Ctrl-C saves before
+    it is passed on.
     """
 
     SLICE = 4096  # bytes read between two looks at the training credit
 
     def __init__(self, life: Organism, paths: Sequence[str], on_event: Callable[[dict], None], *, steps: int | None = None,
                  seconds: float | None = None, tokens: int | None = None, epochs: float | None = None, vocab: int | None = None,
-                 evaluate: str | None = None, log_every: int = 50, save_every: int = 0, strip_tags: bool = False):  # fmt: skip
+                 evaluate: str | None = None, log_every: int = 50, save_every: int = 0, strip_tags: bool = False,
+                 hold_stage: bool = False):  # fmt: skip
         self.life, self.on_event = life, on_event
         self.limits = dict(steps=steps, seconds=seconds, tokens=tokens)
         unlimited = all(v is None for v in self.limits.values())
@@ -5923,6 +7172,7 @@ class Schooling:
         self.losses: collections.deque[float] = collections.deque(maxlen=32)
         self.waiting: list[tuple[str, bytes, int]] = []
         self.bytes_per_token, self.fresh = 2.0, life.state.get("fresh", 0)
+        self.hold_stage = hold_stage
 
     def run(self) -> dict[str, Any]:
         life, eval_data = self.life, Path(self.eval_path).read_bytes() if self.eval_path else None
@@ -5987,6 +7237,8 @@ class Schooling:
             self.life.state["reading"][path] = _size(path)
         while not self._enough() and self._wants_more() and self.learner.experience.length > 2:
             self._step()
+            if self.steps % LearningCurve.BLOCK == 0:
+                self._advance_when_ready()
 
     def _wants_more(self) -> bool:
         if self.epochs is None:
@@ -6014,6 +7266,8 @@ class Schooling:
             part = piece.part if len(rest) == len(piece.data) else piece.part + 1
             some, rest = learner.encode(rest[:cut], part), rest[cut:]
             self.bytes_per_token = cut / max(1, len(some))
+            if len(rest) + cut == len(piece.data):  # a row begins
+                self.life._route(learner, some)
             costs, view = learner.read(some)
             learner.follow(some, view)
             learner.credit += len(some) * self.life._replay
@@ -6038,6 +7292,12 @@ class Schooling:
             self._save("train")
         if not self.vocab:
             self._grow_as_read()
+        self._advance_when_ready()
+
+    def _advance_when_ready(self) -> None:
+        if not self.hold_stage and self.life.config.growth.auto and self.life.growth_gates()["ready"]:
+            self._save("train")
+            self.life._advance_when_ready(self.learner)
 
     def _grow_as_read(self) -> None:
         policy = self.life.config.tokenizer
@@ -6047,11 +7307,10 @@ class Schooling:
 
     @property
     def _step_tokens(self) -> int:
-        learning = self.life.config.learning
-        return learning.batch * learning.accum * self.learner.body.context
+        return self.learner.batch * self.learner.body.context
 
     def _step(self) -> None:
-        learner = self.learner
+        learner, rate = self.learner, self.learner.rate
         began = time.perf_counter()
         loss = learner.train(1, self.fresh)
         took = time.perf_counter() - began
@@ -6068,7 +7327,6 @@ class Schooling:
                 f"The loss became {loss} at step {learner.body.steps}: nothing of this was saved; try a lower --lr."
             )
         if self.steps <= 100 or self.steps % self.log_every == 0:
-            rate = learning_rate(learner.body.steps - 1, self.life.config.learning)
             self.on_event(dict(event="step", step=learner.body.steps, tokens=self.tokens, loss=loss, lr=rate,
                                bpb=loss / math.log(2) / self.bytes_per_token, tokens_per_s=self._rate(self.seconds),
                                stage=learner.body.stage))  # fmt: skip
@@ -6088,6 +7346,7 @@ class Schooling:
         self._flush()
         self.life.state["fresh"] = self.fresh
         loss = float(np.mean(self.losses)) if self.losses else math.nan
+        self.life._guard(self.learner)
         self.life._publish(self.learner, loss, note, checkpoint=True, spoken=False)
         self.saved_at = time.perf_counter()
 
@@ -6110,6 +7369,7 @@ _CHAT_HELP = """/help        this list
 /why         where the last reply came from
 /giant MODEL let a large model answer, with what it remembers; /giant off ends that
 /save        write a checkpoint now
+/grow        become one stage larger now
 /sleep       stop learning until something is said
 /quit        save and leave (so do Ctrl-D and Ctrl-C)"""
 
@@ -6300,6 +7560,8 @@ _COMMANDS: dict[str, _Command] = {}
 _GROUPS = {  # name: (what it is about, an example)
     "quarantine": ("What it refused to learn, and why.", "organism quarantine list"),
     "giant": ("Large language models in GGUF files, on this machine's CPU.", "organism giant pull smollm2"),
+    "delta": ("Low-rank adapters beside its weights, one by one.", "organism delta list"),
+    "gamma": ("How it differs from its birth, as a file.", "organism gamma export -o anna.gamma"),
 }
 _SHARED = (
     ("--home", "path", "The folder that it lives in."),
@@ -6513,7 +7775,7 @@ class _Conversation:
         known: dict[str, Callable[[], str]] = {
             "help": lambda: _CHAT_HELP, "status": lambda: _as_lines(self.life.status()),
             "learn": lambda: self._learn(rest.strip()), "why": self.life.why, "save": self._save,
-            "sleep": self._sleep, "giant": lambda: self._call_giant(rest.strip()),
+            "sleep": self._sleep, "grow": self._grow, "giant": lambda: self._call_giant(rest.strip()),
         }  # fmt: skip
         try:
             if name not in known:
@@ -6541,6 +7803,9 @@ class _Conversation:
         advisor = _advisor(self.asking, model)
         self.life.giant = self.giants.enter_context(advisor)
         return f"{self.life.giant.title} answers from now on; it reads along."
+
+    def _grow(self) -> str:
+        return _grown_sentence(self.life.grow())
 
     def _sleep(self) -> str:
         self.life.sleep()
@@ -6633,7 +7898,7 @@ def _print_reply(asking: _Asking, reply: Reply) -> None:
     ("--prequential", "switch", "Predict each piece before learning it, on a working copy."),
     ("--blank", "switch", "Begin from a newborn that has read nothing, not even nonames.txt."),
     ("--curve", "switch", "Also print how bits per byte fall on the way."),
-    ("--stage", CONFIG_CHOICES["body.stage"], "What the newborn of --blank is (default: child)."),
+    ("--stage", "text", "What the newborn of --blank is (default: child)."),
 )
 def _run_eval(asking: _Asking, path: str, prequential: bool, blank: bool, curve: bool, stage: str | None) -> None:
     """Measure bits per byte and perplexity of a file; the home never changes.
@@ -6705,7 +7970,7 @@ def _run_status(asking: _Asking) -> None:
     "compress",
     ("file", "path", ""),
     ("-o/--out", "file", "Where to write; what is there is replaced, once the new file is complete."),
-    ("--stage", CONFIG_CHOICES["body.stage"], "What the newborn is that predicts (default: child)."),
+    ("--stage", "text", "What the newborn is that predicts (default: child)."),
 )
 def _run_compress(asking: _Asking, file: str, out: str, stage: str | None) -> None:
     """Compress a file to what `eval --prequential --blank` says it costs; this machine and version can decompress it.
@@ -6787,7 +8052,7 @@ _TRAIN_SETTINGS = {  # flag: the setting that it overrides
     ("--seconds", "more than 0", "Stop after so many seconds of training; the corpus repeats."),
     ("--tokens", "count", "Stop after so many trained tokens."),
     ("--epochs", "more than 0", "Read the corpus so many times (default: once)."),
-    ("--stage", CONFIG_CHOICES["body.stage"], "What to be born as, in a new home."),
+    ("--stage", "text", "What to be born as, in a new home, and to stay during this run."),
     ("--engine", ("numpy", "numba", "torch"), "What computes (default: numba, where compiled)."),
     ("--eval", "path", "Measure this file at the end."),
     ("--lr", "more than 0", "Learning rate at its peak."),
@@ -6814,7 +8079,7 @@ def _run_train(asking: _Asking, corpus: tuple[str, ...], stage: str | None, **op
         raise UsageError(f"--{limits[0]} and --{limits[1]} both say when to stop: choose one.")
     overrides = {setting: options.pop(flag) for flag, setting in _TRAIN_SETTINGS.items()}
     options["evaluate"] = options.pop("eval")
-    options |= dict(log_every=options["log_every"] or 50, save_every=options["save_every"] or 0)
+    options |= dict(log_every=options["log_every"] or 50, save_every=options["save_every"] or 0, hold_stage=bool(stage))
     with asking.wake(overrides=overrides, kernels=_patient_kernels(), stage=stage) as life:
         with _progress(asking, options) as show:
 
@@ -6867,6 +8132,152 @@ def _progress_facts(data: dict[str, Any]) -> str:
 
 
 # --- quarantine, backup ---
+
+
+@_command("grow")
+def _run_grow(asking: _Asking) -> None:
+    """Become one stage larger, now, whatever the gates say; what it knows stays as it is.
+
+    `organism status` shows what the next stage waits for. The generation is kept for ever.
+
+    organism grow
+    """
+    with asking.wake(kernels=_patient_kernels()) as life:
+        facts = life.grow()
+        asking.result(facts, _grown_sentence(facts))
+
+
+def _grown_sentence(facts: dict[str, Any]) -> str:
+    return (f"Grown from {facts['from']} to {facts['stage']}: {facts['n_params']:,} parameters, generation {facts['generation']}; "
+            f"no ln p changed by more than {facts['change']:.1g}.")  # fmt: skip
+
+
+# --- delta, gamma ---
+
+
+@_command("delta list")
+def _run_delta_list(asking: _Asking) -> None:
+    """What each delta is: why it grew, how far it moves the weights, whether it is on.
+
+    organism delta list
+    """
+    with asking.wake(read_only=True) as life:
+        rows = life.deltas()
+    for row in rows:
+        state = "off" if not row["on"] else "learning" if row["trained"] else "frozen"
+        asking.result(
+            row, f"{row['id']:>4}  {state:8}  strength {row['strength']:<5g} norm {row['norm']:<8.3g} {row['reason']}"
+        )
+    if not rows and not asking.json:
+        asking.note("No deltas yet.")
+
+
+@_command("delta add", ("--reason", "text", "Why, for the list (default: by hand)."))
+def _run_delta_add(asking: _Asking, reason: str | None) -> None:
+    """Grow a delta: it has no effect yet and learns from now on, and the one before is frozen.
+
+    organism delta add --reason poems
+    """
+    with asking.wake(kernels=_patient_kernels()) as life:
+        delta = life.add_delta(reason or "by hand")
+        asking.result(dataclasses.asdict(delta), f"Delta {delta.id} learns from now on.")
+
+
+def _weigh(asking: _Asking, number: int | None, on: bool, strength: float | None = None) -> None:
+    if number is None:
+        raise UsageError("Which delta? `organism delta list` shows their numbers.")
+    with asking.wake(kernels=_patient_kernels()) as life:
+        delta = life.weigh_delta(number, on, strength)
+        state = f"on, at strength {delta.strength:g}" if on else "off"
+        asking.result(dataclasses.asdict(delta), f"Delta {delta.id} is {state}.")
+
+
+@_command("delta on", ("number", "count", ""), ("--strength", "0 or more", "How strong: 1 is as it was learned."))
+def _run_delta_on(asking: _Asking, number: int | None, strength: float | None) -> None:
+    """Switch a delta on, and turn its dial.
+
+    organism delta on 2 --strength 0.5
+    """
+    _weigh(asking, number, True, strength)
+
+
+@_command("delta off", ("number", "count", ""))
+def _run_delta_off(asking: _Asking, number: int | None) -> None:
+    """Switch a delta off: it adds nothing until it is switched on again.
+
+    organism delta off 2
+    """
+    _weigh(asking, number, False)
+
+
+@_command("delta export", ("number", "count", ""), ("-o", "file", "The file to write."))
+def _run_delta_export(asking: _Asking, number: int | None, o: str) -> None:
+    """Write one delta into a file, which `delta import` reads in an organism of the same stage.
+
+    organism delta export 2 -o poems.safetensors
+    """
+    if number is None:
+        raise UsageError("Which delta? `organism delta list` shows their numbers.")
+    with asking.wake(read_only=True) as life:
+        export_delta(life.published.body, number, o)
+    asking.result(dict(id=number, file=o), f"Delta {number} is in {o}.")
+
+
+@_command("delta import", ("file", "path", ""))
+def _run_delta_import(asking: _Asking, file: str | None) -> None:
+    """Add a delta from a file, frozen and at the strength that it had.
+
+    organism delta import poems.safetensors
+    """
+    if file is None:
+        raise UsageError("Which file? organism delta import FILE")
+    with asking.wake(kernels=_patient_kernels()) as life:
+        delta = life.import_delta(file)
+        asking.result(dataclasses.asdict(delta), f"Delta {delta.id} was imported from {file}.")
+
+
+@_command("gamma export", ("-o", "file", "The file to write."))
+def _run_gamma_export(asking: _Asking, o: str) -> None:
+    """Write how it differs from its birth into a file: token by token, with their bytes.
+
+    organism gamma export -o anna.gamma
+    """
+    with asking.wake(read_only=True) as life:
+        export_gamma(life.published.body, life.published.tokenizer, o, str(life.home.id))
+        gamma = life.gamma()
+    asking.result(
+        dict(file=o, magnitude=gamma.magnitude, sparsity=gamma.sparsity),
+        f"Gamma of magnitude {gamma.magnitude:.3g} is in {o}.",
+    )
+
+
+@_command("gamma import", ("file", "path", ""), ("--strength", "0 or more", "Times what is added (default: 1)."))
+def _run_gamma_import(asking: _Asking, file: str | None, strength: float | None) -> None:
+    """Add another organism's difference from birth to this one's, aligned by the bytes of tokens.
+
+    A fit of 1 means that both were born as one; far below, their columns mean different things, and less arrives.
+
+    organism gamma import anna.gamma --strength 0.5
+    """
+    if file is None:
+        raise UsageError("Which file? organism gamma import FILE")
+    with asking.wake(kernels=_patient_kernels()) as life:
+        facts = life.import_gamma(file, 1.0 if strength is None else strength)
+        asking.result(facts, f"Imported {file} at strength {facts['strength']:g}: {facts['common_tokens']} of its "
+                             f"{facts['their_tokens']} tokens are known here, fit {facts['fit']:.2f}.")  # fmt: skip
+
+
+@_command("gamma compare", ("file", "path", ""))
+def _run_gamma_compare(asking: _Asking, file: str | None) -> None:
+    """Compare how another organism changed since its birth with how this one did.
+
+    organism gamma compare anna.gamma
+    """
+    if file is None:
+        raise UsageError("Which file? organism gamma compare FILE")
+    with asking.wake(read_only=True) as life:
+        facts = compare_gamma(life.published.body, read_gamma(life.published.body, life.published.tokenizer, file))
+    asking.result(facts)
 
 
 def _remembering(asking: _Asking) -> Memory:

@@ -75,6 +75,9 @@ class Recorded:
     def swiglu(self, x):
         return o.swiglu(x)
 
+    def delta_gate(self, x, parts):
+        return o.delta_gate(x, parts, self.place("bias", parts), self.place("frozen.strength", parts))
+
     def cross_entropy(self, x, name="table"):
         return o.cross_entropy(x, self.place(name, V, x.width))
 
@@ -137,6 +140,11 @@ class Oracle:
     def swiglu(self, x):
         gate, up = x.chunk(2, 1)
         return F.silu(gate) * up
+
+    def delta_gate(self, x, parts):
+        low, z = x[:, :-parts].unflatten(1, (parts, -1)), x[:, -parts:]
+        gate = self.p["frozen.strength"] * torch.sigmoid(z + self.p["bias"])
+        return (low * gate[..., None]).flatten(1)
 
     def cross_entropy(self, x, name="table"):
         return -F.cross_entropy(x @ self.p[name].T, self.targets, reduction="none")
@@ -203,6 +211,13 @@ def swiglu_beside_a_norm(g):
     return g.cross_entropy(g.linear(g.swiglu(wide), "weight2", C, plus=other))
 
 
+def adapted(g):
+    """A product and a delta of two parts beside it, as organism.project has it."""
+    x = g.rms_norm(g.embed(), "norm")
+    low = g.delta_gate(g.linear(x, "a", 2 * (3 + 1)), 2)
+    return g.cross_entropy(g.linear(low, "b", C, scale=0.7, plus=g.linear(x, "weight", C, scale=0.7)))
+
+
 CASES = {
     "embed": {
         "one": lambda g: g.cross_entropy(g.embed()),
@@ -232,6 +247,10 @@ CASES = {
     "swiglu": {
         "one": lambda g: g.cross_entropy(g.swiglu(g.linear(g.embed(), "gate_up", 2 * C))),
         "of what others read": swiglu_beside_a_norm,
+    },
+    "delta_gate": {
+        "one": lambda g: g.cross_entropy(g.delta_gate(g.linear(g.embed(), "a", 1 * (C + 1)), 1)),
+        "beside a product": adapted,
     },
     "cross_entropy": {"of a norm": lambda g: g.cross_entropy(g.rms_norm(g.embed(), "norm"))},
     "field_loss": {
@@ -299,7 +318,8 @@ class Setting:
         parameters = {n: torch.from_numpy(self.arena[n].astype(np.float64)).requires_grad_() for n in self.arena.places}
         out = self.graph(Oracle(parameters, self.tokens, self.targets, self.view, self.length))
         (-out.mean()).backward()
-        return out.detach().numpy(), {n: p.grad.numpy() for n, p in parameters.items()}
+        trained = [n for n, place in self.arena.places.items() if place.trained]
+        return out.detach().numpy(), {n: parameters[n].grad.numpy() for n in trained}
 
 
 def worst(arena: o.Arena, flat: np.ndarray, wanted: dict[str, np.ndarray]) -> tuple[float, str]:
@@ -322,6 +342,8 @@ def test_gradients_are_finite_differences_and_what_pytorch_finds(op, case):
         assert np.allclose(s.log_probs(), log_probs, atol=1e-12), "training and measuring see different losses"
     rng = np.random.default_rng(1)
     for name, place in s.arena.places.items():  # a few numbers of each parameter
+        if not place.trained:
+            continue
         numbers, gradient = s.arena[name].reshape(-1), place.of(flat).reshape(-1)
         for i in rng.choice(place.size, min(place.size, 12), replace=False):
             loss, value = {}, numbers[i]

@@ -32,7 +32,7 @@ from organs.kernels.ground import (
     swap_mode,
     usleep,
 )  # fmt: skip
-from organs.kernels.operations import BUFFERS, KERNELS, MACHINE, NUMBERS, ROW, address, call
+from organs.kernels.operations import BUFFERS, FRACTIONS, KERNELS, MACHINE, NUMBERS, ROW, address, call
 
 if TYPE_CHECKING:
     from organism import Body, Decoder, FieldView, LearningConfig
@@ -53,7 +53,8 @@ def records_of(program: Program) -> np.ndarray:
                 row[name] = step.buffers[name].offset if name in step.buffers else -1
             for name in NUMBERS:
                 row[name] = step.fields.get(name, 0)
-            row["scale"] = step.fields.get("scale", 1.0)
+            for name in FRACTIONS:
+                row[name] = step.fields.get(name, 1.0)
             for name, place in zip(("weight", "weight2"), step.weights, strict=False):
                 row[name] = place.offset
         _bound[key] = (program.steps, rows)  # the list is kept too, so that its id stays its own
@@ -338,9 +339,9 @@ class Gradients:
         self.yield_flag = np.zeros(1, np.int64)
         # AdamW walks four arrays side by side: from here on the arena's arrays are rows of one.
         self.arrays = _joined(arena)
-        self.G = aligned_zeros(self.threads, arena.size)
+        self.G = aligned_zeros(self.threads, arena.trained)
         self.activations = aligned_zeros(self.threads, self.program.size)
-        self.angles, self.log_probs = rope_angles(shape.context, shape.head_size), np.zeros(0, np.float32)
+        self.angles, self.log_probs = rope_angles(shape.context, *shape.rope), np.zeros(0, np.float32)
         self.machines = np.concatenate([
             machine_of(parameters=self.arrays[0], gradients=g, activations=a, angles=self.angles)
             for g, a in zip(self.G, self.activations, strict=True)
@@ -367,7 +368,7 @@ class Gradients:
         return self._run(x, y, view, update=True)
 
     def of(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> tuple[float, np.ndarray]:
-        """(mean loss, gradients [arena.size]) without a step."""
+        """(mean loss, gradients [arena.trained]) without a step."""
         loss = self._run(x, y, view, update=False)
         flat = self.G[0].copy()
         self.G[0] = 0
@@ -433,7 +434,7 @@ def measure(body: Body, x: np.ndarray, y: np.ndarray, view: FieldView | None) ->
     out, activations, angles = (
         np.zeros(x.shape, np.float32),
         _work_space(program.size),
-        rope_angles(shape.context, shape.head_size),
+        rope_angles(shape.context, *shape.rope),
     )
     m = machine_of(
         parameters=body.arena.average, activations=activations, angles=angles, tokens=x, targets=y, log_probs=out

@@ -48,8 +48,25 @@ from organs.kernels.ground import (
 
 # Offsets are in floats: weights into the parameters (and their gradients), buffers into the activations; -1: none.
 BUFFERS = "out", "x", "y", "saved", "scratch", "d_out", "d_x", "d_y"
-NUMBERS = ("inner", "outer", "vocabulary", "heads", "size", "hybrid", "pure", "context", "cache", "add_x", "add_y")
-ROW = np.dtype([(n, i8) for n in ("kernel", "weight", "weight2", *BUFFERS, *NUMBERS)] + [("scale", f8)], align=True)
+NUMBERS = (
+    "inner",
+    "outer",
+    "vocabulary",
+    "heads",
+    "size",
+    "hybrid",
+    "pure",
+    "context",
+    "cache",
+    "parts",
+    "frozen",
+    "add_x",
+    "add_y",
+)
+FRACTIONS = ("scale", "epsilon")
+ROW = np.dtype(
+    [(n, i8) for n in ("kernel", "weight", "weight2", *BUFFERS, *NUMBERS)] + [(n, f8) for n in FRACTIONS], align=True
+)
 BASES = ("parameters", "gradients", "activations", "angles", "cache", "tokens", "targets", "log_probs")
 VIEW = ("starts", "logmass", "scalars", "at", "leaf", "rank", "shares", "cumulative")  # of the field, see `view_masses`
 MACHINE = np.dtype(
@@ -57,7 +74,6 @@ MACHINE = np.dtype(
     + [("inverse", f8), ("loss", f8)], align=True)  # fmt: skip
 ROW_T, MACHINE_T = numba.from_dtype(ROW), numba.from_dtype(MACHINE)
 FIELD_SCALARS = 6
-EPSILON = f4(1.1920929e-07)
 
 KERNELS: dict[str, Any] = {}
 _compiled: dict[str, Any] = {}
@@ -231,7 +247,7 @@ def rms_norm(r, m):
         x, h, s = floats(A, r.x + i * n, n), floats(A, r.out + i * n, n), ZERO
         for c in range(n):
             s += x[c] * x[c]
-        k = ONE / np.sqrt(s * over + EPSILON)
+        k = ONE / np.sqrt(s * over + f4(r.epsilon))
         saved[i] = k
         for c in range(n):
             h[c] = x[c] * k * w[c]
@@ -293,7 +309,8 @@ def linear(r, m):
 def linear_back(r, m):
     x, d_out, d_x = m.activations + 4 * r.x, m.activations + 4 * r.d_out, m.activations + 4 * r.d_x
     w, g, turned = m.parameters + 4 * r.weight, m.gradients + 4 * r.weight, m.activations + 4 * r.scratch
-    product(m.tiled, True, r.inner, r.outer, m.rows, r.scale, x, r.inner, d_out, r.outer, 1.0, g, r.outer)
+    if not r.frozen:
+        product(m.tiled, True, r.inner, r.outer, m.rows, r.scale, x, r.inner, d_out, r.outer, 1.0, g, r.outer)
     if m.tiled:  # the kernels that pack nothing are poor when the right side is transposed
         transpose(w, r.inner, r.outer, turned)
         product(
@@ -341,6 +358,48 @@ def swiglu_back(r, m):
             a, b = d[c] * u[c] * (s + gs * (ONE - s)), d[c] * gs
             dg[c] = a
             du[c] = b
+
+
+@kernel
+def delta_gate(r, m):
+    """Each part of x = [low, z] times strength · sigmoid(z + bias)."""
+    n, A = r.outer, m.activations
+    rank, bias, strength = (
+        n // r.parts,
+        floats(m.parameters, r.weight, r.parts),
+        floats(m.parameters, r.weight2, r.parts),
+    )
+    for i in range(m.rows):
+        x, out = floats(A, r.x + i * r.inner, r.inner), floats(A, r.out + i * n, n)
+        for k in range(r.parts):
+            g = strength[k] * sigmoid(x[n + k] + bias[k])
+            for j in range(k * rank, (k + 1) * rank):
+                out[j] = g * x[j]
+
+
+@kernel
+def delta_gate_back(r, m):
+    n, A = r.outer, m.activations
+    rank, bias, strength = (
+        n // r.parts,
+        floats(m.parameters, r.weight, r.parts),
+        floats(m.parameters, r.weight2, r.parts),
+    )
+    for i in range(m.rows):
+        x, d = floats(A, r.x + i * r.inner, r.inner), floats(A, r.d_out + i * n, n)
+        dx = floats(A, r.d_x + i * r.inner, r.inner)
+        if not r.add_x:
+            for j in range(r.inner):
+                dx[j] = ZERO
+        for k in range(r.parts):
+            g, dot = sigmoid(x[n + k] + bias[k]), ZERO
+            for j in range(k * rank, (k + 1) * rank):
+                dot += d[j] * x[j]
+                dx[j] += strength[k] * g * d[j]
+            dz = strength[k] * g * (ONE - g) * dot
+            dx[n + k] += dz
+            if not r.frozen:
+                floats(m.gradients, r.weight, r.parts)[k] += dz
 
 
 # --- Attention. ---

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from organism import RMS_EPSILON, Arena, Body, BodyShape, FieldView, LearningConfig, UsageError, log, rope_angles
+from organism import FROZEN, Arena, Body, BodyShape, FieldView, LearningConfig, UsageError, log, rope_angles
 
 MICRO_FLOPS = 5e9  # of a micro-batch on a CPU, some 50 ms: training can pause that soon for a reply
 MICRO_BYTES = 2e9  # of the activations of a micro-batch, about
@@ -60,12 +60,23 @@ def _rotate(z: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
+def _project(x: torch.Tensor, shape: BodyShape, P: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """x @ weight and what each delta adds, as organism.project."""
+    out = x @ P[name]
+    for k, (parts, rank, _) in enumerate(shape.deltas):
+        delta = f"{shape.delta_name(k)}.{name}"
+        low, z = (x @ P[f"{delta}.a"]).split([parts * rank, parts], -1)
+        gate = P[f"{FROZEN}{k}.strength"] * torch.sigmoid(z + P[f"{delta}.bias"])
+        out = out + (low.unflatten(-1, (parts, rank)) * gate.unsqueeze(-1)).flatten(-2) @ P[f"{delta}.b"]
+    return out
+
+
 def _attend(
     h: torch.Tensor, shape: BodyShape, P: dict[str, torch.Tensor], block: str, angles: torch.Tensor
 ) -> torch.Tensor:
     """Causal attention of content, hybrid and pure heads, in this order; qkv holds their patterns as well."""
     (B, T, _), H, D, patterned = h.shape, shape.heads, shape.head_size, shape.hybrid + shape.pure
-    product = h @ P[f"{block}.qkv"]
+    product = _project(h, shape, P, f"{block}.qkv")
     q, k, v = product[..., : 3 * H * D].view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
     q, k = (_rotate(z, *angles[:, :T]).to(v.dtype) for z in (q, k))
     if not patterned:
@@ -86,8 +97,8 @@ def _attend(
 OPERATORS: dict[str, Callable[..., torch.Tensor]] = {"attention": _attend}  # as organism.SEQUENCE_OPERATORS
 
 
-def _norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, gain.shape, gain, RMS_EPSILON)
+def _norm(x: torch.Tensor, gain: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return F.rms_norm(x, gain.shape, gain, epsilon)
 
 
 def _expected(view: FieldView, P: dict[str, torch.Tensor], scalars: torch.Tensor) -> torch.Tensor:
@@ -105,14 +116,14 @@ def hidden(
     if shape.on_field:
         assert view is not None, "a body on the field is shown the field's view"
         x = x + _expected(view, P, _scalars(view, x)).view_as(x)
-    scale = 1 / math.sqrt(shape.layers)
+    scale, epsilon = 1 / math.sqrt(shape.layers), shape.epsilon
     for n, operator in enumerate(shape.operators):
         block = f"blocks.{n}"
-        mixed = OPERATORS[operator](_norm(x, P[f"{block}.norm1"]), shape, P, block, angles)
-        x = x + scale * (mixed @ P[f"{block}.out"])
-        gate, up = (_norm(x, P[f"{block}.norm2"]) @ P[f"{block}.gate_up"]).chunk(2, -1)
-        x = x + scale * ((F.silu(gate) * up) @ P[f"{block}.down"])
-    return _norm(x, P["norm"])
+        mixed = OPERATORS[operator](_norm(x, P[f"{block}.norm1"], epsilon), shape, P, block, angles)
+        x = x + scale * _project(mixed, shape, P, f"{block}.out")
+        gate, up = _project(_norm(x, P[f"{block}.norm2"], epsilon), shape, P, f"{block}.gate_up").chunk(2, -1)
+        x = x + scale * _project(F.silu(gate) * up, shape, P, f"{block}.down")
+    return _norm(x, P["norm"], epsilon)
 
 
 def _scalars(view: FieldView, like: torch.Tensor) -> torch.Tensor:
@@ -144,16 +155,17 @@ class Gradients:
             torch.set_num_threads(threads)
         arena, shape = body.arena, body.shape
         self.arrays = {name: torch.from_numpy(getattr(arena, name)).to(self.device) for name in Arena.ARRAYS}
-        self.gradient = torch.zeros_like(self.arrays["parameters"])
+        self.gradient = torch.zeros_like(self.arrays["parameters"][: arena.trained])
         # Leaves are views into the flat parameters, and their gradients are views into the flat gradient: autograd adds
         # to a gradient that is there. Place.of slices tensors as well as arrays.
         flat: Any = self.arrays["parameters"]
         self.parameters: dict[str, torch.Tensor] = {
-            name: place.of(flat).detach().requires_grad_() for name, place in arena.places.items()
+            name: place.of(flat).detach().requires_grad_(place.trained) for name, place in arena.places.items()
         }
         for name, parameter in self.parameters.items():
-            parameter.grad = arena.places[name].of(self.gradient)
-        self.angles = torch.from_numpy(rope_angles(shape.context, shape.head_size)).to(self.arrays["parameters"])
+            if parameter.requires_grad:
+                parameter.grad = arena.places[name].of(self.gradient)
+        self.angles = torch.from_numpy(rope_angles(shape.context, *shape.rope)).to(self.arrays["parameters"])
         log.info("training with PyTorch %s on %s in %s", torch.__version__, self.device, config.precision)
 
     def _micro(self, B: int, T: int) -> int:
@@ -191,7 +203,8 @@ class Gradients:
         """The mean loss in nats, and its gradients by the names of the parameters."""
         with _flushed():
             loss = self._accumulate(x, y, view)
-        return loss, {name: parameter.grad.cpu().numpy().copy() for name, parameter in self.parameters.items()}
+        trained = {name: parameter.grad for name, parameter in self.parameters.items() if parameter.requires_grad}
+        return loss, {name: grad.cpu().numpy().copy() for name, grad in trained.items()}
 
     def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None, rate: float, step: int) -> float:
         """One step of AdamW on tokens x, targets y [B, T]; returns the mean loss in nats."""
@@ -205,7 +218,7 @@ class Gradients:
     def _adamw(self, rate: float, step: int) -> None:
         """organism.adamw, in place on tensors; `step` counts from 1."""
         c, g, decayed = self.config, self.gradient, self.body.arena.decayed
-        p, mean, square, average = (self.arrays[name] for name in Arena.ARRAYS)
+        p, mean, square, average = (self.arrays[name][: self.body.arena.trained] for name in Arena.ARRAYS)
         if c.max_grad_norm > 0:  # the norm stays on the device: an accelerator need not wait for it
             wide = None if self.device.type == "mps" else torch.float64  # MPS has no float64
             norm = torch.linalg.vector_norm(g, dtype=wide)
