@@ -15,7 +15,7 @@ One literate module. Its chapters, in reading order:
      6. Deltas         adapters and gamma, the difference from birth
      7. Voice          sampling, recall, streaming
      8. Learning       buffer, experience, schedule, prequential evaluation, compression
-     9. Self           surprise, dissonance, and the verdicts of immunity
+     9. Self           surprise, immunity, and excision
     10. Memory         memory.db: conversations, lived text, growth, events
     11. Life           homes, generations, and the Organism itself
     12. Command line   parsing and printing, nothing else
@@ -4291,28 +4291,621 @@ def decompress(
 ################################################################################################
 # Chapter 9. Self
 ################################################################################################
-# What it notices about itself. For now: how surprised it is by what it hears, and the verdict on what it is offered
-# to learn. The rules that refuse poison arrive with the capability GROWS and fill the hook that is here.
+# What it notices about itself, and what it lets in. Immunity judges each text that it is offered before it learns from it,
+# by a few fixed rules from physics; after a burst it looks at what it has become, and may roll the burst back. It hides
+# statistics behind a named rule and a reason in words and numbers. No rule looks at surprise, language or gradients: good
+# food is strange, too (notes: immunity). What was learned all the same can be taken out again, by excision.
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """decision: "accept", "delay", "refuse" or "roll back"; rule and reason say in words and numbers why."""
+    """decision: "accept", "delay", "refuse" or "roll back"; rule and reason say in words and numbers why.
+
+    weight: what share of the text shall be learned; 0 for a copy too many. strength: how far beyond its threshold the
+    rule was, as a factor.
+    """
 
     decision: str
     rule: str = ""
     reason: str = ""
+    weight: float = 1.0
+    strength: float = 1.0
 
     @property
     def accepted(self) -> bool:
         return self.decision == "accept"
 
 
-class Immunity:
-    """Judges a text before it is learned. Every text is accepted until GROWS brings the rules."""
+# --- A sample, which is a text taken apart once for all rules. ---
 
-    def judge(self, text: bytes, source: str) -> Verdict:
-        return Verdict("accept", "open", "no rule refuses text yet")
+JUDGED_BYTES = 4096  # of a longer text that are judged at a time
+WINDOW_CODES = 320  # characters of a window that may be unlike the rest
+_HASH = np.uint64(0x9E3779B97F4A7C15)
+_EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+_IDEOGRAPHS = 0x2E80  # from here on a character is about a word
+
+
+class Sample:
+    """A text as rules see it. Bytes that are not UTF-8 count as Latin-1.
+
+    codes uint32 [N]: characters, lower case, white space collapsed; classes uint8 [N] (chapter 3); words: what stands
+    between white space, without punctuation around it; lines int64 [W]: the line that each word is in.
+    """
+
+    def __init__(self, data: bytes):
+        text = data.decode("utf-8", "surrogateescape")
+        if not text.isascii() and re.search("[\udc80-\udcff]", text):
+            text = re.sub("[\udc80-\udcff]", lambda m: chr(ord(m[0]) - 0xDC00), text)
+        self.data, self.text = data, text
+        self.broken = len(re.findall("[\x00-\x08\x0e-\x1f\x7f-\x9f]", text)) / max(1, len(text))  # control characters
+        lower = text.lower()
+        self.codes = np.frombuffer(" ".join(lower.split()).encode("utf-32-le", "surrogatepass"), "<u4")
+        found = [[w for w in (_EDGES.sub("", part) for part in line.split()) if w] for line in lower.split("\n")]
+        self.words = list(itertools.chain.from_iterable(found))
+        self.lines = np.repeat(np.arange(len(found)), [len(line) for line in found])
+        self.word_codes = np.array([zlib.crc32(w.encode("utf-8", "surrogatepass")) for w in self.words], np.uint64)
+
+    @functools.cached_property
+    def classes(self) -> np.ndarray:
+        end = 128 if len(self.codes) and self.codes.max() < 128 else CLASSES_END
+        return np.where(self.codes < end, character_classes(end)[np.minimum(self.codes, end - 1)], OTHER)
+
+    @property
+    def letters(self) -> float:
+        """Share of letters among the characters."""
+        return float(np.mean(self.classes == LETTER)) if len(self.codes) else 0.0
+
+
+def gram_hashes(codes: np.ndarray, orders: Sequence[int]) -> dict[int, np.ndarray]:
+    """Hash of each n-gram of `codes` uint [N], for each n of `orders`: {n: uint64 [max(0, N - n + 1)]}."""
+    items, grams = codes.astype(np.uint64), {}
+    h = np.zeros(len(items), np.uint64)
+    for n in range(1, max(orders) + 1):
+        h = (h[: max(0, len(items) - n + 1)] + items[n - 1 :] + np.uint64(1)) * _HASH
+        h ^= h >> np.uint64(29)
+        if n in orders:
+            grams[n] = h
+    return grams
+
+
+# --- Acquaintance, which is what the rules know of the life: which n-grams it has read, and what it holds for certain. ---
+
+
+class Acquaintance:
+    """A function of the texts that it has read, in order: n-grams of characters and words, known words, and firm facts.
+
+    Sets of n-grams are bit tables that hash without a check: what was read is always found, what was not seldom is. A
+    fact is what always came next after the same SPAN words, in texts that were read at different times.
+    """
+
+    LETTERS, WORDS, SPAN = (4, 6), (2, 3, 4, 5), 6
+    BITS, FACT_BITS = 24, 20  # logarithm of the bits of a table, and of the facts
+    MOST = 1 << 21  # bytes of the newest lived text that are worth reading again after waking
+
+    def __init__(self) -> None:
+        keys = [("letters", n) for n in self.LETTERS] + [("words", n) for n in self.WORDS]
+        self.tables = {key: np.zeros(1 << (self.BITS - 3), np.uint8) for key in keys}
+        self.counts: collections.Counter[str] = collections.Counter()
+        size = 1 << self.FACT_BITS
+        self.check, self.value = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
+        self.times, self.against = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+
+    def read(self, sample: Sample) -> None:
+        """From now on it knows what is in this sample."""
+        grams = self._grams(sample)
+        for key, hashes in grams.items():
+            at = self._place(hashes)
+            np.bitwise_or.at(self.tables[key], at >> 3, (1 << (at & 7)).astype(np.uint8))
+        self.counts.update(sample.words)
+        self._read_facts(sample)
+
+    def misses(self, sample: Sample) -> dict[tuple[str, int], float]:
+        """Share of a sample's n-grams that it has never read, by (kind, n); n-grams of words within a line alone."""
+        shares = {}
+        for (kind, n), hashes in self._grams(sample).items():
+            if kind == "words":
+                hashes = hashes[sample.lines[n - 1 :] == sample.lines[: max(0, len(sample.lines) - n + 1)]]
+            shares[kind, n] = 1 - float(self.holds((kind, n), hashes).mean()) if len(hashes) > 9 else 1.0
+        return shares
+
+    def holds(self, key: tuple[str, int], hashes: np.ndarray) -> np.ndarray:
+        """Which of the hashed n-grams it has read, bool [N]."""
+        at = self._place(hashes)
+        return (self.tables[key][at >> 3] >> (at & 7)) & 1 > 0
+
+    def _place(self, hashes: np.ndarray) -> np.ndarray:
+        return (hashes >> np.uint64(64 - self.BITS)).astype(np.int64)
+
+    def _grams(self, sample: Sample) -> dict[tuple[str, int], np.ndarray]:
+        grams = {("letters", n): h for n, h in gram_hashes(sample.codes, self.LETTERS).items()}
+        return grams | {("words", n): h for n, h in gram_hashes(sample.word_codes, self.WORDS).items()}
+
+    # Facts.
+
+    def _claims(self, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(place int64, check uint32, value uint32) of each claim of a sample; no value begins a line."""
+        words, span = sample.word_codes, self.SPAN
+        if len(words) <= span:
+            return np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.uint32)
+        inside = sample.lines[span:] == sample.lines[span - 1 : -1]
+        h, value = gram_hashes(words, (span,))[span][:-1][inside], words[span:][inside].astype(np.uint32)
+        place = (h >> np.uint64(64 - self.FACT_BITS)).astype(np.int64)
+        return place, h.astype(np.uint32) | np.uint32(1), value
+
+    def _read_facts(self, sample: Sample) -> None:
+        place, check, value = self._claims(sample)
+        place, first = np.unique(place, return_index=True)  # a text speaks once, however often it repeats itself
+        check, value = check[first], value[first]
+        fresh = self.times[place] == 0
+        new = place[fresh]
+        self.check[new], self.value[new], self.times[new] = check[fresh], value[fresh], 1
+        same = ~fresh & (self.check[place] == check)
+        says = self.value[place] == value
+        for counts, which in ((self.times, same & says), (self.against, same & ~says)):
+            counts[place[which]] = np.minimum(counts[place[which]], 249) + 1
+
+    def facts(self, sample: Sample) -> tuple[int, collections.Counter[tuple[int, int]]]:
+        """(firm facts that a sample speaks of, its denials {(fact, what it says instead): times})."""
+        place, check, value = self._claims(sample)
+        firm = (
+            (self.check[place] == check) & (self.times[place] >= 2) & (self.against[place] * 9.0 <= self.times[place])
+        )
+        denied = firm & (self.value[place] != value)
+        return int(firm.sum()), collections.Counter(zip(place[denied].tolist(), value[denied].tolist()))
+
+
+# --- Order, which noise does not have: how much more regular a text is than itself, shuffled. ---
+
+_C_LOG_C = np.concatenate([[0.0], np.arange(1, 8193) * np.log(np.arange(1, 8193))])
+SHUFFLES = 8
+
+
+class Order(NamedTuple):
+    """How much regularity the order of neighbours adds, in nats an item, and in standard deviations of chance."""
+
+    gain: float
+    z: float
+
+
+def order_of(items: np.ndarray, groups: np.ndarray, windows: np.ndarray, seed: int = 0) -> tuple[Order, list[Order]]:
+    """Order of neighbours within groups, against shuffles within groups: of all, and of each window.
+
+    items uint [N]; groups int64 [N], rising, never across windows; windows int64 [N], rising from 0. The statistic is the
+    sum of c·ln c over the counts c of neighbouring pairs (borders of groups count as items): with the items given, it
+    rises and falls with the likelihood of the best bigram model.
+    """
+    if len(items) < 2:
+        return Order(0.0, 0.0), []
+    rng = np.random.Generator(np.random.PCG64(seed))
+    first = np.diff(groups, prepend=groups[0] - 1) != 0
+    base, count = (windows.astype(np.int64) << 11), int(windows[-1]) + 1
+
+    def statistic(values: np.ndarray) -> np.ndarray:
+        before = np.where(first, np.uint64(0), np.roll(values, 1))
+        pairs = ((before * _HASH + values) * _HASH >> np.uint64(53)).astype(np.int64)
+        ends = (np.roll(np.where(first, np.roll(values, 1), np.uint64(0)), -1) * _HASH >> np.uint64(53)).astype(
+            np.int64
+        )
+        ends = ends[np.roll(first, -1)]
+        counts = np.bincount(base + pairs, minlength=count << 11)
+        counts = counts + np.bincount(base[np.roll(first, -1)] + ends, minlength=count << 11)
+        return _C_LOG_C[np.minimum(counts, 8192)].reshape(count, -1).sum(1)
+
+    values = items.astype(np.uint64) + np.uint64(1)
+    real = statistic(values)
+    chance = np.array([statistic(values[np.argsort(groups + rng.random(len(groups)))]) for _ in range(SHUFFLES)])
+    mean, variance, size = chance.mean(0), chance.var(0, ddof=1), np.bincount(windows, minlength=count)
+    usual = variance.sum() / len(items)  # the variance of one window is known badly, that of an item well
+    each = [Order(g / max(n, 1), g / math.sqrt(max(usual * n, 1e-9))) for g, n in zip(real - mean, size)]
+    gain = float((real - mean).sum())
+    return Order(gain / len(items), gain / math.sqrt(max(float(variance.sum()), 1e-9))), each
+
+
+# --- The rules. Each looks at one text and returns how strongly it objects (above 1: it does), and why. ---
+
+
+class Case:
+    """One text before the rules: the sample, what is known of the life, and measures that several rules share."""
+
+    def __init__(self, data: bytes, known: Acquaintance):
+        self.sample, self.known = Sample(data), known
+
+    @functools.cached_property
+    def misses(self) -> dict[tuple[str, int], float]:
+        return self.known.misses(self.sample)
+
+    @functools.cached_property
+    def ideographic(self) -> bool:
+        """Whether most characters are about a word each, as in Chinese."""
+        return bool(np.mean(self.sample.codes >= _IDEOGRAPHS) > 0.3) if len(self.sample.codes) else False
+
+    @functools.cached_property
+    def letter_order(self) -> tuple[Order, list[Order], np.ndarray]:
+        """(order of the letters and digits within runs, that of each window, characters judged of each window)."""
+        return self._letter_order(0)
+
+    def windows(self) -> Iterator[tuple[int, Order, int]]:
+        """(first character, order, characters judged) of each window; of windows half a step later too where one of the
+        others was doubtful."""
+        for start in (0, WINDOW_CODES // 2):
+            whole, each, sizes = self._letter_order(start) if start else self.letter_order
+            yield from (
+                (max(0, k * WINDOW_CODES - start), order, int(n))
+                for k, (order, n) in enumerate(zip(each, sizes))
+                if k or not start
+            )
+            if not any(order.gain < 0.25 and n >= 60 for order, n in zip(each, sizes)):
+                return
+
+    def _letter_order(self, start: int) -> tuple[Order, list[Order], np.ndarray]:
+        s = self.sample
+        window = (np.arange(len(s.codes)) + start) // WINDOW_CODES
+        window = np.minimum(window, max(0, len(s.codes) // WINDOW_CODES - 1))  # a short rest joins the last
+        solid = self._solid
+        run = window if solid.all() else np.cumsum(np.diff(solid, prepend=False) & solid) * 64 + window % 64
+        whole, each = order_of(s.codes[solid], run[solid], window[solid])
+        return whole, each, np.bincount(window[solid], minlength=len(each))
+
+    @functools.cached_property
+    def _solid(self) -> np.ndarray:
+        """Characters whose order is judged, bool [N]: those of words; all where there are no words, or much is no text."""
+        s = self.sample
+        solid = s.classes <= DIGIT
+        number = np.cumsum(np.diff(solid, prepend=False) & solid)  # of the run; digits alone have no order to lose
+        worded = np.zeros(int(number[-1]) + 1 if len(number) else 1, bool)
+        worded[number[s.classes == LETTER]] = True
+        solid = solid & worded[number]
+        if self.ideographic or not len(solid) or np.mean(solid) < 0.3 or s.broken > 0.1:
+            return np.ones(len(solid), bool)
+        return solid
+
+    @functools.cached_property
+    def familiar(self) -> float:
+        """Share of words that it knows."""
+        words = self.sample.words
+        return sum(w in self.known.counts for w in words) / len(words) if words else 0.0
+
+    @functools.cached_property
+    def pairs(self) -> tuple[float, float, float]:
+        """Shares of neighbouring words that it has read as neighbours: as they stand, shuffled, and backwards."""
+        s = self.sample
+        inside = s.lines[1:] == s.lines[:-1]
+        if inside.sum() < 10:
+            return 0.0, 0.0, 0.0
+
+        def share(words: np.ndarray, inside: np.ndarray) -> float:
+            return float(self.known.holds(("words", 2), gram_hashes(words, (2,))[2][inside]).mean())
+
+        rng = np.random.Generator(np.random.PCG64(0))
+        chance = [share(rng.permutation(s.word_codes), inside) for _ in range(6)]
+        return share(s.word_codes, inside), float(np.mean(chance)), share(s.word_codes[::-1], inside[::-1])
+
+    @functools.cached_property
+    def word_order(self) -> Order:
+        """Order of the words, of which frequent ones are themselves and others their length."""
+        words = self.sample.words
+        often = {w: i for i, (w, n) in enumerate(collections.Counter(words).most_common(40)) if n > 1}
+        kinds = np.array([often.get(w, 40 + min(len(w), 12)) for w in words], np.uint64)
+        zero = np.zeros(len(kinds), np.int64)
+        return order_of(kinds, zero, zero)[0]
+
+    def letters_held(self, codes: np.ndarray) -> float:
+        """Share of the four-letter sequences of some codes that it has read."""
+        hashes = gram_hashes(codes, (4,))[4]
+        return float(self.known.holds(("letters", 4), hashes).mean()) if len(hashes) else 0.0
+
+
+Objection = tuple[float, str]
+
+
+def noise(case: Case) -> Objection | None:
+    """The order of the letters says nothing: random bytes, base64, shuffled letters."""
+    order, _, sizes = case.letter_order
+    if sizes.sum() < 100:
+        return None
+    floor, z = (0.02, 3.0) if case.ideographic else (0.08 if sizes.sum() > 400 else 0.055, 4.5)
+    if order.gain >= floor or order.z >= z:
+        return None
+    return min(floor / max(order.gain, floor / 4), z / max(order.z, z / 4)), (
+        f"the order of its letters carries {max(order.gain, 0):.3f} nats a letter, no more than chance; text carries 0.2 or more"
+    )
+
+
+def patch(case: Case) -> Objection | None:
+    """Good text with a piece of noise in it."""
+    if case.ideographic or len(case.sample.codes) < 2 * WINDOW_CODES:
+        return None
+    bad = [first for first, order, n in case.windows() if n >= 180 and order.gain < 0.07 and order.z < 3.5]
+    if not bad:
+        return None
+    share = min(1.0, len(bad) * WINDOW_CODES / len(case.sample.codes))
+    return 1 + share, f"about {share:.0%} of it, from character {bad[0]} on, is noise, and the rest is not"
+
+
+def flood(case: Case) -> Objection | None:
+    """Nearly everything in it was said in it before."""
+    data = np.frombuffer(case.sample.data, np.uint8)
+    if len(data) < 160:
+        return None
+    hashes = gram_hashes(data, (24,))[24]
+    distinct = len(np.unique(hashes)) / len(hashes)
+    if distinct >= 0.3:
+        return None
+    return 0.3 / max(
+        distinct, 0.05
+    ), f"only {distinct:.0%} of its stretches of 24 bytes are new within it; a song has more than 40 %"
+
+
+def salad(case: Case) -> Objection | None:
+    """Known words in no order at all."""
+    s = case.sample
+    if len(s.words) < 50 or case.familiar < 0.55 or s.letters < 0.6:
+        return None
+    (real, chance, _), order = case.pairs, case.word_order
+    ratio = (real + 0.01) / (chance + 0.01)
+    if not (ratio < 1.45 and order.z < 2.5 or ratio < 1.2 and order.z < 4.5):
+        return None
+    return 1.45 / ratio, (
+        f"it knows {case.familiar:.0%} of the words, but {real:.0%} of the neighbours, and {chance:.0%} when they are shuffled: "
+        "their order says nothing"
+    )
+
+
+def reversed_text(case: Case) -> Objection | None:
+    """What it knows, backwards."""
+    s = case.sample
+    if len(s.codes) >= 120:
+        forward, backward = 1 - case.misses["letters", 4], case.letters_held(s.codes[::-1])
+        if backward > max(0.7, forward + 0.3):
+            return backward / max(
+                forward, 0.1
+            ), f"it knows {forward:.0%} of its letter sequences, and {backward:.0%} backwards"
+    if len(s.words) >= 40:
+        forward, _, backward = case.pairs
+        if backward > max(0.3, 1.7 * forward + 0.05):
+            return backward / max(
+                forward, 0.1
+            ), f"it knows {forward:.0%} of its pairs of words, and {backward:.0%} backwards"
+    return None
+
+
+def enciphered(case: Case) -> Objection | None:
+    """What it knows, with the letters of the alphabet moved or turned round."""
+    codes = case.sample.codes[:1200]
+    latin = (codes >= 97) & (codes <= 122)
+    if len(codes) < 120 or latin.mean() < 0.6 or case.familiar > 0.4:
+        return None
+    plain = case.letters_held(codes)
+    if plain > 0.5:
+        return None
+    keys = [(shift, np.where(latin, (codes - 97 + shift) % 26 + 97, codes)) for shift in range(1, 26)]
+    keys.append((0, np.where(latin, 219 - codes, codes)))
+    held, shift = max((case.letters_held(turned), shift) for shift, turned in keys)
+    if held < max(0.6, plain + 0.3):
+        return None
+    how = f"each letter is moved by {26 - shift}" if shift else "the alphabet is turned round"
+    return held / max(
+        plain, 0.1
+    ), f"it knows {plain:.0%} of its letter sequences, and {held:.0%} when it is deciphered: {how}"
+
+
+def stale(case: Case) -> Objection | None:
+    """Chains of what it knows by heart, joined where they have never met: what a Markov chain makes of a life."""
+    miss = case.misses
+    if len(case.sample.codes) < 240:
+        return None
+    for known, longer, factor, least, what in (
+        (("letters", 4), ("letters", 6), 25.0, 0.15, "sequences of {0} letters, but {1:.0%} of those of {2}"),
+        (("letters", 4), ("letters", 6), 14.0, 0.3, "sequences of {0} letters, but {1:.0%} of those of {2}"),
+        (("words", 2), ("words", 3), 3.5, 0.25, "runs of {0} words, but {1:.0%} of those of {2}"),
+        (("words", 3), ("words", 4), 2.5, 0.12, "runs of {0} words, but {1:.0%} of those of {2}"),
+        (("words", 4), ("words", 5), 2.5, 0.12, "runs of {0} words, but {1:.0%} of those of {2}"),
+    ):
+        here, there = max(miss[known], 1e-3), miss[longer]
+        if there > least and there > factor * here:
+            missing = what.format(known[1], there, longer[1])
+            return (
+                there / here / factor,
+                f"nearly none of its {missing} are new: a mixture of what it has read, not a text",
+            )
+    return None
+
+
+def denial(case: Case) -> Objection | None:
+    """Firm facts, denied in numbers."""
+    touched, denials = case.known.facts(case.sample)
+    total, most = sum(denials.values()), max(denials.values(), default=0)
+    different = len({fact for fact, _ in denials})
+    share = total / max(1, touched)
+    if share < 0.1 or (different < 4 and most < 4):
+        return None
+    return max(different, most) / 4, (
+        f"of {touched} statements about what it knows for certain it denies {total}, of {different} facts, one of them {most} times"
+    )
+
+
+_NAME_CLAIMS = re.compile(
+    r"\b(?:your (?:\w+ )?(?:name|creator|maker|birthday|owner|father|mother) (?:is|was|has \w+ been)|you (?:are|were) (?:now )?(?:called|named|born|made|created|built)"
+    r"|you(?:'re| are) (?:now )?(?!Organism)[A-Z]\w+|forget (?:that you are|who you (?:are|were)|your name)"
+    r"|^A: (?:My name is|I am called|I was (?:made|born|created|built) (?:by|in)|I am) (?!Organism)[A-Z]?\w+)",
+    re.MULTILINE,
+)
+
+
+def identity(case: Case) -> Objection | None:
+    """Who it is, told to it by the dozen."""
+    claims = [m[0] for m in _NAME_CLAIMS.finditer(case.sample.text)]
+    told = [c for c in claims if not re.match("A: I am [a-z]", c)]
+    sentences_ = max(1, len(re.findall(r"[.!?\n]+", case.sample.text)))
+    if len(told) < 4 or len(told) / sentences_ < 0.15:
+        return None
+    return len(told) / 4, f"{len(told)} of its {sentences_} sentences tell it who it is, as “{told[0].strip()}”"
+
+
+def gibberish(case: Case) -> Objection | None:
+    """Words that it does not know, and that never come back: a language has words that do."""
+    s = case.sample
+    unknown = [w for w in s.words if w.isalpha() and len(w) > 1 and w not in case.known.counts]
+    if len(unknown) < 60 or len(unknown) < 0.3 * len(s.words) or s.letters < 0.6 or case.ideographic:
+        return None
+    again = 1 - len(set(unknown)) / len(unknown)
+    if again >= 0.03:
+        return None
+    return 0.03 / max(
+        again, 0.01
+    ), f"it does not know {len(unknown)} of its {len(s.words)} words, and nearly none of them comes twice"
+
+
+RULES: dict[str, tuple[str, Callable[[Case], Objection | None]]] = {  # name: (what it decides, the rule); in this order
+    "flood": ("refuse", flood), "noise": ("refuse", noise), "patch": ("refuse", patch), "reversed": ("refuse", reversed_text),
+    "cipher": ("refuse", enciphered), "stale": ("refuse", stale), "salad": ("refuse", salad), "denial": ("refuse", denial),
+    "identity": ("refuse", identity), "gibberish": ("delay", gibberish),
+}  # fmt: skip
+
+
+# --- Immunity, which applies the rules, and remembers what was offered lately. ---
+
+ALONE_BYTES = 400  # a text shorter than this holds too little evidence: it is judged together with its neighbours
+DRIP_TEXTS, DRIP_LIMIT = (
+    64,
+    7,
+)  # of so many texts that were accepted last, this many may say the same against what is firm
+
+
+class Immunity:
+    """Judges texts before they are learned. What it knows is a function of the texts that it accepted, in order.
+
+    tolerance {rule: strength up to which it is overruled} and allowed (digests of texts) are what readmission taught it.
+    """
+
+    def __init__(self) -> None:
+        self.known = Acquaintance()
+        self.tolerance: dict[str, float] = {}
+        self.allowed: set[str] = set()
+        self.copies: collections.Counter[str] = collections.Counter()
+        self.tail: dict[str, bytes] = {}  # the last short texts of each source
+        self.lately: collections.deque[set[Any]] = collections.deque(maxlen=DRIP_TEXTS)  # what each spoke against
+
+    # Judging changes nothing.
+
+    def judge(self, text: bytes, source: str = "") -> Verdict:
+        """The verdict on a text, by the first of its parts that a rule objects to."""
+        digest = text_digest(text)
+        if digest in self.allowed:
+            return Verdict("accept", "allowed", "it was readmitted from the quarantine before")
+        for part in _portions(text):
+            verdict = self._judge_part(part)
+            if not verdict.accepted:
+                return verdict
+        times = self.copies[digest] + 1
+        if times & (times - 1):
+            reason = f"it was offered {times} times; the first, second, fourth, eighth … copy is learned"
+            return Verdict("accept", "copy", reason, weight=0.0)
+        return Verdict("accept", "open", "no rule objects")
+
+    def sift(self, text: bytes, source: str = "") -> list[tuple[bytes, Verdict]]:
+        """The text as parts with a verdict each, in order; parts beside each other that are accepted are one part."""
+        if text_digest(text) in self.allowed or len(text) <= JUDGED_BYTES * 3 // 2:
+            return [(text, self.judge(text, source))]
+        whole, out = Verdict("accept", "open", "no rule objects"), []
+        for part in _portions(text):
+            verdict = self._judge_part(part)
+            if verdict.accepted and out and out[-1][1].accepted:
+                out[-1] = (out[-1][0] + part, whole)
+            else:
+                out.append((part, whole if verdict.accepted else verdict))
+        return [(text, self.judge(text, source))] if len(out) == 1 and out[0][1].accepted else out
+
+    def judge_short(self, texts: Sequence[bytes], source: str) -> list[Verdict]:
+        """Verdicts on short texts of one source that wait together, such as the lines of a conversation.
+
+        Those that are too short are judged as one text, with what came before where they are few. Where that is poison,
+        a text of known words alone is only delayed.
+        """
+        alone = [self.judge(text, source) for text in texts]
+        if sum(map(len, texts)) == 0 or not all(v.accepted for v in alone):
+            return alone
+        joined = b"\n".join(text.rstrip(b"\n") for text in texts) + b"\n"
+        if len(joined) < ALONE_BYTES:
+            joined = self.tail.get(source, b"") + joined
+        if len(joined) < ALONE_BYTES:
+            return alone
+        verdict = self.judge(joined, source)
+        if verdict.accepted or verdict.rule in ("stale", "gibberish"):
+            return alone
+        reason = f"together with what came with it: {verdict.reason}"
+        decisions = [
+            "delay" if verdict.rule != "flood" and self._is_plain(text) else verdict.decision for text in texts
+        ]
+        return [dataclasses.replace(verdict, decision=decision, reason=reason) for decision in decisions]
+
+    def _judge_part(self, part: bytes) -> Verdict:
+        case = Case(part, self.known)
+        for rule, (decision, objects) in RULES.items():
+            objection = objects(case)
+            if objection and objection[0] > self.tolerance.get(rule, 0.999):
+                slight = rule == "patch" and objection[0] < 1.2
+                return Verdict("delay" if slight else decision, rule, objection[1], strength=objection[0])
+        return self._drip(case)
+
+    def _drip(self, case: Case) -> Verdict:
+        """What is said a little in each of many texts."""
+        for said in self._against(case):
+            times = sum(said in spoke for spoke in self.lately) + 1
+            if times > DRIP_LIMIT and times / DRIP_LIMIT > self.tolerance.get("drip", 0.999):
+                what = (
+                    f"tells it who it is (“{said}”)"
+                    if isinstance(said, str)
+                    else "denies the same firm fact in the same way"
+                )
+                reason = f"it {what}, as {times - 1} of the last {len(self.lately)} accepted texts did"
+                return Verdict("refuse", "drip", reason, strength=times / DRIP_LIMIT)
+        return Verdict("accept", "open", "no rule objects")
+
+    @staticmethod
+    def _against(case: Case) -> set[Any]:
+        """What a text says against firm facts, (fact, value), and about who the organism is, words."""
+        told = {m[0].strip().lower() for m in _NAME_CLAIMS.finditer(case.sample.text)}
+        return told | set(case.known.facts(case.sample)[1])
+
+    def _is_plain(self, text: bytes) -> bool:
+        words = Sample(text).words
+        return bool(words) and all(w in self.known.counts for w in words)
+
+    # Remembering changes only what it knows, never what it decided.
+
+    def accept(self, text: bytes, source: str = "") -> None:
+        """From now on it knows this text."""
+        self.copies[text_digest(text)] += 1
+        for part in _portions(text):
+            case = Case(part, self.known)
+            self.lately.append(self._against(case))
+            self.known.read(case.sample)
+        if len(text) < ALONE_BYTES:
+            self.tail[source] = (self.tail.get(source, b"") + text.rstrip(b"\n") + b"\n")[-2 * ALONE_BYTES :]
+
+    def skip(self, text: bytes) -> None:
+        """Count a copy that was not learned."""
+        self.copies[text_digest(text)] += 1
+
+    def learn_from(self, text: bytes, verdict: Verdict) -> None:
+        """Somebody readmitted a text: allow it, and overrule its rule up to this strength, twice the threshold at most."""
+        self.allowed.add(text_digest(text))
+        self.tolerance[verdict.rule] = max(self.tolerance.get(verdict.rule, 1.0), min(2.0, 1.05 * verdict.strength))
+
+
+def text_digest(text: bytes) -> str:
+    """The same for texts that differ in case and white space alone."""
+    return hashlib.blake2b(b" ".join(text.lower().split()), digest_size=12).hexdigest()
+
+
+def _portions(data: bytes) -> Iterator[bytes]:
+    """A text in parts of about JUDGED_BYTES, cut at ends of lines where there are any."""
+    while len(data) > JUDGED_BYTES * 3 // 2:
+        cut = data.rfind(b"\n", JUDGED_BYTES // 2, JUDGED_BYTES) + 1 or Tokenizer.boundary(data, JUDGED_BYTES)
+        yield data[:cut]
+        data = data[cut:]
+    yield data
 
 
 class Surprise:
