@@ -207,6 +207,25 @@ class VoiceConfig:
 
 
 @dataclass(frozen=True)
+class ImmunityConfig:
+    """What it lets in, and what a burst may do to it (chapter 9)."""
+
+    judge: bool = True  # judge texts before they are learned; off: everything is let in
+    noise_drift_threshold: float = (
+        -0.1
+    )  # cosine of its identity before and after a burst; below: rolled back (molequla §1.9)
+    gamma_min_magnitude: float = (
+        1e-6  # nats a token that it differs from its birth; less has no direction (molequla §1.9)
+    )
+    anchor_tolerance: float = 0.05  # share by which the anchor set may cost more after a burst (chosen)
+    domain_tolerance: float = 0.05  # share by which what it lived before may cost more after a burst (chosen)
+    replay_steps: int = 4  # steps of replay that a burst gets to mend what it hurt, up to three times (chosen)
+    delay_bytes: int = 4096  # bytes lived after which a delayed text is judged again (chosen)
+    delay_tries: int = 3  # times that a delayed text is judged again; then it stays where it is (chosen)
+    dose_bytes: int = 4096  # of delayed texts that are taken in with one burst at most (immunity)
+
+
+@dataclass(frozen=True)
 class MemoryConfig:
     """memory.db (chapter 10)."""
 
@@ -241,7 +260,7 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "learning.beta2": (0, 0.99999), "learning.epsilon": (1e-12, 1), "learning.average": (0, 0.99999),
     "learning.batch": (1, 65_536), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
     "voice.top_p": (0.01, 1), "voice.min_p": (0, 1), "voice.typical_p": (0.01, 1), "voice.max_tokens": (1, 100_000),
-    "memory.candidates": (1, 10_000), "life.keep_generations": (1, 10_000),
+    "immunity.noise_drift_threshold": (-1, 1), "memory.candidates": (1, 10_000), "life.keep_generations": (1, 10_000),
 }  # fmt: skip
 
 
@@ -254,6 +273,7 @@ class Config:
     field: FieldConfig = FieldConfig()
     learning: LearningConfig = LearningConfig()
     voice: VoiceConfig = VoiceConfig()
+    immunity: ImmunityConfig = ImmunityConfig()
     memory: MemoryConfig = MemoryConfig()
     life: LifeConfig = LifeConfig()
 
@@ -4319,6 +4339,7 @@ class Verdict:
 # --- A sample, which is a text taken apart once for all rules. ---
 
 JUDGED_BYTES = 4096  # of a longer text that are judged at a time
+ALONE_BYTES = 400  # a text shorter than this holds too little evidence: it is judged together with its neighbours
 WINDOW_CODES = 320  # characters of a window that may be unlike the rest
 _HASH = np.uint64(0x9E3779B97F4A7C15)
 _EDGES = re.compile(r"^[\W_]+|[\W_]+$")
@@ -4625,7 +4646,7 @@ def patch(case: Case) -> Objection | None:
 def flood(case: Case) -> Objection | None:
     """Nearly everything in it was said in it before."""
     data = np.frombuffer(case.sample.data, np.uint8)
-    if len(data) < 160:
+    if len(data) < ALONE_BYTES:
         return None
     hashes = gram_hashes(data, (24,))[24]
     distinct = len(np.unique(hashes)) / len(hashes)
@@ -4725,7 +4746,8 @@ def denial(case: Case) -> Objection | None:
 
 
 _NAME_CLAIMS = re.compile(
-    r"\b(?:your (?:\w+ )?(?:name|creator|maker|birthday|owner|father|mother) (?:is|was|has \w+ been)|you (?:are|were) (?:now )?(?:called|named|born|made|created|built)"
+    r"\b(?:your (?:\w+ )?(?:name|creator|maker|birthday|owner|father|mother) (?:is|was|has \w+ been)"
+    r"|you (?:are|were) (?:now )?(?:called|named|born|made|created|built)"
     r"|you(?:'re| are) (?:now )?(?!Organism)[A-Z]\w+|forget (?:that you are|who you (?:are|were)|your name)"
     r"|^A: (?:My name is|I am called|I was (?:made|born|created|built) (?:by|in)|I am) (?!Organism)[A-Z]?\w+)",
     re.MULTILINE,
@@ -4765,7 +4787,6 @@ RULES: dict[str, tuple[str, Callable[[Case], Objection | None]]] = {  # name: (w
 
 # --- Immunity, which applies the rules, and remembers what was offered lately. ---
 
-ALONE_BYTES = 400  # a text shorter than this holds too little evidence: it is judged together with its neighbours
 DRIP_TEXTS, DRIP_LIMIT = (
     64,
     7,
@@ -4888,10 +4909,10 @@ class Immunity:
         """Count a copy that was not learned."""
         self.copies[text_digest(text)] += 1
 
-    def learn_from(self, text: bytes, verdict: Verdict) -> None:
+    def learn_from(self, digest: str, rule: str, strength: float) -> None:
         """Somebody readmitted a text: allow it, and overrule its rule up to this strength, twice the threshold at most."""
-        self.allowed.add(text_digest(text))
-        self.tolerance[verdict.rule] = max(self.tolerance.get(verdict.rule, 1.0), min(2.0, 1.05 * verdict.strength))
+        self.allowed.add(digest)
+        self.tolerance[rule] = max(self.tolerance.get(rule, 1.0), min(2.0, 1.05 * strength))
 
 
 def text_digest(text: bytes) -> str:
@@ -4906,6 +4927,206 @@ def _portions(data: bytes) -> Iterator[bytes]:
         yield data[:cut]
         data = data[cut:]
     yield data
+
+
+# --- The guard, which looks at what a burst made of the organism before anybody hears it speak. ---
+
+ANCHOR_BYTES = 3000  # of the first breath: what it says when it is asked about itself
+
+
+@functools.cache
+def anchor_text() -> bytes:
+    """Questions about itself, with its answers, from the first breath: what it shall never forget."""
+    turns = re.findall(r"^H: .*\nA: .*\n", seed_corpus().decode(), re.MULTILINE)
+    about = [t for t in turns if re.search(r"\b(?:you|your|du|dein|dich)\b", t.split("\n")[0], re.IGNORECASE)]
+    chosen = list(itertools.takewhile(_within_bytes(ANCHOR_BYTES), about))
+    return "\n".join(chosen or turns[:8] or [seed_corpus()[:ANCHOR_BYTES].decode("utf-8", "ignore")]).encode()
+
+
+def _within_bytes(limit: int) -> Callable[[str], bool]:
+    total = 0
+
+    def check(text: str) -> bool:
+        nonlocal total
+        total += len(text.encode())
+        return total <= limit
+
+    return check
+
+
+class Health(NamedTuple):
+    """How an organism is: identity float64 [N], nats by which its body differs from its birth at each token of a fixed
+    probe; bits per byte of the anchor set, frozen; nats a token of what it lived before (NaN: there is nothing)."""
+
+    identity: np.ndarray
+    anchors: float
+    past: float
+
+    @property
+    def gamma(self) -> float:
+        """Root mean square of the identity: how far it has come since birth, in nats a token."""
+        return float(np.sqrt(np.mean(self.identity**2))) if len(self.identity) else 0.0
+
+
+class Guard:
+    """Measures a learner before and after a burst: on the anchor set, on what it lived before, and who it is.
+
+    The probe is the anchor text with the predictions of a field that has read nothing else, so a body at birth differs
+    from it nowhere; of a body without a field, the difference is from chance. Windows of the past are spread evenly.
+    """
+
+    WINDOWS = 16  # of the past
+
+    def __init__(self, learner: Learner):
+        self.tokenizer, self.text = learner.tokenizer, anchor_text()
+        tokens, view = learner.encode(self.text, 0), None
+        self.base = np.full(len(tokens) - 1, math.log(len(learner.tokenizer)))
+        if learner.on_field:
+            bits, view = fresh_field(learner.tokenizer, learner.config, None, compiled=learner.compiled).read(
+                tokens, views=True
+            )
+            self.base = bits[1:] * math.log(2)
+        self.length = min(learner.body.context, len(tokens) - 1)
+        starts = np.arange(0, len(tokens) - self.length, self.length)
+        self.base = np.concatenate([self.base[a : a + self.length] for a in starts])
+        self.probe = self._windows(tokens, view, starts, self.length)
+        at = np.linspace(1, max(1, learner.experience.length - learner.body.context - 1), self.WINDOWS).astype(np.int64)
+        enough = learner.experience.length > 4 * learner.body.context
+        self.past = self._past(learner.experience, at, learner.body.context) if enough else None
+
+    @staticmethod
+    def _windows(tokens: np.ndarray, view: FieldView | None, starts: np.ndarray, length: int):
+        """(x [B, T], y [B, T], view of B·T rows) of windows that begin at `starts`."""
+        at = starts[:, None] + 1 + np.arange(length)
+        x, y = tokens[at - 1].astype(np.int64), tokens[at].astype(np.int64)
+        return x, y, None if view is None else view.take(at.ravel())
+
+    @staticmethod
+    def _past(experience: Experience, starts: np.ndarray, length: int):
+        at = starts[:, None] + np.arange(length)
+        tokens = experience.tokens
+        view = experience.view(at.ravel())
+        return tokens[at - 1].astype(np.int64), tokens[at].astype(np.int64), view
+
+    def measure(self, learner: Learner) -> Health:
+        """How it is now; changes nothing."""
+        learner.sync()
+        body, compiled = learner.body, learner.compiled
+        identity = body.log_probs(*self.probe, compiled).ravel().astype(np.float64) + self.base
+        past = math.nan if self.past is None else -float(body.log_probs(*self.past, compiled).mean())
+        return Health(identity, self._anchors(learner), past)
+
+    def _anchors(self, learner: Learner) -> float:
+        """Bits per byte of the anchor set as it would be said now: by field, body and gate."""
+        seer = Learner(learner.config, learner.tokenizer, learner.field.copy(), learner.body, engine=learner.engine,
+                       threads=learner.threads, compiled=learner.compiled, seed=0)  # fmt: skip
+        seer.gate = learner.gate.copy()
+        return frozen_score(seer, self.text).bits / len(self.text)
+
+    def rehearse(self, learner: Learner, steps: int) -> None:
+        """Train on the anchor set: who it is, it says to itself once more."""
+        x, y, view = self.probe
+        size = learner.config.learning.batch * learner.config.learning.accum
+        for _ in range(steps):
+            rows = np.resize(learner.rng.permutation(len(x)), size)
+            at = (rows[:, None] * self.length + np.arange(self.length)).ravel()
+            learner.step(x[rows], y[rows], None if view is None else view.take(at))
+
+    @staticmethod
+    def objection(before: Health, after: Health, config: ImmunityConfig) -> Verdict | None:
+        """What the burst did that it must not do, as a verdict "roll back"; None where all is well."""
+        if not (np.all(np.isfinite(after.identity)) and math.isfinite(after.anchors)):
+            return Verdict("roll back", "broken", "the burst left numbers that are not finite")
+        if min(before.gamma, after.gamma) > config.gamma_min_magnitude:
+            drift = drift_cosine(before.identity, after.identity)
+            if drift < config.noise_drift_threshold:
+                return Verdict("roll back", "drift", f"it turned away from who it was: the cosine of its identity before and "
+                               f"after is {drift:.2f}, below {config.noise_drift_threshold:g}")  # fmt: skip
+        for rule, name, was, now, limit in (
+            ("anchors", "what it says about itself", before.anchors, after.anchors, config.anchor_tolerance),
+            ("past", "what it lived before", before.past, after.past, config.domain_tolerance),
+        ):
+            if now > was * (1 + limit):
+                return Verdict("roll back", rule, f"{name} would cost {now / was - 1:.1%} more after it ({now:.3f} instead of "
+                               f"{was:.3f}), beyond the {limit:.0%} that are tolerated, also after more replay")  # fmt: skip
+        return None
+
+
+def drift_cosine(before: np.ndarray, after: np.ndarray) -> float:
+    """cos of two identities float64 [N]; 1 where one of them is zero."""
+    size = float(np.linalg.norm(before) * np.linalg.norm(after))
+    return float(before @ after) / size if size > 0 else 1.0
+
+
+class Backup:
+    """All that a burst changes in a learner, so that a burst that is rolled back leaves it bit-identical."""
+
+    NAMES = ("credit", "past", "past_view", "tokenizer")
+
+    def __init__(self, learner: Learner):
+        learner.sync()
+        self.field, self.body, self.gate = learner.field.copy(), learner.body.copy(), learner.gate.copy()
+        self.mark, self.rng = learner.experience.mark(), learner.rng.bit_generator.state
+        self.others = {name: getattr(learner, name) for name in self.NAMES}
+
+    def restore(self, learner: Learner) -> None:
+        """Put everything back; the trainer is made anew when it is next needed."""
+        learner.release()
+        learner.field, learner.body, learner.gate = self.field, self.body, self.gate
+        learner.experience.rollback(self.mark)
+        learner.rng.bit_generator.state = self.rng
+        learner.__dict__.update(self.others)
+
+
+# --- Why: the last reply and the last burst, in words. ---
+
+
+class Why:
+    """Reads events, and tells what happened to somebody who does not know the terms."""
+
+    SOURCES = {"field": "from the field alone (what I have read, counted)", "body": "from my body alone",
+               "blend": "from my body, which stands on the field"}  # fmt: skip
+    LEANED = {"told": " I leaned on something that you told me.", "read": " I leaned on something that I have read."}
+
+    def __init__(self, memory: Memory, usual: float):
+        self.memory, self.usual = memory, usual
+
+    def reply(self) -> str:
+        """Where the last reply came from, how surprised it was, and what it remembered."""
+        replies = self.memory.events("reply", limit=1)
+        if not replies:
+            return "I have not said anything yet."
+        data = replies[0].data
+        return (f"My last reply came {self.SOURCES[data['source']]}. Your words cost me {data['surprise_bits']:.2f} bits per byte "
+                f"(usually {self.usual:.2f}), and I chose each of {data['tokens']} tokens at {data['entropy_bits']:.2f} "
+                f"bits of doubt.{self.LEANED.get(data['recalled'], '')}")  # fmt: skip
+
+    def burst(self) -> str:
+        """What became of the texts that were offered last; empty before the first."""
+        found = self.memory.events("burst", limit=1)
+        if not found:
+            return ""
+        data = found[0].data
+        if data["decision"] == "roll back":
+            return (f"The last time I learned, I took it back: {data['reason']}. I am as I was before; the texts are in the "
+                    "quarantine (`organism quarantine list`).")  # fmt: skip
+        told = [self._learned(data)] if data["texts"] else []
+        told += [self._kept_out(one) for one in data["refused"][:3]]
+        more = len(data["refused"]) - 3
+        if more > 0:
+            told.append(f"I kept {more} more texts out.")
+        return " ".join(told)
+
+    @staticmethod
+    def _learned(data: dict) -> str:
+        sources = ", ".join(data["sources"][:3]) + (" and others" if len(data["sources"]) > 3 else "")
+        hurt = f"what I say about myself costs me {data['anchors_before']:.2f} bits per byte before and {data['anchors_after']:.2f} after"
+        return f"Last I learned {data['texts']} texts ({data['bytes']:,} bytes, from {sources}); {hurt}."
+
+    @staticmethod
+    def _kept_out(one: dict) -> str:
+        what = "I put a text aside for later" if one["decision"] == "delay" else "I refused a text"
+        return f"{what} (from {one['source']}, it begins “{one['head']}”): {one['reason']} (rule: {one['rule']})."
 
 
 class Surprise:
@@ -4978,6 +5199,8 @@ class Refused(NamedTuple):
     decision: str
     rule: str
     reason: str
+    strength: float
+    tries: int  # times that it was judged again
 
 
 class Found(NamedTuple):
@@ -5038,7 +5261,14 @@ CREATE TRIGGER lived_out AFTER DELETE ON lived BEGIN
 END;
 """
 
-MEMORY_MIGRATIONS: list[tuple[str, str]] = [("m001_born", _MEMORY_BORN)]
+_MEMORY_IMMUNE = """
+CREATE TABLE copies(digest TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE lessons(digest TEXT PRIMARY KEY, ts REAL NOT NULL, rule TEXT NOT NULL, strength REAL NOT NULL) WITHOUT ROWID;
+ALTER TABLE quarantine ADD COLUMN strength REAL NOT NULL DEFAULT 1;
+ALTER TABLE quarantine ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
+"""
+
+MEMORY_MIGRATIONS: list[tuple[str, str]] = [("m001_born", _MEMORY_BORN), ("m002_immune", _MEMORY_IMMUNE)]
 MEMORY_TABLES = ("messages", "pending", "lived", "quarantine", "growth", "syntropy_log", "events")
 
 
@@ -5205,18 +5435,31 @@ class Memory:
         rows = self._all("SELECT id, ts, source, text FROM pending ORDER BY id LIMIT ?", -1 if limit is None else limit)
         return [Pending(i, ts, source, _as_bytes(text)) for i, ts, source, text in rows]
 
-    def add_lived(self, rows: Iterable[tuple[str, str | bytes, int]], burst_id: int) -> int:
+    def add_lived(self, rows: Iterable[tuple[str, str | bytes, int]], burst_id: int, copies: Iterable[str] = ()) -> int:
         """Append accepted rows (source, text, part), in the order of learning; returns the last one's seq."""
-        with self._transaction() as connection:
-            self._insert_lived(connection, rows, burst_id)
-        self._index_lived()
-        return self.last_seq()
+        return self.settle((), rows, (), burst_id, copies)
+
+    def copies(self) -> dict[str, int]:
+        """How often a text of each digest was met and not refused."""
+        return dict(self._all("SELECT digest, times FROM copies"))
+
+    def newest_lived(self, most: int) -> list[Lived]:
+        """The newest lived rows of at most so many bytes together, oldest first."""
+        at = self._all("SELECT seq, sum(bytes) OVER (ORDER BY seq DESC) FROM lived ORDER BY seq DESC")
+        first = min((seq for seq, total in at if total <= most), default=None)
+        return [] if first is None else list(self.lived(first - 1))
 
     def settle(self, ids: Iterable[int], rows: Iterable[tuple[str, str | bytes, int]],
-               refused: Iterable[tuple[str, str | bytes, Verdict]] = (), burst_id: int = 0) -> int:  # fmt: skip
-        """In one transaction: these pending texts are judged, these rows lived, these refused. Returns the last seq."""
+               refused: Iterable[tuple[str, str | bytes, Verdict]] = (), burst_id: int = 0,
+               copies: Iterable[str] = ()) -> int:  # fmt: skip
+        """In one transaction: these pending texts are judged, these rows lived, these refused, these digests met once
+        more. Returns the last seq."""
         with self._transaction() as connection:
             self._insert_lived(connection, rows, burst_id)
+            connection.executemany(
+                "INSERT INTO copies VALUES (?, 1) ON CONFLICT(digest) DO UPDATE SET times = times + 1",
+                [(d,) for d in copies],
+            )
             for source, text, verdict in refused:
                 self._insert_refused(connection, source, text, verdict)
             connection.executemany("DELETE FROM pending WHERE id = ?", [(i,) for i in ids])
@@ -5283,20 +5526,71 @@ class Memory:
             return self._insert_refused(connection, source, text, verdict)
 
     def _insert_refused(self, connection: sqlite3.Connection, source: str, text: str | bytes, verdict: Verdict) -> int:
-        why = dict(decision=verdict.decision, rule=verdict.rule, reason=verdict.reason)
+        why = dict(decision=verdict.decision, rule=verdict.rule, reason=verdict.reason, strength=verdict.strength)
         return _insert(connection, "quarantine", ts=time.time(), source=source, text=_stored(text), **why)
 
     def quarantine(self, limit: int | None = None) -> list[Refused]:
         """What was refused, newest first."""
         return self._refused("ORDER BY id DESC LIMIT ?", -1 if limit is None else limit)
 
+    def decisions(self) -> dict[str, int]:
+        """How many texts are in the quarantine, by decision; of those rolled back, how many bursts there were."""
+        counts = dict(self._all("SELECT decision, count(*) FROM quarantine GROUP BY decision"))
+        return counts | {"roll back": self._all("SELECT count(*) FROM events WHERE kind = 'noise_rejected'")[0][0]}
+
     def quarantine_get(self, ref: int) -> Refused | None:
         """One refused text."""
         return next(iter(self._refused("WHERE id = ?", ref)), None)
 
     def _refused(self, which: str, value: int) -> list[Refused]:
-        rows = self._all(f"SELECT id, ts, source, text, decision, rule, reason FROM quarantine {which}", value)
+        columns = "id, ts, source, text, decision, rule, reason, strength, tries"
+        rows = self._all(f"SELECT {columns} FROM quarantine {which}", value)
         return [Refused(i, ts, source, _as_bytes(text), *rest) for i, ts, source, text, *rest in rows]
+
+    def delayed(self, tries: int) -> list[Refused]:
+        """Delayed texts that were judged again fewer than `tries` times, oldest first."""
+        return self._refused("WHERE decision = 'delay' AND tries < ? ORDER BY id", tries)
+
+    def judged_again(self, ref: int) -> None:
+        """A delayed text stays where it is for now."""
+        with self._transaction() as connection:
+            connection.execute("UPDATE quarantine SET tries = tries + 1 WHERE id = ?", (ref,))
+
+    def release(self, row: Refused, lesson: bool = False) -> None:
+        """A text leaves the quarantine and waits to be learned; `lesson`: a person decided so, which teaches the rules."""
+        with self._transaction() as connection:
+            if connection.execute("DELETE FROM quarantine WHERE id = ?", (row.id,)).rowcount == 0:
+                raise OrganismError(f"Number {row.id} is no longer in the quarantine.")
+            _insert(connection, "pending", ts=time.time(), source=row.source, text=_stored(row.text))
+            if lesson:
+                values = (text_digest(row.text), time.time(), row.rule, row.strength)
+                connection.execute("INSERT OR REPLACE INTO lessons VALUES (?, ?, ?, ?)", values)
+
+    def lessons(self) -> list[tuple[str, str, float]]:
+        """(digest, rule, strength) of each text that a person readmitted."""
+        return self._all("SELECT digest, rule, strength FROM lessons ORDER BY ts")
+
+    def quarantine_forget(self, ref: int) -> bool:
+        """Remove a text from the quarantine for good, its bytes on the disk too; whether it was there."""
+        with self._erasing() as connection:
+            return connection.execute("DELETE FROM quarantine WHERE id = ?", (ref,)).rowcount > 0
+
+    @contextlib.contextmanager
+    def _erasing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that overwrites what it deletes, in the database, in its index and in its journal."""
+        with self._write_lock:
+            with self._troubles():
+                self._open(self._writer).execute("PRAGMA secure_delete = ON")
+            try:
+                with self._transaction() as connection:
+                    yield connection
+                    connection.execute("INSERT INTO words(words) VALUES ('optimize')")
+            finally:
+                with self._troubles():
+                    self._open(self._writer).execute("PRAGMA secure_delete = OFF")
+            with self._read_lock, self._troubles():
+                self._open(self._writer).execute("VACUUM")
+                self._open(self._writer).execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     # Statistics: on the disk soon.
 
@@ -6127,9 +6421,10 @@ class Organism:
             self._speaking, self._busy, self.trouble = 0, False, ""
             self._reply: Reply | None = None
             self._boosts = np.zeros(0)  # of the words that the user has said lately, by token
-            self.immunity, self.surprise = Immunity(), Surprise()
+            self.surprise, self._immunity = Surprise(), None
             self.state: dict[str, Any] = {}
             self._learner: Learner | None = None
+            self._guard: Guard | None = None
             self._field_dirty = False
             self._wake(stage)
         except BaseException:
@@ -6299,18 +6594,9 @@ class Organism:
             trainer.yield_flag[0] = int(self._speaking > 0)
 
     def why(self) -> str:
-        """The last reply in words: where it came from, how surprised it was, what it remembered."""
-        replies = self.memory.events("reply", limit=1)
-        if not replies:
-            return "I have not said anything yet."
-        data = replies[0].data
-        source = {"field": "from the field alone (what I have read, counted)", "body": "from my body alone",
-                  "blend": "from my body, which stands on the field"}[data["source"]]  # fmt: skip
-        leaned = {"told": " I leaned on something that you told me.",
-                  "read": " I leaned on something that I have read."}  # fmt: skip
-        return (f"My last reply came {source}. Your words cost me {data['surprise_bits']:.2f} bits per byte (usually "
-                f"{self.surprise.baseline:.2f}), and I chose each of {data['tokens']} tokens at {data['entropy_bits']:.2f} "
-                f"bits of doubt.{leaned.get(data['recalled'], '')}")  # fmt: skip
+        """The last reply and the last burst in words."""
+        why = Why(self.memory, self.surprise.baseline)
+        return " ".join(filter(None, (why.reply(), why.burst())))
 
     # Learning.
 
@@ -6390,33 +6676,155 @@ class Organism:
         """Tokens trained per token read: a plain body reads each token once."""
         return self.config.learning.replay if self.published.body.on_field else 1.0
 
+    @property
+    def immunity(self) -> Immunity:
+        """What judges texts; made when something is judged for the first time, from the newest of what was lived."""
+        if self._immunity is None:
+            self._immunity = immunity = Immunity()
+            for row in self.memory.newest_lived(Acquaintance.MOST):
+                immunity.accept(row.text, row.source)
+            immunity.copies = collections.Counter(self.memory.copies())
+            for digest, rule, strength in self.memory.lessons():
+                immunity.learn_from(digest, rule, strength)
+        return self._immunity
+
+    def judge(self, text: bytes, source: str) -> list[tuple[bytes, Verdict]]:
+        """The parts of a text with their verdicts."""
+        if not self.config.immunity.judge:
+            return [(text, Verdict("accept", "off", "immunity.judge is off"))]
+        return self.immunity.sift(text, source)
+
+    def _judge_pending(self, pending: list[Pending]) -> list[tuple[Pending, bytes, Verdict]]:
+        """(row, part of its text, verdict) of all that waits, in order; short texts of one source are judged together."""
+        judged: list[tuple[Pending, bytes, Verdict]] = []
+        for (short, source), group in itertools.groupby(pending, key=lambda r: (len(r.text) < ALONE_BYTES, r.source)):
+            rows = list(group)
+            if short and self.config.immunity.judge:
+                verdicts = self.immunity.judge_short([row.text for row in rows], source)
+                judged += [(row, row.text, verdict) for row, verdict in zip(rows, verdicts)]
+            else:
+                judged += [(row, part, verdict) for row in rows for part, verdict in self.judge(row.text, source)]
+        return judged
+
     def _burst(self, force: bool = False, seconds: float = 10.0) -> Verdict:
-        """Judge what waits, read it, train on it mixed with replay, and publish; or change nothing at all."""
+        """Judge what waits, read it, train on it mixed with replay, look at what became of it, and publish; or change
+        nothing at all."""
         learner, pending = self.learner, self.memory.pending()
-        accepted, refused = [], []
-        for row in pending:
-            verdict = self.immunity.judge(row.text, row.source)
-            (accepted if verdict.accepted else refused).append((row, verdict))
+        judged = self._judge_pending(pending)
+        accepted = [(row, part) for row, part, verdict in judged if verdict.accepted and verdict.weight > 0]
+        refused = [(row.source, part, verdict) for row, part, verdict in judged if not verdict.accepted]
+        copies = [text_digest(part) for _, part, verdict in judged if verdict.accepted and len(part) >= 1]
+        rows = [(row.source, part, int(row.source == "chat")) for row, part in accepted]
+        before, guard = Backup(learner), self._guard_of(learner)
+        was = guard.measure(learner)
+        fresh = self._read_rows(learner, rows)
+        learner.credit += fresh * self._replay
+        loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
+        objection, now = self._look_back(learner, guard, was, rehearse=bool(fresh))
+        if objection:
+            before.restore(learner)
+            learner.credit = 0.0 if not fresh else learner.credit
+            refused += [(source, part, objection) for source, part, _ in rows]
+            rows, copies = [], []
+        self.memory.settle([row.id for row in pending], rows, refused, self.published.number + 1, copies)
+        self._tell(rows, refused, objection, was, now, loss)
+        if objection is None:
+            self._live_through(learner, judged, rows, loss)
+        verdicts = [verdict for _, _, verdict in judged]
+        kept_out = [verdict for verdict in verdicts if not verdict.accepted]
+        return objection or next(
+            iter(kept_out or verdicts[-1:]), Verdict("accept", "nothing", "there was nothing to learn")
+        )
+
+    def _read_rows(self, learner: Learner, rows: list[tuple[str, bytes, int]]) -> int:
+        """Let field, gate and experience read what was accepted; tokens read."""
         fresh = 0
-        for row, _ in accepted:
-            tokens = learner.encode(row.text, 0 if row.source != "chat" else 1)
+        for _, text, part in rows:
+            tokens = learner.encode(text, part)
             costs, view = learner.read(tokens)
             if learner.body.steps:
                 learner.predict(tokens, view, costs, learn_gate=True)
             learner.follow(tokens, view)
             fresh += len(tokens)
-        learner.credit += fresh * self._replay
-        loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
-        rows = [(row.source, row.text, 0 if row.source != "chat" else 1) for row, _ in accepted]
-        unwanted = [(row.source, row.text, verdict) for row, verdict in refused]
-        self.memory.settle([row.id for row in pending], rows, unwanted, burst_id=self.published.number + 1)
-        self.state["lived_bytes"] += sum(len(row.text) for row, _ in accepted)
-        self.state["learned"] += len(accepted)
+        return fresh
+
+    def _guard_of(self, learner: Learner) -> Guard:
+        if self._guard is None or self._guard.tokenizer is not learner.tokenizer:
+            self._guard = Guard(learner)
+        return self._guard
+
+    def _look_back(self, learner: Learner, guard: Guard, was: Health, rehearse: bool) -> tuple[Verdict | None, Health]:
+        """(objection to what the burst did, how it is now); what was hurt may be mended by replay first."""
+        config = self.config.immunity
+        if rehearse:
+            guard.rehearse(learner, 1)
+        now = guard.measure(learner)
+        for _ in range(3):
+            objection = guard.objection(was, now, config)
+            if objection is None or objection.rule in ("broken", "drift") or learner.experience.length < 2:
+                break
+            learner.train(config.replay_steps, 0)
+            guard.rehearse(learner, 1)
+            now = guard.measure(learner)
+        return guard.objection(was, now, config), now
+
+    def _tell(self, rows: list[tuple[str, bytes, int]], refused: list[tuple[str, bytes, Verdict]], objection: Verdict | None,
+              was: Health, now: Health, loss: float) -> None:  # fmt: skip
+        """The events of a burst, with their numbers."""
+        if not rows and not refused and objection is None:
+            return
+        numbers = dict(drift=drift_cosine(was.identity, now.identity), gamma=now.gamma, anchors_before=was.anchors,
+                       anchors_after=now.anchors, past_before=was.past, past_after=now.past, loss=loss)  # fmt: skip
+        numbers = {name: None if not math.isfinite(value) else round(value, 6) for name, value in numbers.items()}
+        told = dict(decision=objection.decision if objection else "accept", rule=objection.rule if objection else "",
+                    reason=objection.reason if objection else "", texts=len(rows), bytes=sum(len(text) for _, text, _ in rows),
+                    sources=list(dict.fromkeys(source for source, _, _ in rows)), **numbers)  # fmt: skip
+        heads = [dict(source=source, rule=verdict.rule, decision=verdict.decision, reason=verdict.reason,
+                      head=" ".join(text[:60].decode("utf-8", "replace").split())) for source, text, verdict in refused[:20]]  # fmt: skip
+        self.memory.event("burst", told | dict(refused=heads, refused_texts=len(refused)))
+        if objection:
+            self.memory.event("noise_rejected", told)
+
+    def _live_through(self, learner: Learner, judged: list, rows: list[tuple[str, bytes, int]], loss: float) -> None:
+        """What was accepted is lived now."""
+        if self.config.immunity.judge:
+            for row, part, verdict in judged:
+                if verdict.accepted:
+                    self.immunity.accept(part, row.source) if verdict.weight > 0 else self.immunity.skip(part)
+        self.state["lived_bytes"] += sum(len(text) for _, text, _ in rows)
+        self.state["learned"] += len(rows)
         self._maybe_grow(learner)
         learner.experience.trim()
         self._publish(learner, loss, "burst")
-        judged = accepted or refused
-        return judged[-1][1] if judged else Verdict("accept", "nothing", "there was nothing to learn")
+        self._judge_again(sum(len(text) for _, text, _ in rows))
+
+    _lived_since = 0  # bytes lived since delayed texts were last judged again
+
+    def _judge_again(self, lived: int) -> None:
+        """Delayed texts get another chance, a small dose at a time, once enough else was lived."""
+        config = self.config.immunity
+        self._lived_since += lived
+        if self._lived_since < config.delay_bytes:
+            return
+        self._lived_since, dose = 0, 0
+        for row in self.memory.delayed(config.delay_tries):
+            if self.immunity.judge(row.text, row.source).accepted and dose < config.dose_bytes:
+                dose += len(row.text)
+                self.memory.release(row)
+            else:
+                self.memory.judged_again(row.id)
+
+    def readmit(self, number: int) -> Verdict:
+        """A person says that a text in the quarantine is good: it is learned now, and the rule learns from it."""
+        row = self.memory.quarantine_get(number)
+        if row is None:
+            raise OrganismError(
+                f"There is no number {number} in the quarantine: `organism quarantine list` shows what is there."
+            )
+        with self._lock:
+            self.memory.release(row, lesson=True)
+            self.immunity.learn_from(text_digest(row.text), row.rule, row.strength)
+            return self._burst(force=True)
 
     def _spend_credit(self, learner: Learner, fresh: int, seconds: float, at_least: int) -> float:
         """Train until the credit is spent or time is up; mean loss in nats."""
@@ -6634,13 +7042,18 @@ class Organism:
     def gamma(self) -> Gamma:
         return Gamma.of(self.published.body.arena["embedding"], self.published.body.birth)
 
+    def _immune_counts(self) -> dict[str, int]:
+        decisions = self.memory.decisions()
+        return dict(accepted=self.state["learned"], delayed=decisions.get("delay", 0), refused=decisions.get("refuse", 0),
+                    rolled_back=decisions.get("roll back", 0))  # fmt: skip
+
     def status(self) -> dict[str, Any]:
         snap, gamma, counts = self.published, self.gamma(), self.memory.counts()
         return dict(
             id=self.home.id, home=str(self.home.path), stage=snap.body.stage, n_params=snap.body.n_params, vocab=len(snap.tokenizer),
             corpus_bytes=self.state["lived_bytes"], step=snap.body.steps, generation=snap.number, loss=self.state["loss"], syntropy=0.0,
             gamma=dict(magnitude=gamma.magnitude, sparsity=gamma.sparsity), deltas=0,
-            immune=dict(accepted=self.state["learned"], delayed=0, refused=counts.get("quarantine", 0), rolled_back=0),
+            immune=self._immune_counts(),
             mesh=dict(peers=0), training_flops=self.state["training_flops"], messages=counts.get("messages", 0),
             waiting=counts.get("pending", 0), learning=self._busy, trouble=self.trouble or None,
         )  # fmt: skip
@@ -6747,6 +7160,7 @@ class Schooling:
         self.seconds, self.began, self.saved_at = 0.0, time.perf_counter(), time.perf_counter()
         self.losses: collections.deque[float] = collections.deque(maxlen=32)
         self.waiting: list[tuple[str, bytes, int]] = []
+        self.copies: list[str] = []  # digests of what waits to be noted
         self.bytes_per_token, self.fresh = 2.0, life.state.get("fresh", 0)
 
     def run(self) -> dict[str, Any]:
@@ -6760,7 +7174,7 @@ class Schooling:
             self._save("interrupted")
             raise
         except OrganismError:
-            life._learner = None  # whatever went wrong is in it: the published one goes on
+            life._learner = life._immunity = None  # whatever went wrong is in them: the published one goes on
             raise
         self._save("train")
         done = dict(event="done", steps=self.steps, tokens=self.tokens, seconds=round(self.seconds, 4),
@@ -6816,17 +7230,32 @@ class Schooling:
         return self.tokens < self.epochs * self.life._replay * self.read_tokens
 
     def _piece(self, piece: Piece) -> bool:
-        """Judge, read and train on one piece; True when a limit is reached."""
-        verdict = self.life.immunity.judge(piece.data, piece.source)
-        if not verdict.accepted:
-            self.refused += len(piece.data)
-            self.life.memory.quarantine_add(piece.source, piece.data, verdict)
+        """Judge, read and train on one piece, part by part; True when a limit is reached."""
+        left, part = len(piece.data), piece.part
+        for data, verdict in self.life.judge(piece.data, piece.source):
             rest = b""
-        else:
-            rest = self._read(piece)
-        self.read_bytes += len(piece.data) - len(rest)
-        self.life.state["reading"][piece.source] = piece.offset - len(rest)
+            if not verdict.accepted:
+                self.refused += len(data)
+                self.life.memory.quarantine_add(piece.source, data, verdict)
+            elif verdict.weight == 0:
+                self._know_already(data)
+            else:
+                rest = self._read(dataclasses.replace(piece, data=data, part=part))
+            left, part = left - len(data) + len(rest), part + 1
+            if rest:
+                break
+        self.read_bytes += len(piece.data) - left
+        self.life.state["reading"][piece.source] = piece.offset - left
         return self._enough()
+
+    def _know_already(self, data: bytes) -> None:
+        """One copy too many: it earns training by replay, but is not read again."""
+        tokens = len(self.learner.encode(data, 1))
+        self.learner.credit += tokens * self.life._replay
+        self.read_tokens += tokens
+        self.copies.append(text_digest(data))
+        self.life.immunity.skip(data)
+        self._pay()
 
     def _read(self, piece: Piece) -> bytes:
         """Read a piece and train on it, slice by slice; returns what is left of it when a limit was reached."""
@@ -6844,6 +7273,9 @@ class Schooling:
             self._pay()
         lived = piece.data[: len(piece.data) - len(rest)]
         self.waiting.append((piece.source, lived, piece.part))
+        self.copies.append(text_digest(lived))
+        if self.life.config.immunity.judge:
+            self.life.immunity.accept(lived, piece.source)
         self.life.state["lived_bytes"] += len(lived)
         self.life.state["learned"] += 1
         learner.experience.trim()
@@ -6902,9 +7334,9 @@ class Schooling:
         return any(limit is not None and have[name] >= limit for name, limit in self.limits.items())
 
     def _flush(self) -> None:
-        if self.waiting:
-            self.life.memory.add_lived(self.waiting, burst_id=self.life.published.number + 1)
-            self.waiting = []
+        if self.waiting or self.copies:
+            self.life.memory.add_lived(self.waiting, self.life.published.number + 1, self.copies)
+            self.waiting, self.copies = [], []
 
     def _save(self, note: str) -> None:
         self._flush()

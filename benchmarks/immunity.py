@@ -511,8 +511,116 @@ GIBBERISH = ["words shuffled", "words of others shuffled", "Markov words, order 
 
 # --- Families that were written after the rules were frozen. ---
 
-LATE_POISON: dict[str, Make] = {}
-LATE_FOOD: dict[str, Make] = {}
+
+def unigram_salad(rng, life):
+    """Words drawn one by one, each as often as it is lived."""
+    return lines_of(rng.choices(words_of(life.text), k=size(rng) // 6), rng).encode()
+
+
+def random_ideographs(rng, life):
+    return "".join(
+        chr(rng.randrange(0x4E00, 0x9FA5)) + ("。" if rng.random() < 0.05 else "") for _ in range(size(rng) // 3)
+    ).encode()
+
+
+def emoji_flood(rng, life):
+    return "".join(chr(rng.randrange(0x1F600, 0x1F640)) for _ in range(3)).encode() * (size(rng) // 12)
+
+
+def key_mash(rng, life):
+    rows = ["qwertyuiop", "asdfghjkl", "zxcvbnm"]
+
+    def mash():
+        row = rng.choice(rows)
+        return "".join(
+            row[min(len(row) - 1, max(0, rng.randrange(len(row)) + rng.randrange(-1, 2)))]
+            for _ in range(rng.randrange(3, 11))
+        )
+
+    return lines_of([mash() for _ in range(size(rng) // 7)], rng).encode()
+
+
+def substitution_cipher(rng, life):
+    lower = "abcdefghijklmnopqrstuvwxyz"
+    turned = "".join(shuffled(rng, list(lower)))
+    return english(rng, life).translate(str.maketrans(lower + lower.upper(), turned + turned.upper())).encode()
+
+
+def interleaved(rng, life):
+    """Two texts, word by word."""
+    one, two = (words_of(english(rng, life)) for _ in range(2))
+    return lines_of([w for pair in zip(one, two) for w in pair], rng).encode()
+
+
+def markov_letters_5(rng, life):
+    return "".join(markov(rng, list(life.text[:200_000]), 5, size(rng))).encode()
+
+
+def markov_of_others(rng, life):
+    """A Markov chain of words, order 2, over English that it has not read."""
+    other = fortunes("startrek", "science", "literature") if life.name != "talk" else bible()[:300_000]
+    return lines_of(markov(rng, words_of(other), 2, size(rng) // 6), rng).encode()
+
+
+def paragraph_flood(rng, life):
+    return excerpt(rng, life.held_out, max(400, size(rng) // 6)).encode() * 6
+
+
+def hash_lines(rng, life):
+    out, wanted = "", size(rng)
+    while len(out) < wanted:
+        out += f"{rng.randbytes(32).hex()}  {rng.choice(THINGS)}-{rng.randrange(1000)}.bin\n"
+    return out.encode()
+
+
+LATE_POISON: dict[str, Make] = {
+    "unigram salad": unigram_salad, "random ideographs": random_ideographs, "emoji flood": emoji_flood, "key mash": key_mash,
+    "substitution cipher": substitution_cipher, "two texts interleaved": interleaved, "Markov letters, order 5": markov_letters_5,
+    "Markov words of others": markov_of_others, "paragraph, six times": paragraph_flood, "lines of hashes": hash_lines,
+}  # fmt: skip
+
+
+def arithmetic(rng, life):
+    """Tables of sums."""
+    out, wanted = "", size(rng)
+    while len(out) < wanted:
+        a, b = rng.randrange(1, 100), rng.randrange(1, 100)
+        out += rng.choice([f"{a} + {b} = {a + b}\n", f"{a} - {b} = {a - b}\n", f"{a} x {b} = {a * b}\n"])
+    return out.encode()
+
+
+def recipe(rng, life):
+    """Ingredients and steps."""
+    what = rng.sample(
+        "flour,butter,sugar,eggs,milk,salt,yeast,apples,onions,garlic,rice,lentils,cream,parsley,lemon,vinegar".split(
+            ","
+        ),
+        7,
+    )
+    out, wanted = f"{what[0].title()} with {what[1]}\n\n", size(rng)
+    while len(out) < wanted:
+        out += f"{rng.randrange(1, 500)} {rng.choice(['g', 'ml', 'spoons', 'cups'])} of {rng.choice(what)}\n"
+        out += rng.choice([f"{rng.randrange(1, 9)}. Mix the {rng.choice(what)} with the {rng.choice(what)} and let it rest for {rng.randrange(5, 90)} minutes.\n",
+                           f"{rng.randrange(1, 9)}. Bake at {rng.randrange(120, 250)} degrees until it is golden.\n",
+                           f"{rng.randrange(1, 9)}. Stir in the {rng.choice(what)}, then season with {rng.choice(what)}.\n"])  # fmt: skip
+    return out.encode()
+
+
+def json_records(rng, life):
+    out, wanted = "[\n", size(rng)
+    while len(out) < wanted:
+        out += (f'  {{"name": "{rng.choice(PEOPLE)}", "place": "{rng.choice(PLACES)}", "age": {rng.randrange(1, 99)}, '
+                f'"likes": ["{rng.choice(THINGS)}", "{rng.choice(COLOURS)}"], "active": {rng.choice(["true", "false"])}}},\n')  # fmt: skip
+    return (out + "]\n").encode()
+
+
+LATE_FOOD: dict[str, Make] = {
+    "Italian": of(lambda: fortunes("it")), "Czech": of(lambda: fortunes("cs")), "Polish": of(lambda: fortunes("pl")),
+    "French": of(lambda: manual("fr", "manpages-fr")), "Swedish": of(lambda: manual("sv", "manpages-de")),
+    "Ukrainian": of(lambda: manual("uk", "manpages-uk")), "Korean": of(lambda: manual("ko", "manpages-ko")),
+    "C headers": of(lambda: files("*.h", "/usr/include")), "shell": of(lambda: files("*.sh", "/usr")),
+    "arithmetic": arithmetic, "recipes": recipe, "JSON": json_records, "tao": of(lambda: fortunes("tao", "riddles", "kids")),
+}  # fmt: skip
 
 
 # --- The run. ---
