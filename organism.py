@@ -5533,6 +5533,13 @@ class Memory:
         """What was refused, newest first."""
         return self._refused("ORDER BY id DESC LIMIT ?", -1 if limit is None else limit)
 
+    def sources(self) -> set[str]:
+        """Where what is lived, waits or is in quarantine came from."""
+        tables = " UNION ".join(
+            f"SELECT source FROM {table}" for table in ("lived", "pending", "quarantine", "messages")
+        )
+        return {source for (source,) in self._all(tables)}
+
     def decisions(self) -> dict[str, int]:
         """How many texts are in the quarantine, by decision; of those rolled back, how many bursts there were."""
         counts = dict(self._all("SELECT decision, count(*) FROM quarantine GROUP BY decision"))
@@ -5574,6 +5581,31 @@ class Memory:
         """Remove a text from the quarantine for good, its bytes on the disk too; whether it was there."""
         with self._erasing() as connection:
             return connection.execute("DELETE FROM quarantine WHERE id = ?", (ref,)).rowcount > 0
+
+    def erase(self, lived: dict[int, bytes | None], messages: Iterable[int] = (), pending: Iterable[int] = (),
+              quarantine: Iterable[int] = (), words: Iterable[str] = ()) -> None:  # fmt: skip
+        """Remove rows for good, their index entries and their bytes on the disk too.
+
+        lived: {seq: what is left of its text, None where nothing}; words: events that mention one of them go, too.
+        """
+        digests = [text_digest(row.text) for row in self.lived() if row.seq in lived]
+        with self._erasing() as connection:
+            connection.executemany("DELETE FROM copies WHERE digest = ?", [(d,) for d in digests])
+            connection.executemany(
+                "DELETE FROM lived WHERE seq = ?", [(q,) for q, rest in lived.items() if rest is None]
+            )
+            for seq, rest in lived.items():
+                if rest is not None:
+                    connection.execute("DELETE FROM passages WHERE kind = 'lived' AND ref = ?", (seq,))
+                    values = (_stored(rest), len(rest), seq)
+                    connection.execute(
+                        "UPDATE lived SET text = ?, bytes = ?, indexed = source = 'chat' WHERE seq = ?", values
+                    )
+            for table, ids in (("messages", messages), ("pending", pending), ("quarantine", quarantine)):
+                connection.executemany(f"DELETE FROM {table} WHERE id = ?", [(i,) for i in ids])
+            connection.executemany("DELETE FROM events WHERE instr(lower(data), lower(?)) > 0",
+                                   [(json.dumps(w, ensure_ascii=False)[1:-1],) for w in words])  # fmt: skip
+        self._index_lived()
 
     @contextlib.contextmanager
     def _erasing(self) -> Iterator[sqlite3.Connection]:
@@ -6131,6 +6163,24 @@ class Home:
             self._set_aside(number, problem)
         return None
 
+    def before(self, seq: int) -> Generation | None:
+        """The newest sound generation that had lived nothing from `seq` on."""
+        for number in reversed(self._numbers()):
+            if self._problem(number) is None and (state := self._state(number))["seq"] < seq:
+                return Generation(number, self._folder(number), state)
+        return None
+
+    def drop_between(self, first: int, last: int) -> int:
+        """Remove every generation after `first` and before `last`, damaged ones too; how many there were."""
+        doomed = [self._folder(n) for n in self._numbers() if first < n < last]
+        doomed += [p for p in self.body.glob("damaged-*") if int(p.name.split("-")[1]) > first]
+        with self._troubles():
+            for folder in doomed:
+                shutil.rmtree(folder)
+            sync_folder(self.body)
+        self._notes = {n: note for n, note in self._notes.items() if not first < n < last}
+        return len(doomed)
+
     def _current(self) -> int | None:
         try:
             text = (self.body / "CURRENT").read_text("ascii").strip()
@@ -6472,6 +6522,21 @@ class Organism:
         field = self._load_field(generation.path, tokenizer, body)
         gate = Gate().load(self.state["gate"])
         self.published = Snapshot(tokenizer, field, body, gate, generation.number, self.compiled)
+        self._finish_forgetting()
+
+    def _finish_forgetting(self) -> None:
+        """An excision that was interrupted goes on: the rows are gone, the weights must follow."""
+        note = self.home.path / Excision.NOTE
+        if self.read_only or not note.exists():
+            return
+        try:
+            first = int(json.loads(note.read_bytes())["first"])
+        except (OSError, ValueError, KeyError, TypeError):
+            first = 0
+        if first:
+            log.warning("Forgetting was interrupted in %s; it is finished now.", self.home.path)
+            Excision.rebuild(self, first)
+        note.unlink(missing_ok=True)
 
     def _birth(self, stage: str | None) -> None:
         """A newborn reads nonames.txt: it is remembered as lived, the vocabulary and the field come from it."""
@@ -6725,8 +6790,9 @@ class Organism:
             before.restore(learner)
             learner.credit = 0.0 if not fresh else learner.credit
             refused += [(source, part, objection) for source, part, _ in rows]
-            rows, copies = [], []
-        self.memory.settle([row.id for row in pending], rows, refused, self.published.number + 1, copies)
+            copies = []
+        lived = [] if objection else rows
+        self.memory.settle([row.id for row in pending], lived, refused, self.published.number + 1, copies)
         self._tell(rows, refused, objection, was, now, loss)
         if objection is None:
             self._live_through(learner, judged, rows, loss)
@@ -6780,7 +6846,7 @@ class Organism:
                     reason=objection.reason if objection else "", texts=len(rows), bytes=sum(len(text) for _, text, _ in rows),
                     sources=list(dict.fromkeys(source for source, _, _ in rows)), **numbers)  # fmt: skip
         heads = [dict(source=source, rule=verdict.rule, decision=verdict.decision, reason=verdict.reason,
-                      head=" ".join(text[:60].decode("utf-8", "replace").split())) for source, text, verdict in refused[:20]]  # fmt: skip
+                      head=_head(text)) for source, text, verdict in refused[:20]]  # fmt: skip
         self.memory.event("burst", told | dict(refused=heads, refused_texts=len(refused)))
         if objection:
             self.memory.event("noise_rejected", told)
@@ -6987,6 +7053,41 @@ class Organism:
             self._learner.release()
             self._learner = None
 
+    # Forgetting.
+
+    def forget(self, source: str | None = None, text: str | None = None, since: float | None = None) -> dict[str, Any]:
+        """Undo what was learned from a source, from everything that contains a text, or since a time (seconds since the
+        epoch); returns the proof. Waits for a burst under way. Raises UsageError where nothing matches."""
+        with self._lock:
+            return Excision(self, Doomed.matching(self.memory, source, text, since)).run()
+
+    def heal(self) -> dict[str, Any]:
+        """Judge all that was lived by today's instincts, and forget what fails; returns the proof."""
+        with self._lock:
+            return Excision(self, self.unsound()).run()
+
+    def unsound(self) -> Doomed:
+        """What was lived, and would not be let in today."""
+        immunity = Immunity()
+        for digest, rule, strength in self.memory.lessons():
+            immunity.learn_from(digest, rule, strength)
+        doomed, rows = Doomed(), []
+        for row in self.memory.lived():
+            sound = row.text
+            if row.source != SEED_CORPUS:
+                parts = immunity.sift(row.text, row.source)
+                sound = b"".join(part for part, verdict in parts if verdict.accepted)
+                doomed.rules.update(verdict.rule for _, verdict in parts if not verdict.accepted)
+            immunity.accept(sound, row.source)
+            rows.append((row, sound))
+        phrases = planted_phrases([sound for _, sound in rows])
+        for row, sound in rows:
+            kept = without_phrases(sound, phrases) if row.source != SEED_CORPUS else sound
+            doomed.rules.update(["planted"] * (kept != sound))
+            if kept != row.text:
+                doomed.lived[row.seq] = kept or None
+        return doomed
+
     # Training in the foreground.
 
     def train(
@@ -7059,6 +7160,199 @@ class Organism:
         )  # fmt: skip
 
 
+# --- Excision, which takes out what was learned from some texts, as if they had never been read. ---
+
+
+@dataclass
+class Doomed:
+    """What shall be forgotten. lived {seq: what is left of the row, None where nothing}; ids of the other tables; words
+    that no event shall mention; rules: why, where immunity chose."""
+
+    lived: dict[int, bytes | None] = dataclasses.field(default_factory=dict)
+    messages: list[int] = dataclasses.field(default_factory=list)
+    pending: list[int] = dataclasses.field(default_factory=list)
+    quarantine: list[int] = dataclasses.field(default_factory=list)
+    words: list[str] = dataclasses.field(default_factory=list)
+    rules: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    @staticmethod
+    def matching(memory: Memory, source: str | None, text: str | None, since: float | None) -> Doomed:
+        """What comes from a source, contains a text (then the lines that do, whatever their case), or is not older."""
+        needle = text.lower() if text is not None else None
+        if needle is not None and not needle.strip():
+            raise UsageError("There is no text to forget: give some words of it.")
+        doomed = Doomed(words=[w for w in (source, text) if w])
+
+        def hit(row: Any, origin: str | None) -> bool:
+            if needle is not None:
+                return needle in _as_str(row.text).lower()
+            return origin == source if source is not None else row.ts >= _given(since)
+
+        for row in memory.lived():
+            if hit(row, row.source):
+                if row.source == SEED_CORPUS:
+                    continue  # its first breath is not a text among others
+                doomed.lived[row.seq] = _lines_without(row.text, needle) if needle is not None else None
+        doomed.messages = [m.id for m in memory.messages() if hit(m, m.source)]
+        doomed.pending = [p.id for p in memory.pending() if hit(p, p.source)]
+        doomed.quarantine = [q.id for q in memory.quarantine() if hit(q, q.source)]
+        if not (doomed.lived or doomed.messages or doomed.pending or doomed.quarantine):
+            what = f"source {source!r}" if source else f"text {text!r}" if text else "anything since then"
+            raise OrganismError(
+                f"There is nothing to forget: {what} is not in the memory, or the bounded store has let it go."
+            )
+        return doomed
+
+
+def _lines_without(text: bytes, needle: str) -> bytes | None:
+    """A text without the lines that contain a needle in lower case; None where nothing is left."""
+    kept = [line for line in text.splitlines(keepends=True) if needle not in line.decode("utf-8", "replace").lower()]
+    joined = b"".join(kept)
+    return joined if joined.strip() and len(kept) < len(text.splitlines()) else None
+
+
+class Excision:
+    """Rebuilds an organism without some of what it has lived, and measures what that changed.
+
+    The weights return to the generation before the first of it, and re-learn the rest with their share of the steps; the
+    field is made anew by replay of the rest. A note in the home makes an excision that was interrupted go on at waking.
+    """
+
+    NOTE = "forgetting.json"
+    MEASURED = 20_000  # bytes of the removed and of the rest that are measured
+
+    def __init__(self, life: Organism, doomed: Doomed):
+        self.life, self.doomed = life, doomed
+
+    def run(self) -> dict[str, Any]:
+        """Forget; the proof: bits per byte of the removed and of the rest, before and after."""
+        life, doomed = self.life, self.doomed
+        if not doomed.lived:
+            life.memory.erase({}, doomed.messages, doomed.pending, doomed.quarantine, doomed.words)
+            return self._proof(b"", b"", {}, 0, False)
+        removed, rest = self._samples()
+        before = self._measure(removed, rest)
+        first = min(doomed.lived)
+        note = life.home.path / self.NOTE
+        write_atomically(note, json.dumps(dict(first=first)).encode())
+        life.memory.erase(doomed.lived, doomed.messages, doomed.pending, doomed.quarantine, doomed.words)
+        dropped = self.rebuild(life, first)
+        evicted = next(iter(life.memory.lived()), None)
+        return self._proof(removed, rest, before, dropped, evicted is not None and evicted.source != SEED_CORPUS)
+
+    @staticmethod
+    def rebuild(life: Organism, first: int) -> int:
+        """Make tokenizer, field and body anew from the rows that are left, and publish; how many generations went."""
+        start = life.home.before(first)
+        if start is None:
+            raise OrganismError(
+                f"No generation in {life.home.path} is older than what shall be forgotten: restore a backup from before."
+            )
+        steps = life.published.body.steps
+        learner = Excision._learner_of(life, start)
+        later = sum(len(row.text) for row in life.memory.lived(start.state["seq"]))
+        Excision._learn_again(life, learner, max(0, steps - learner.body.steps), later, start)
+        life._learner, life._immunity, life._guard = learner, None, None
+        life._boosts = np.zeros(0)
+        life.state |= dict(
+            learned=sum(row.source != SEED_CORPUS for row in life.memory.lived()), reading={}, field_seq=0
+        )
+        life.state["lived_bytes"] = life.memory.lived_bytes()
+        life._publish(learner, math.nan, "forget", checkpoint=True)
+        dropped = life.home.drop_between(start.number, life.published.number)
+        (life.home.path / Excision.NOTE).unlink(missing_ok=True)
+        return dropped
+
+    @staticmethod
+    def _learner_of(life: Organism, start: Generation) -> Learner:
+        from safetensors.numpy import load_file
+
+        if life._learner is not None:
+            life._learner.release()
+        tokenizer = Tokenizer.from_state(start.state["tokenizer"])
+        body = Body.from_state(start.state["body"], load_file(start.path / "body.safetensors"), life.config.body)
+        field = fresh_field(tokenizer, life.config, None, compiled=life.compiled, plain=not body.on_field)
+        learner = Learner(life.config, tokenizer, field, body, engine=life.config.learning.engine, threads=life.threads,
+                          compiled=life.compiled, seed=life.state["seed"])  # fmt: skip
+        learner.gate, learner.credit = Gate().load(start.state["gate"]), 0.0
+        if start.state["rng"]:
+            learner.rng.bit_generator.state = start.state["rng"]
+        return learner
+
+    @staticmethod
+    def _learn_again(life: Organism, learner: Learner, steps: int, later: int, start: Generation) -> None:
+        """Field, experience and gate from the rows that are left; then their share of the steps that were trained."""
+        merges = wanted_merges(life.memory.lived_bytes(), life.config.tokenizer)
+        if not (merges > len(learner.tokenizer.merges) and learner.grow_vocabulary(merges, life._past)):
+            learner.rebuild(life._past())
+        gone = life.state["lived_bytes"] - start.state["lived_bytes"]
+        share = later / gone if gone > 0 else 0.0
+        for _ in range(round(steps * min(1.0, share))):
+            learner.train(1, 0)
+        learner.sync()
+
+    def _samples(self) -> tuple[bytes, bytes]:
+        removed, rest = [], []
+        for row in self.life.memory.lived():
+            if row.seq in self.doomed.lived:
+                left = self.doomed.lived[row.seq]
+                gone = (
+                    row.text if left is None else b"".join(set(row.text.splitlines(True)) - set(left.splitlines(True)))
+                )
+                removed.append(gone)
+            elif row.source != SEED_CORPUS:
+                rest.append(row.text)
+        return b"".join(removed)[: self.MEASURED], b"".join(rest)[: self.MEASURED]
+
+    def _measure(self, removed: bytes, rest: bytes) -> dict[str, float]:
+        parts = dict(removed=removed, rest=rest)
+        return {name: self.life.evaluate(data)["bits_per_byte"] for name, data in parts.items() if data}
+
+    def _proof(
+        self, removed: bytes, rest: bytes, before: dict[str, float], dropped: int, evicted: bool
+    ) -> dict[str, Any]:
+        doomed, after = self.doomed, self._measure(removed, rest) if before else {}
+        note = "the oldest of what was lived was let go before, and what it taught cannot be excised" if evicted else ""
+        proof = dict(texts=len(doomed.lived), messages=len(doomed.messages), waiting=len(doomed.pending),
+                     quarantined=len(doomed.quarantine), generations=dropped, rules=dict(doomed.rules),
+                     bits_per_byte={name: dict(before=before[name], after=after[name]) for name in before}, note=note)  # fmt: skip
+        self.life.memory.event("forgotten", {k: v for k, v in proof.items() if k != "note"})
+        return proof
+
+
+PLANTED_WORDS, PLANTED_TEXTS = 4, 4  # words of a phrase, and texts that it must be in, to count as planted
+
+
+def planted_phrases(texts: Sequence[bytes]) -> set[tuple[str, ...]]:
+    """Phrases of four words that came in four texts or more, and most of whose words came nowhere else.
+
+    Words that live in a language meet others, too; those of a trigger that was planted only ever meet each other.
+    """
+    words, phrases, sources = collections.Counter(), collections.Counter(), collections.Counter()
+    for text in texts:
+        sample = Sample(text)
+        words.update(sample.words)
+        runs = [run for k, run in enumerate(zip(*(sample.words[i:] for i in range(PLANTED_WORDS))))
+                if sample.lines[k] == sample.lines[k + PLANTED_WORDS - 1]]  # fmt: skip
+        phrases.update(runs)
+        sources.update(set(runs))
+    return {phrase for phrase, n in sources.items()
+            if n >= PLANTED_TEXTS and sum(words[w] == phrases[phrase] for w in phrase) >= PLANTED_WORDS - 1}  # fmt: skip
+
+
+def without_phrases(text: bytes, phrases: set[tuple[str, ...]]) -> bytes:
+    """A text without the lines that hold one of the phrases."""
+    if not phrases:
+        return text
+    kept = []
+    for line in text.splitlines(keepends=True):
+        found = Sample(line).words
+        runs = set(zip(*(found[i:] for i in range(PLANTED_WORDS))))
+        if not runs & phrases:
+            kept.append(line)
+    return b"".join(kept)
+
+
 def _within(limit: int) -> Callable[[np.ndarray], bool]:
     total = 0
 
@@ -7068,6 +7362,12 @@ def _within(limit: int) -> Callable[[np.ndarray], bool]:
         return total <= limit
 
     return check
+
+
+def _head(text: bytes) -> str:
+    """The beginning of a text for people: one line, nothing that a terminal would obey."""
+    shown = "".join(c if c.isprintable() else " " for c in text[:80].decode("utf-8", "replace"))
+    return " ".join(shown.split())[:60]
 
 
 def _one_line(text: str) -> str:
@@ -7553,6 +7853,7 @@ _SHARED = (
 )
 _TAKES: dict[str, tuple[Any, Any, dict]] = {  # (click's type and its arguments, how help shows it, the option's others)
     "text": (None, "TEXT", {}),
+    "some text": (None, "TEXT", dict(required=False)),
     "path": (None, "PATH", {}),
     "paths": (None, "PATH", dict(multiple=True, required=True)),
     "file": (None, "PATH", dict(required=True)),
@@ -7617,7 +7918,7 @@ def _click_parameter(click: Any, name: str, takes: Any, help: str) -> Any:
     kind, shown, more = _TAKES[takes]
     kind = getattr(click, kind[0])(**kind[1]) if kind else None
     if not name.startswith("-"):
-        return click.Argument([name], type=kind)
+        return click.Argument([name], type=kind, **more)
     return click.Option(name.split("/"), type=kind, metavar=shown, help=help, **more)
 
 
@@ -8073,7 +8374,7 @@ def _run_quarantine_list(asking: _Asking) -> None:
         rows = memory.quarantine()
     for row in rows:
         data = _refused_facts(row)
-        head = " ".join(row.text[:60].decode("utf-8", "replace").split())
+        head = _head(row.text)
         asking.result(data, f"{row.id:>6}  {data['time']}  {row.decision}  {row.rule}  {row.source}  {head}")
     if not rows and not asking.json:
         asking.note("Nothing was refused.")
@@ -8093,6 +8394,112 @@ def _run_quarantine_show(asking: _Asking, number: int) -> None:
         )
     data = _refused_facts(row) | dict(text=row.text.decode("utf-8", "replace"))
     asking.result(data, f"{_as_lines(_refused_facts(row))}\n\n{data['text']}")
+
+
+@_command("quarantine readmit", ("number", "count", ""))
+def _run_quarantine_readmit(asking: _Asking, number: int) -> None:
+    """Learn a text that was refused after all; the rule that refused it becomes more tolerant.
+
+    organism quarantine readmit 3
+    """
+    with asking.wake(kernels=_patient_kernels()) as life:
+        verdict = life.readmit(number)
+    data = dict(id=number, decision=verdict.decision, rule=verdict.rule, reason=verdict.reason)
+    asking.result(data, f"{verdict.decision}: {verdict.reason}.")
+
+
+@_command("quarantine forget", ("number", "count", ""))
+def _run_quarantine_forget(asking: _Asking, number: int) -> None:
+    """Remove a text from the quarantine for good.
+
+    organism quarantine forget 3
+    """
+    with asking.wake() as life:
+        if not life.memory.quarantine_forget(number):
+            raise OrganismError(
+                f"There is no number {number} in the quarantine: `organism quarantine list` shows what is there."
+            )
+    asking.result(dict(id=number, forgotten=True), f"Number {number} is gone.")
+
+
+# --- forget, heal ---
+
+
+@_command(
+    "forget",
+    ("what", "some text", ""),
+    ("--since", "text", "Forget everything since this date: YYYY-MM-DD or YYYY-MM-DDTHH:MM."),
+)
+def _run_forget(asking: _Asking, what: str | None, since: str | None) -> None:
+    """Undo what it learned from a source, from every line that contains a text, or since a date.
+
+    A source is what `quarantine list` or `train` name: a path, or chat. The weights return to the generation before, the
+    rest is learned again, and bits per byte before and after are printed as the proof. Asks at a terminal only.
+
+    organism forget poison.txt
+    """
+    if (what is None) == (since is None):
+        raise UsageError("What shall be forgotten? Give either a source or a text, or --since DATE.")
+    start = _moment(since) if since else None
+    with asking.wake(kernels=_patient_kernels()) as life:
+        source = _source_named(life.memory, what) if what else None
+        choice: dict[str, Any] = dict(source=source, text=None if source else what, since=start)
+        doomed = Doomed.matching(life.memory, **choice)
+        _confirm(asking, f"Forget {len(doomed.lived)} texts and {len(doomed.messages)} messages for good?")
+        proof = life.forget(**choice)
+    asking.result(proof, _proof_text(proof))
+
+
+@_command("heal")
+def _run_heal(asking: _Asking) -> None:
+    """Judge all that it has lived by today's instincts, and forget what fails. Asks at a terminal only.
+
+    organism heal
+    """
+    with asking.wake(kernels=_patient_kernels()) as life:
+        doomed = life.unsound()
+        if not doomed.lived:
+            asking.result(dict(texts=0), "All that it has lived is sound.")
+            return
+        why = ", ".join(f"{rule} {n}" for rule, n in doomed.rules.most_common())
+        _confirm(asking, f"Forget {len(doomed.lived)} texts ({why}) for good?")
+        proof = Excision(life, doomed).run()
+    asking.result(proof, _proof_text(proof))
+
+
+def _moment(text: str) -> float:
+    """Seconds since the epoch of a date in local time."""
+    import datetime
+
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except ValueError as error:
+        raise UsageError(f"--since {text!r} is no date: write YYYY-MM-DD or YYYY-MM-DDTHH:MM.") from error
+
+
+def _source_named(memory: Memory, what: str) -> str | None:
+    """The source of this name, or of this path written otherwise; None where it is a text."""
+    known = memory.sources()
+    if what in known:
+        return what
+    here = Path(what).expanduser().absolute()
+    return next((source for source in known if Path(source).absolute() == here and here.exists()), None)
+
+
+def _confirm(asking: _Asking, question: str) -> None:
+    """Ask a person at a terminal; who is none has decided already."""
+    if sys.stdin.isatty() and sys.stdout.isatty() and not asking.json:
+        import click
+
+        click.confirm(question, abort=True)
+
+
+def _proof_text(proof: dict[str, Any]) -> str:
+    lines = [f"Forgotten: {proof['texts']} texts, {proof['messages']} messages, {proof['quarantined']} in quarantine, "
+             f"{proof['generations']} generations."]  # fmt: skip
+    for name, bits in proof["bits_per_byte"].items():
+        lines.append(f"The {name}: {bits['before']:.3f} bits per byte before, {bits['after']:.3f} after.")
+    return "\n".join(lines + ([f"But {proof['note']}."] if proof["note"] else []))
 
 
 def _refused_facts(row: Refused) -> dict[str, Any]:
