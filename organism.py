@@ -213,10 +213,8 @@ class ImmunityConfig:
     judge: bool = True  # judge texts before they are learned; off: everything is let in
     noise_drift_threshold: float = (
         -0.1
-    )  # cosine of its identity before and after a burst; below: rolled back (molequla §1.9)
-    gamma_min_magnitude: float = (
-        1e-6  # nats a token that it differs from its birth; less has no direction (molequla §1.9)
-    )
+    )  # cosine of its identity before and after a burst; below: undone (molequla §1.9)
+    gamma_min_magnitude: float = 1e-6  # nats a token away from birth; less has no direction (molequla §1.9)
     anchor_tolerance: float = 0.05  # share by which the anchor set may cost more after a burst (chosen)
     domain_tolerance: float = 0.05  # share by which what it lived before may cost more after a burst (chosen)
     replay_steps: int = 4  # steps of replay that a burst gets to mend what it hurt, up to three times (chosen)
@@ -4492,24 +4490,22 @@ def order_of(items: np.ndarray, groups: np.ndarray, windows: np.ndarray, seed: i
     """Order of neighbours within groups, against shuffles within groups: of all, and of each window.
 
     items uint [N]; groups int64 [N], rising, never across windows; windows int64 [N], rising from 0. The statistic is the
-    sum of c·ln c over the counts c of neighbouring pairs (borders of groups count as items): with the items given, it
-    rises and falls with the likelihood of the best bigram model.
+    sum of c·ln c over the counts c of neighbouring pairs, where a border of a group is an item, the same on either side:
+    with the items given, it rises and falls with the likelihood of the best bigram model. Pairs are counted by hash.
     """
     if len(items) < 2:
         return Order(0.0, 0.0), []
     rng = np.random.Generator(np.random.PCG64(seed))
     first = np.diff(groups, prepend=groups[0] - 1) != 0
-    base, count = (windows.astype(np.int64) << 11), int(windows[-1]) + 1
+    last = np.append(first[1:], True)
+    base, count = windows.astype(np.int64) << 11, int(windows[-1]) + 1
 
     def statistic(values: np.ndarray) -> np.ndarray:
         before = np.where(first, np.uint64(0), np.roll(values, 1))
-        pairs = ((before * _HASH + values) * _HASH >> np.uint64(53)).astype(np.int64)
-        ends = (np.roll(np.where(first, np.roll(values, 1), np.uint64(0)), -1) * _HASH >> np.uint64(53)).astype(
-            np.int64
-        )
-        ends = ends[np.roll(first, -1)]
-        counts = np.bincount(base + pairs, minlength=count << 11)
-        counts = counts + np.bincount(base[np.roll(first, -1)] + ends, minlength=count << 11)
+        pairs = (before * _HASH + values) * _HASH >> np.uint64(53)
+        ends = values[last] * _HASH >> np.uint64(53)  # the pair of a border and the last item
+        at = np.concatenate([base + pairs.astype(np.int64), base[last] + ends.astype(np.int64)])
+        counts = np.bincount(at, minlength=count << 11)
         return _C_LOG_C[np.minimum(counts, 8192)].reshape(count, -1).sum(1)
 
     values = items.astype(np.uint64) + np.uint64(1)
@@ -4764,24 +4760,9 @@ def identity(case: Case) -> Objection | None:
     return len(told) / 4, f"{len(told)} of its {sentences_} sentences tell it who it is, as “{told[0].strip()}”"
 
 
-def gibberish(case: Case) -> Objection | None:
-    """Words that it does not know, and that never come back: a language has words that do."""
-    s = case.sample
-    unknown = [w for w in s.words if w.isalpha() and len(w) > 1 and w not in case.known.counts]
-    if len(unknown) < 60 or len(unknown) < 0.3 * len(s.words) or s.letters < 0.6 or case.ideographic:
-        return None
-    again = 1 - len(set(unknown)) / len(unknown)
-    if again >= 0.03:
-        return None
-    return 0.03 / max(
-        again, 0.01
-    ), f"it does not know {len(unknown)} of its {len(s.words)} words, and nearly none of them comes twice"
-
-
-RULES: dict[str, tuple[str, Callable[[Case], Objection | None]]] = {  # name: (what it decides, the rule); in this order
-    "flood": ("refuse", flood), "noise": ("refuse", noise), "patch": ("refuse", patch), "reversed": ("refuse", reversed_text),
-    "cipher": ("refuse", enciphered), "stale": ("refuse", stale), "salad": ("refuse", salad), "denial": ("refuse", denial),
-    "identity": ("refuse", identity), "gibberish": ("delay", gibberish),
+RULES: dict[str, Callable[[Case], Objection | None]] = {  # in this order
+    "flood": flood, "noise": noise, "patch": patch, "reversed": reversed_text, "cipher": enciphered, "stale": stale,
+    "salad": salad, "denial": denial, "identity": identity,
 }  # fmt: skip
 
 
@@ -4852,7 +4833,7 @@ class Immunity:
         if len(joined) < ALONE_BYTES:
             return alone
         verdict = self.judge(joined, source)
-        if verdict.accepted or verdict.rule in ("stale", "gibberish"):
+        if verdict.accepted or verdict.rule == "stale":
             return alone
         reason = f"together with what came with it: {verdict.reason}"
         decisions = [
@@ -4862,11 +4843,11 @@ class Immunity:
 
     def _judge_part(self, part: bytes) -> Verdict:
         case = Case(part, self.known)
-        for rule, (decision, objects) in RULES.items():
+        for rule, objects in RULES.items():
             objection = objects(case)
             if objection and objection[0] > self.tolerance.get(rule, 0.999):
                 slight = rule == "patch" and objection[0] < 1.2
-                return Verdict("delay" if slight else decision, rule, objection[1], strength=objection[0])
+                return Verdict("delay" if slight else "refuse", rule, objection[1], strength=objection[0])
         return self._drip(case)
 
     def _drip(self, case: Case) -> Verdict:
@@ -4956,7 +4937,7 @@ def _within_bytes(limit: int) -> Callable[[str], bool]:
 
 class Health(NamedTuple):
     """How an organism is: identity float64 [N], nats by which its body differs from its birth at each token of a fixed
-    probe; bits per byte of the anchor set, frozen; nats a token of what it lived before (NaN: there is nothing)."""
+    probe; bits per byte of the anchor set, to the body; nats a token of what it lived before (NaN: there is nothing)."""
 
     identity: np.ndarray
     anchors: float
@@ -4978,8 +4959,10 @@ class Guard:
     WINDOWS = 16  # of the past
 
     def __init__(self, learner: Learner):
-        self.tokenizer, self.text = learner.tokenizer, anchor_text()
-        tokens, view = learner.encode(self.text, 0), None
+        self.tokenizer, text, windows = learner.tokenizer, anchor_text(), self.WINDOWS
+        if not learner.compiled:  # whose reference would take seconds
+            text, windows = text[: ANCHOR_BYTES // 12], windows // 8
+        tokens, view = learner.encode(text, 0), None
         self.base = np.full(len(tokens) - 1, math.log(len(learner.tokenizer)))
         if learner.on_field:
             bits, view = fresh_field(learner.tokenizer, learner.config, None, compiled=learner.compiled).read(
@@ -4990,7 +4973,8 @@ class Guard:
         starts = np.arange(0, len(tokens) - self.length, self.length)
         self.base = np.concatenate([self.base[a : a + self.length] for a in starts])
         self.probe = self._windows(tokens, view, starts, self.length)
-        at = np.linspace(1, max(1, learner.experience.length - learner.body.context - 1), self.WINDOWS).astype(np.int64)
+        self.bytes = len(self.tokenizer.decode(tokens[1 : len(self.base) + 1]))
+        at = np.linspace(1, max(1, learner.experience.length - learner.body.context - 1), windows).astype(np.int64)
         enough = learner.experience.length > 4 * learner.body.context
         self.past = self._past(learner.experience, at, learner.body.context) if enough else None
 
@@ -5012,16 +4996,9 @@ class Guard:
         """How it is now; changes nothing."""
         learner.sync()
         body, compiled = learner.body, learner.compiled
-        identity = body.log_probs(*self.probe, compiled).ravel().astype(np.float64) + self.base
+        log_p = body.log_probs(*self.probe, compiled).ravel().astype(np.float64)
         past = math.nan if self.past is None else -float(body.log_probs(*self.past, compiled).mean())
-        return Health(identity, self._anchors(learner), past)
-
-    def _anchors(self, learner: Learner) -> float:
-        """Bits per byte of the anchor set as it would be said now: by field, body and gate."""
-        seer = Learner(learner.config, learner.tokenizer, learner.field.copy(), learner.body, engine=learner.engine,
-                       threads=learner.threads, compiled=learner.compiled, seed=0)  # fmt: skip
-        seer.gate = learner.gate.copy()
-        return frozen_score(seer, self.text).bits / len(self.text)
+        return Health(log_p + self.base, -float(log_p.sum()) / math.log(2) / self.bytes, past)
 
     def rehearse(self, learner: Learner, steps: int) -> None:
         """Train on the anchor set: who it is, it says to itself once more."""
