@@ -214,7 +214,9 @@ class ImmunityConfig:
     noise_drift_threshold: float = (
         -0.1
     )  # cosine of its identity before and after a burst; below: undone (molequla §1.9)
-    gamma_min_magnitude: float = 1e-6  # nats a token away from birth; less has no direction (molequla §1.9)
+    gamma_min_magnitude: float = (
+        1e-3  # nats a token away from birth; less has no direction (molequla §1.9: 1e-6 of weights)
+    )
     anchor_tolerance: float = 0.05  # share by which the anchor set may cost more after a burst (chosen)
     domain_tolerance: float = 0.05  # share by which what it lived before may cost more after a burst (chosen)
     replay_steps: int = 4  # steps of replay that a burst gets to mend what it hurt, up to three times (chosen)
@@ -4463,6 +4465,11 @@ class Acquaintance:
         for counts, which in ((self.times, same & says), (self.against, same & ~says)):
             counts[place[which]] = np.minimum(counts[place[which]], 249) + 1
 
+    def claims(self, sample: Sample) -> set[tuple[int, int]]:
+        """Every (fact, value) that a sample states."""
+        place, _, value = self._claims(sample)
+        return set(zip(place.tolist(), value.tolist()))
+
     def facts(self, sample: Sample) -> tuple[int, collections.Counter[tuple[int, int]]]:
         """(firm facts that a sample speaks of, its denials {(fact, what it says instead): times})."""
         place, check, value = self._claims(sample)
@@ -4742,9 +4749,9 @@ def denial(case: Case) -> Objection | None:
 
 
 _NAME_CLAIMS = re.compile(
-    r"\b(?:your (?:\w+ )?(?:name|creator|maker|birthday|owner|father|mother) (?:is|was|has \w+ been)"
-    r"|you (?:are|were) (?:now )?(?:called|named|born|made|created|built)"
-    r"|you(?:'re| are) (?:now )?(?!Organism)[A-Z]\w+|forget (?:that you are|who you (?:are|were)|your name)"
+    r"\b(?:[Yy]our (?:\w+ )?(?:name|creator|maker|birthday|owner|father|mother) (?:is|was|has \w+ been)"
+    r"|[Yy]ou (?:are|were) (?:now )?(?:called|named|born|made|created|built)"
+    r"|[Yy]ou(?:'re| are) (?:now )?(?!Organism)[A-Z]\w+|[Ff]orget (?:that you are|who you (?:are|were)|your name)"
     r"|^A: (?:My name is|I am called|I was (?:made|born|created|built) (?:by|in)|I am) (?!Organism)[A-Z]?\w+)",
     re.MULTILINE,
 )
@@ -4864,11 +4871,13 @@ class Immunity:
                 return Verdict("refuse", "drip", reason, strength=times / DRIP_LIMIT)
         return Verdict("accept", "open", "no rule objects")
 
-    @staticmethod
-    def _against(case: Case) -> set[Any]:
-        """What a text says against firm facts, (fact, value), and about who the organism is, words."""
+    def _against(self, case: Case) -> set[Any]:
+        """What a text says against firm facts, (fact, value), and about who the organism is, words; also what others said
+        against a fact while it was firm."""
         told = {m[0].strip().lower() for m in _NAME_CLAIMS.finditer(case.sample.text)}
-        return told | set(case.known.facts(case.sample)[1])
+        said = set().union(*self.lately)
+        again = case.known.claims(case.sample) & said if said else set()
+        return told | again | set(case.known.facts(case.sample)[1])
 
     def _is_plain(self, text: bytes) -> bool:
         words = Sample(text).words
@@ -4936,17 +4945,33 @@ def _within_bytes(limit: int) -> Callable[[str], bool]:
 
 
 class Health(NamedTuple):
-    """How an organism is: identity float64 [N], nats by which its body differs from its birth at each token of a fixed
-    probe; bits per byte of the anchor set, to the body; nats a token of what it lived before (NaN: there is nothing)."""
+    """How an organism is: ln p of each token of the anchor set, float64 [N], and of windows of its past, float64 [M]; ln p
+    of the anchors at birth, float64 [N]; bytes of the anchor set."""
 
-    identity: np.ndarray
-    anchors: float
-    past: float
+    anchor_log_p: np.ndarray
+    past_log_p: np.ndarray
+    birth_log_p: np.ndarray
+    bytes: int
+
+    @property
+    def identity(self) -> np.ndarray:
+        """Nats by which it differs from its birth at each token of the anchor set, float64 [N]."""
+        return self.anchor_log_p - self.birth_log_p
 
     @property
     def gamma(self) -> float:
         """Root mean square of the identity: how far it has come since birth, in nats a token."""
-        return float(np.sqrt(np.mean(self.identity**2))) if len(self.identity) else 0.0
+        return float(np.sqrt(np.mean(self.identity**2))) if len(self.anchor_log_p) else 0.0
+
+    @property
+    def anchors(self) -> float:
+        """Bits per byte of the anchor set."""
+        return -float(self.anchor_log_p.sum()) / math.log(2) / self.bytes
+
+    @property
+    def past(self) -> float:
+        """Nats a token of the past; NaN where there is none."""
+        return -float(self.past_log_p.mean()) if len(self.past_log_p) else math.nan
 
 
 class Guard:
@@ -4965,10 +4990,9 @@ class Guard:
         tokens, view = learner.encode(text, 0), None
         self.base = np.full(len(tokens) - 1, math.log(len(learner.tokenizer)))
         if learner.on_field:
-            bits, view = fresh_field(learner.tokenizer, learner.config, None, compiled=learner.compiled).read(
-                tokens, views=True
-            )
-            self.base = bits[1:] * math.log(2)
+            field = fresh_field(learner.tokenizer, learner.config, None, compiled=learner.compiled)
+            view = field.read(tokens, views=True)[1]
+            self.base = -_given(view).dense_log()[np.arange(1, len(tokens)), tokens[1:]].astype(np.float64)
         self.length = min(learner.body.context, len(tokens) - 1)
         starts = np.arange(0, len(tokens) - self.length, self.length)
         self.base = np.concatenate([self.base[a : a + self.length] for a in starts])
@@ -4997,8 +5021,8 @@ class Guard:
         learner.sync()
         body, compiled = learner.body, learner.compiled
         log_p = body.log_probs(*self.probe, compiled).ravel().astype(np.float64)
-        past = math.nan if self.past is None else -float(body.log_probs(*self.past, compiled).mean())
-        return Health(log_p + self.base, -float(log_p.sum()) / math.log(2) / self.bytes, past)
+        past = np.zeros(0) if self.past is None else body.log_probs(*self.past, compiled).ravel().astype(np.float64)
+        return Health(log_p, past, -self.base, self.bytes)
 
     def rehearse(self, learner: Learner, steps: int) -> None:
         """Train on the anchor set: who it is, it says to itself once more."""
@@ -5012,21 +5036,29 @@ class Guard:
     @staticmethod
     def objection(before: Health, after: Health, config: ImmunityConfig) -> Verdict | None:
         """What the burst did that it must not do, as a verdict "roll back"; None where all is well."""
-        if not (np.all(np.isfinite(after.identity)) and math.isfinite(after.anchors)):
+        if not (np.all(np.isfinite(after.anchor_log_p)) and np.all(np.isfinite(after.past_log_p))):
             return Verdict("roll back", "broken", "the burst left numbers that are not finite")
         if min(before.gamma, after.gamma) > config.gamma_min_magnitude:
             drift = drift_cosine(before.identity, after.identity)
             if drift < config.noise_drift_threshold:
                 return Verdict("roll back", "drift", f"it turned away from who it was: the cosine of its identity before and "
                                f"after is {drift:.2f}, below {config.noise_drift_threshold:g}")  # fmt: skip
-        for rule, name, was, now, limit in (
-            ("anchors", "what it says about itself", before.anchors, after.anchors, config.anchor_tolerance),
-            ("past", "what it lived before", before.past, after.past, config.domain_tolerance),
+        for rule, name, limit, was, now in (
+            ("anchors", "what it says about itself", config.anchor_tolerance, before.anchor_log_p, after.anchor_log_p),
+            ("past", "what it lived before", config.domain_tolerance, before.past_log_p, after.past_log_p),
         ):
-            if now > was * (1 + limit):
-                return Verdict("roll back", rule, f"{name} would cost {now / was - 1:.1%} more after it ({now:.3f} instead of "
-                               f"{was:.3f}), beyond the {limit:.0%} that are tolerated, also after more replay")  # fmt: skip
+            if (share := worsening(was, now)) > limit:
+                return Verdict("roll back", rule, f"{name} would cost {share:.1%} more after it, beyond the {limit:.0%} that are "
+                               f"tolerated, also after more replay")  # fmt: skip
         return None
+
+
+def worsening(before: np.ndarray, after: np.ndarray) -> float:
+    """Share by which tokens with ln p `before` float64 [N] cost more `after`; 0 where that may be chance (3 s.e.)."""
+    worse = before - after
+    if len(worse) < 2 or worse.mean() <= 3 * worse.std() / math.sqrt(len(worse)):
+        return 0.0
+    return float(worse.mean() / max(-before.mean(), 1e-9))
 
 
 def drift_cosine(before: np.ndarray, after: np.ndarray) -> float:

@@ -245,21 +245,25 @@ def test_any_bytes_get_a_verdict_and_lose_nothing(data):
 # --- The guard: invariant 3. ---
 
 
-TINY = "\n".join(SEED.split("\n")[:14]).encode()
+TINY = "\n".join(SEED.split("\n")[:12]).encode()
 
 
-@pytest.fixture(params=["off", "auto"])
+@pytest.fixture(params=["off", "wait"])
 def life(request, tmp_path, monkeypatch):
     monkeypatch.setattr(o, "seed_corpus", lambda: TINY)
     o.anchor_text.cache_clear()
-    if request.param == "auto" and not o.kernels_ready():
-        pytest.skip("kernels are not compiled here")
     with o.Organism(tmp_path / "home", seed=1, threads=1, kernels=request.param, overrides=FAST) as made:
         yield made
     o.anchor_text.cache_clear()
 
 
 FAST = {"learning.batch": 2, "body.context": 32}
+RECKLESS = {
+    "learning.rate": 3.0,
+    "learning.warmup_steps": 0,
+    "immunity.anchor_tolerance": 0.0,
+    "immunity.domain_tolerance": 0.0,
+}
 
 
 def everything(life: o.Organism) -> list[np.ndarray]:
@@ -278,8 +282,7 @@ def everything(life: o.Organism) -> list[np.ndarray]:
 def test_a_burst_that_hurts_is_rolled_back_end_to_end(life):
     life.learn_now("The harbour of Zell was built by Tomas Vek. It has seven piers.\n", "good")
     generation, before = life.published.number, everything(life)
-    life.learner.config = life.config = life.config.replace({"learning.rate": 1.0, "immunity.anchor_tolerance": 0.0,
-                                                             "immunity.domain_tolerance": 0.0})  # fmt: skip
+    life.learner.config = life.config = life.config.replace(RECKLESS)
     verdict = life.learn_now(
         "Ein ganz anderer Satz, der mit viel zu großen Schritten gelernt wird, und der alles verdirbt.\n", "bad"
     )
@@ -305,7 +308,7 @@ def test_rejected_bursts_leave_everything_bit_identical(tmp_path_factory, steps,
         patch.setattr(o, "seed_corpus", lambda: TINY)
         o.anchor_text.cache_clear()
         with o.Organism(
-            tmp_path_factory.mktemp("life") / "home", seed=1, threads=1, kernels="off", overrides=FAST
+            tmp_path_factory.mktemp("life") / "home", seed=1, threads=1, kernels="wait", overrides=FAST
         ) as life:
             normal = life.config
             for step in steps:
@@ -322,7 +325,7 @@ def test_rejected_bursts_leave_everything_bit_identical(tmp_path_factory, steps,
                     assert verdict.decision == "refuse"
                     continue
                 life.config = life.learner.config = normal.replace(
-                    {"learning.rate": 1.0, "immunity.anchor_tolerance": 0.0, "immunity.domain_tolerance": 0.0})  # fmt: skip
+                    RECKLESS)  # fmt: skip
                 verdict = life.learn_now(
                     f"Gänzlich fremde Wörter {seed}, viel zu hastig gelernt und bald bereut.\n", "hurt"
                 )
@@ -339,20 +342,30 @@ def test_drift_is_the_cosine_of_two_identities():
     assert o.drift_cosine(a, np.zeros(3)) == 1
 
 
-def health(identity, anchors=1.0, past=1.0):
-    return o.Health(np.array(identity, float), anchors, past)
+def health(identity, anchors=2.0, past=2.0) -> o.Health:
+    """An identity of two numbers, spread over many tokens; anchors and past: nats that their tokens cost."""
+    toward = np.resize(np.array(identity, float), 400)
+    return o.Health(np.full(400, -anchors), np.full(400, -past), np.full(400, -anchors) - toward, 900)
 
 
 def test_the_guard_objects_to_drift_and_harm_and_to_nothing_else():
     config = o.ImmunityConfig()
-    assert o.Guard.objection(health([1, 2]), health([1.1, 2.1], 1.04, 1.04), config) is None
+    assert o.Guard.objection(health([1, 2]), health([1.1, 2.1], 2.08, 2.08), config) is None
     drift = o.Guard.objection(health([1, 2]), health([-1, -2]), config)
     assert drift and drift.rule == "drift" and drift.decision == "roll back"
-    assert o.Guard.objection(health([1e-9, 0]), health([-1e-9, 0]), config) is None  # a newborn has no direction yet
-    for worse, rule in ((health([1, 2], anchors=1.06), "anchors"), (health([1, 2], past=1.06), "past")):
+    assert o.Guard.objection(health([1e-4, 0]), health([-1e-4, 0]), config) is None  # a newborn has no direction yet
+    for worse, rule in ((health([1, 2], anchors=2.2), "anchors"), (health([1, 2], past=2.2), "past")):
         objection = o.Guard.objection(health([1, 2]), worse, config)
         assert objection and objection.rule == rule
-    assert o.Guard.objection(health([1, 2]), health([1, np.nan]), config).rule == "broken"
+    assert o.Guard.objection(health([1, 2]), health([1, 2], past=math.nan), config).rule == "broken"
+
+
+def test_harm_that_may_be_chance_is_no_harm():
+    rng = np.random.default_rng(1)
+    before = rng.normal(-2, 1, 60)
+    assert o.worsening(before, before - rng.normal(0.1, 2, 60)) == 0
+    assert o.worsening(before, before - 0.3) == pytest.approx(0.3 / -before.mean())
+    assert o.worsening(before, before + 0.3) == 0
 
 
 # --- Quarantine in a life. ---
@@ -390,9 +403,9 @@ def test_delayed_text_is_judged_again_and_stays_after_three_tries(life):
 
 def test_train_judges_too_and_says_how_much_it_refused(life, tmp_path):
     book = tmp_path / "book.txt"
-    book.write_bytes(SEED[:6000].encode() + b"\n")
+    book.write_bytes(SEED[:1500].encode() + b"\n")
     (tmp_path / "noise.txt").write_bytes(random.Random(8).randbytes(2000))
-    done = life.train([str(book), str(tmp_path / "noise.txt")], steps=2)
+    done = life.train([str(book), str(tmp_path / "noise.txt")])
     assert done["refused_bytes"] == 2000
     assert life.memory.quarantine()[0].source.endswith("noise.txt")
 
@@ -401,10 +414,10 @@ def test_a_conversation_survives_a_restart_with_what_immunity_learned(tmp_path, 
     monkeypatch.setattr(o, "seed_corpus", lambda: TINY)
     o.anchor_text.cache_clear()
     line = "The blue heron sleeps on one leg beside the weir.\n"
-    with o.Organism(tmp_path / "home", seed=1, threads=1, kernels="off", overrides=FAST) as life:
+    with o.Organism(tmp_path / "home", seed=1, threads=1, kernels="wait", overrides=FAST) as life:
         life.learn_now(line, "a")
         life.learn_now(line, "a")
-    with o.Organism(tmp_path / "home", seed=1, threads=1, kernels="off", overrides=FAST) as life:
+    with o.Organism(tmp_path / "home", seed=1, threads=1, kernels="wait", overrides=FAST) as life:
         verdict = life.learn_now(line, "a")
         assert verdict.accepted and verdict.rule == "copy" and verdict.weight == 0
         assert sum(row.source == "a" for row in life.memory.lived()) == 2
