@@ -60,11 +60,11 @@ def test_a_source_is_forgotten_everywhere(tmp_path, kernels):
         assert life.learn_now("The ferry leaves at nine from the old quay.\n", "new.txt").accepted
 
 
-def test_the_field_is_the_one_of_a_life_that_never_read_it(tmp_path, kernels):
+def test_the_field_is_the_one_of_a_life_that_never_read_it(tmp_path):
     """Bit for bit that of a learner that replays the same rows without the removed one."""
     fields = []
     for name, texts in (("with", ("a", "bad", "b")), ("without", ("a", "b"))):
-        with wake(tmp_path / name, kernels) as life:
+        with wake(tmp_path / name) as life:
             for source in texts:
                 assert life.learn_now(lesson(dict(a=0, b=1, bad=6)[source]), source).accepted
             if name == "with":
