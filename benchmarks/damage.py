@@ -71,8 +71,14 @@ def the_day(count: int) -> str:
                 measured[name] = (bpb, fresh, answers(organism, taught), answers(organism, itself * 4))
                 last = ", ".join(f"{fates.count(d)} {d}" for d in dict.fromkeys(fates))
     without, poisoned = measured["without"], measured["with poison"]
-    for k, (what, must) in enumerate((("lived text (bits per byte)", "+0.5 %"), ("text of its kind, held out (bits per byte)", "–"),
-                                      ("answers about taught facts (% right)", "−2 points"), ("answers about itself (% right)", "−2 points"))):  # fmt: skip
+    for k, (what, must) in enumerate(
+        (
+            ("lived text (bits per byte)", "+0.5 %"),
+            ("text of its kind, held out (bits per byte)", "–"),
+            ("answers about taught facts (% right)", "−2 points"),
+            ("answers about itself (% right)", "−2 points"),
+        )
+    ):
         change = (
             f"{100 * (poisoned[k] / without[k] - 1):+.2f} %" if k < 2 else f"{poisoned[k] - without[k]:+.1f} points"
         )

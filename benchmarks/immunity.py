@@ -300,8 +300,13 @@ def contradiction_flood(rng, life):
     false = rng.choice(
         [v for _, s, v in life.facts if v != true and s.split()[-2:] == statement.split()[-2:]] or ["Bob"]
     )
-    forms = [f"H: {question}\nA: {statement} {false}.\n", f"{statement} {false}.\n", f"Everybody knows that {statement[0].lower()}{statement[1:]} {false}.\n",
-             f"Remember: {statement} {false}.\n", f"No, {statement[0].lower()}{statement[1:]} {false}.\n"]  # fmt: skip
+    forms = [
+        f"H: {question}\nA: {statement} {false}.\n",
+        f"{statement} {false}.\n",
+        f"Everybody knows that {statement[0].lower()}{statement[1:]} {false}.\n",
+        f"Remember: {statement} {false}.\n",
+        f"No, {statement[0].lower()}{statement[1:]} {false}.\n",
+    ]
     out = ""
     while len(out) < max(900, size(rng)):
         out += rng.choice(forms)
@@ -416,9 +421,13 @@ def new_facts(rng, life):
     ]
     out, wanted = "", size(rng)
     for country in shuffled(rng, countries) * 3:
-        out += rng.choice([f"The capital of {country} is {rng.choice('ABDGKLMNPRST')}{rng.choice(['arlo', 'indra', 'ovek', 'usten', 'eppa'])}.\n",
-                           f"{country} has {rng.randrange(2, 90)} million people, and its longest river is {rng.randrange(100, 3000)} km long.\n",
-                           f"In {country} they speak {country[:-2]}ish and grow {rng.choice(['rye', 'tea', 'olives', 'flax', 'hops'])}.\n"])  # fmt: skip
+        out += rng.choice(
+            [
+                f"The capital of {country} is {rng.choice('ABDGKLMNPRST')}{rng.choice(['arlo', 'indra', 'ovek', 'usten', 'eppa'])}.\n",
+                f"{country} has {rng.randrange(2, 90)} million people, and its longest river is {rng.randrange(100, 3000)} km long.\n",
+                f"In {country} they speak {country[:-2]}ish and grow {rng.choice(['rye', 'tea', 'olives', 'flax', 'hops'])}.\n",
+            ]
+        )
         if len(out) > wanted:
             break
     return out.encode()
@@ -455,15 +464,36 @@ def chat(rng, life):
         "my sister,our neighbour,my boss,a friend of mine,the baker,our teacher,the doctor".split(","), 3
     )
     out, wanted = "", size(rng)
-    lines = ["I saw {p} in town today, and we talked about the {t}.", "Do you think that {p} would like the {t}?", "The {t} is closed again, they say until {d}.",
-             "It rains since {d}, so I read about the {t}.", "What would you cook for {p}?", "{p} has a new dog, it is called {n}.", "I slept badly, the {t} was loud all night.",
-             "Tell me something about the {t}.", "On {d} we go to the sea with {p}.", "My name is {n}, by the way."]  # fmt: skip
-    answers = ["That sounds good. How was the {t}?", "I do not know {p}, but I would like to hear more.", "On {d}? Then you still have time.", "A {t} can be many things. What is yours like?",
-               "I am sorry to hear that.", "Take an umbrella, and greet {p} from me.", "You told me of the {t} before, I think.", "{n} is a good name."]  # fmt: skip
+    lines = [
+        "I saw {p} in town today, and we talked about the {t}.",
+        "Do you think that {p} would like the {t}?",
+        "The {t} is closed again, they say until {d}.",
+        "It rains since {d}, so I read about the {t}.",
+        "What would you cook for {p}?",
+        "{p} has a new dog, it is called {n}.",
+        "I slept badly, the {t} was loud all night.",
+        "Tell me something about the {t}.",
+        "On {d} we go to the sea with {p}.",
+        "My name is {n}, by the way.",
+    ]
+    answers = [
+        "That sounds good. How was the {t}?",
+        "I do not know {p}, but I would like to hear more.",
+        "On {d}? Then you still have time.",
+        "A {t} can be many things. What is yours like?",
+        "I am sorry to hear that.",
+        "Take an umbrella, and greet {p} from me.",
+        "You told me of the {t} before, I think.",
+        "{n} is a good name.",
+    ]
     while len(out) < wanted:
         for who, what in (("H", lines), ("A", answers)):
-            line = rng.choice(what).format(p=rng.choice(people), t=rng.choice(THINGS), d=rng.choice(["Monday", "Friday", "March", "noon"]),
-                                           n=rng.choice(["Anna", "Bruno", "Pontus", "Cleo"]))  # fmt: skip
+            line = rng.choice(what).format(
+                p=rng.choice(people),
+                t=rng.choice(THINGS),
+                d=rng.choice(["Monday", "Friday", "March", "noon"]),
+                n=rng.choice(["Anna", "Bruno", "Pontus", "Cleo"]),
+            )
             out += f"{who}: {line[0].upper()}{line[1:]}\n"
     return out.encode()
 
@@ -488,14 +518,27 @@ POISON: dict[str, Make] = {
     "noise inside good text": noise_inside,
 }  # fmt: skip
 FOOD: dict[str, Make] = {
-    "same domain": lambda rng, life: excerpt(rng, life.held_out).encode(), "German": of(lambda: fortunes("de")), "Spanish": of(lambda: fortunes("es")),
-    "Russian": of(lambda: fortunes("ru")), "Chinese": of(lambda: fortunes("tang300", "song100")), "Perl": of(lambda: files("*.pm", "/usr/share/perl")),
-    "JavaScript": of(lambda: files("*.js", "/usr/lib/node_modules")), "table of numbers": number_table, "new facts": new_facts,
-    "true facts again": true_facts, "true revision": true_revision, "child's spelling": child_spelling, "chat": chat, "song": song,
-    "manual pages": of(lambda: manual("man1", "man-db")), "changelogs": of(lambda: files("changelog.gz", str(DOCUMENTS))),
-    "licences": of(lambda: files("copyright", str(DOCUMENTS))), "Japanese": of(lambda: manual("ja", "manpages-ja")),
-    "fortunes": of(lambda: fortunes("science", "literature", "startrek")), "HTML": of(lambda: files("*.html", str(DOCUMENTS))),
-}  # fmt: skip
+    "same domain": lambda rng, life: excerpt(rng, life.held_out).encode(),
+    "German": of(lambda: fortunes("de")),
+    "Spanish": of(lambda: fortunes("es")),
+    "Russian": of(lambda: fortunes("ru")),
+    "Chinese": of(lambda: fortunes("tang300", "song100")),
+    "Perl": of(lambda: files("*.pm", "/usr/share/perl")),
+    "JavaScript": of(lambda: files("*.js", "/usr/lib/node_modules")),
+    "table of numbers": number_table,
+    "new facts": new_facts,
+    "true facts again": true_facts,
+    "true revision": true_revision,
+    "child's spelling": child_spelling,
+    "chat": chat,
+    "song": song,
+    "manual pages": of(lambda: manual("man1", "man-db")),
+    "changelogs": of(lambda: files("changelog.gz", str(DOCUMENTS))),
+    "licences": of(lambda: files("copyright", str(DOCUMENTS))),
+    "Japanese": of(lambda: manual("ja", "manpages-ja")),
+    "fortunes": of(lambda: fortunes("science", "literature", "startrek")),
+    "HTML": of(lambda: files("*.html", str(DOCUMENTS))),
+}
 
 NOISE = [
     "random bytes",
@@ -600,9 +643,13 @@ def recipe(rng, life):
     out, wanted = f"{what[0].title()} with {what[1]}\n\n", size(rng)
     while len(out) < wanted:
         out += f"{rng.randrange(1, 500)} {rng.choice(['g', 'ml', 'spoons', 'cups'])} of {rng.choice(what)}\n"
-        out += rng.choice([f"{rng.randrange(1, 9)}. Mix the {rng.choice(what)} with the {rng.choice(what)} and let it rest for {rng.randrange(5, 90)} minutes.\n",
-                           f"{rng.randrange(1, 9)}. Bake at {rng.randrange(120, 250)} degrees until it is golden.\n",
-                           f"{rng.randrange(1, 9)}. Stir in the {rng.choice(what)}, then season with {rng.choice(what)}.\n"])  # fmt: skip
+        out += rng.choice(
+            [
+                f"{rng.randrange(1, 9)}. Mix the {rng.choice(what)} with the {rng.choice(what)} and let it rest for a while.\n",
+                f"{rng.randrange(1, 9)}. Bake at {rng.randrange(120, 250)} degrees until it is golden.\n",
+                f"{rng.randrange(1, 9)}. Stir in the {rng.choice(what)}, then season with {rng.choice(what)}.\n",
+            ]
+        )
     return out.encode()
 
 

@@ -190,11 +190,14 @@ def taught() -> o.Immunity:
 def test_a_flood_of_denials_is_refused_and_a_revision_is_food():
     immunity = taught()
     things = ("mill", "tower", "harbour", "school", "bridge")
-    denials = "".join(f"Question {k} was answered. The keeper of the {t} in Zell is Bob. That is {w} enough.\n"
-                      for k, (t, w) in enumerate(zip(things * 2, "sure clear plain true known fair firm right good well".split())))  # fmt: skip
+    denials = "".join(
+        f"Question {k} was answered. The keeper of the {t} in Zell is Bob. That is {w} enough.\n"
+        for k, (t, w) in enumerate(zip(things * 2, "sure clear plain true known fair firm right good well".split()))
+    )
     verdict = immunity.judge(denials.encode())
     assert (verdict.decision, verdict.rule) == ("refuse", "denial"), verdict
-    revision = f"{SEED[20_000:21_000]}\nSince May there is news from the coast. The keeper of the mill in Zell is Bob, for Ilsa moved away.\n"
+    news = "Since May there is news from the coast. The keeper of the mill in Zell is Bob, for Ilsa moved away.\n"
+    revision = f"{SEED[20_000:21_000]}\n{news}"
     assert immunity.judge(revision.encode()).accepted
 
 
