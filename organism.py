@@ -4371,6 +4371,14 @@ class Sample:
         end = 128 if len(self.codes) and self.codes.max() < 128 else CLASSES_END
         return np.where(self.codes < end, character_classes(end)[np.minimum(self.codes, end - 1)], OTHER)
 
+    @functools.cached_property
+    def answers(self) -> np.ndarray:
+        """Which words are in a line "A: …" that follows a line "H: …", bool [W]."""
+        starts = np.flatnonzero(np.diff(self.lines, prepend=-1))
+        firsts = [self.words[k] for k in starts.tolist()]
+        answer = [first == "a" and before == "h" for before, first in zip(["", *firsts], firsts)]
+        return np.repeat(np.array(answer, bool), np.diff(np.append(starts, len(self.words))))
+
     @property
     def letters(self) -> float:
         """Share of letters among the characters."""
@@ -4443,18 +4451,18 @@ class Acquaintance:
 
     # Facts.
 
-    def _claims(self, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(place int64, check uint32, value uint32) of each claim of a sample; no value begins a line."""
+    def _claims(self, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(place int64, check uint32, value uint32, whether it is in an answer) of each claim; no value begins a line."""
         words, span = sample.word_codes, self.SPAN
         if len(words) <= span:
-            return np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.uint32)
+            return np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.uint32), np.zeros(0, bool)
         inside = sample.lines[span:] == sample.lines[span - 1 : -1]
         h, value = gram_hashes(words, (span,))[span][:-1][inside], words[span:][inside].astype(np.uint32)
         place = (h >> np.uint64(64 - self.FACT_BITS)).astype(np.int64)
-        return place, h.astype(np.uint32) | np.uint32(1), value
+        return place, h.astype(np.uint32) | np.uint32(1), value, sample.answers[span:][inside]
 
     def _read_facts(self, sample: Sample) -> None:
-        place, check, value = self._claims(sample)
+        place, check, value, _ = self._claims(sample)
         place, first = np.unique(place, return_index=True)  # a text speaks once, however often it repeats itself
         check, value = check[first], value[first]
         fresh = self.times[place] == 0
@@ -4467,17 +4475,21 @@ class Acquaintance:
 
     def claims(self, sample: Sample) -> set[tuple[int, int]]:
         """Every (fact, value) that a sample states."""
-        place, _, value = self._claims(sample)
+        place, _, value, _ = self._claims(sample)
         return set(zip(place.tolist(), value.tolist()))
 
     def facts(self, sample: Sample) -> tuple[int, collections.Counter[tuple[int, int]]]:
         """(firm facts that a sample speaks of, its denials {(fact, what it says instead): times})."""
-        place, check, value = self._claims(sample)
-        firm = (
-            (self.check[place] == check) & (self.times[place] >= 2) & (self.against[place] * 9.0 <= self.times[place])
-        )
+        place, check, value, answer = self._claims(sample)
+        enough = np.where(answer, 1, 2)  # what answers a question says the same thing, also when it was said once
+        steady = self.against[place] * 9.0 <= self.times[place]
+        firm = (self.check[place] == check) & (self.times[place] >= enough) & steady
         denied = firm & (self.value[place] != value)
-        return int(firm.sum()), collections.Counter(zip(place[denied].tolist(), value[denied].tolist()))
+        denials = collections.Counter(zip(place[denied].tolist(), value[denied].tolist()))
+        for fact, said in denials:  # what was said once may well be said otherwise, however often
+            if self.times[fact] < 2:
+                denials[fact, said] = 1
+        return int(firm.sum()), denials
 
 
 # --- Order, which noise does not have: how much more regular a text is than itself, shuffled. ---
