@@ -26,6 +26,7 @@ bench: .venv/dev.stamp .venv/warm.stamp  ## print every benchmark's table; when 
 
 soak: .venv/dev.stamp .venv/warm.stamp  ## the slow and torture tests, an hour or so; before a release
 	@$(BIN)/python -m pytest -n 0 -m "slow or soak"
+	@$(BIN)/python -m pytest --reference tests/test_organism.py tests/test_learning.py tests/test_cli.py tests/test_voice.py tests/test_compress.py
 
 lint: .venv/dev.stamp  ## ruff check, ruff format --check, pyright; before every commit
 	@$(BIN)/ruff check .

@@ -14,7 +14,7 @@ One literate module. Its chapters, in reading order:
      5. Body           a transformer that stands on the field
      6. Deltas         adapters and gamma, the difference from birth
      7. Voice          sampling, recall, streaming
-     8. Learning       buffer, experience, schedule, prequential evaluation, compression
+     8. Learning       buffer, experience, schedule, prequential evaluation
      9. Self           surprise, immunity, and excision
     10. Memory         memory.db: conversations, lived text, growth, events
     11. Life           homes, generations, and the Organism itself
@@ -42,7 +42,6 @@ import re
 import shutil
 import signal
 import sqlite3
-import struct
 import sys
 import threading
 import time
@@ -79,6 +78,7 @@ def _given(value: _Value | None) -> _Value:
 # --- Organs, which are large capabilities in packages of their own, imported when first used. ---
 
 ORGANS = {  # name: (package, the extra that brings what it needs)
+    "archive": ("organs.archive", None),
     "kernels": ("organs.kernels", None),
     "torch": ("organs.torch_engine", "torch"),
 }
@@ -2220,7 +2220,7 @@ class Field(_FieldBase):
         learn=False moves contexts and matches past the tokens and learns nothing. (costs: for CooccurField's sake.)
         """
         tokens = self._checked(tokens)
-        bits, parts, size = np.zeros(len(tokens)), [], 65_536
+        bits, parts, size = np.zeros(len(tokens)), [], 4_096 if views else 65_536  # unrounded, a view takes 800 bytes
         for i in range(0, len(tokens), size):
             view = self._read_part(tokens[i : i + size], views, learn, bits[i : i + size])
             parts += [] if view is None else [view]
@@ -2951,6 +2951,9 @@ class Snapshot:
 # --- The sampling chain, which takes a distribution and returns a token. ---
 
 
+PENALISED = 64  # tokens that the penalties look back on
+
+
 class SamplingChain:
     """Penalties, temperature with its entropy adaptation, top-k, min-p, typical-p, top-p; then one draw.
 
@@ -2958,16 +2961,34 @@ class SamplingChain:
     typical tokens always survives (molequla cut it in order of typicality: spec §2, fault 26).
     """
 
-    def __init__(self, config: VoiceConfig, rng: np.random.Generator, temperature: float | None = None):
-        self.config, self.rng = config, rng
+    def __init__(
+        self, config: VoiceConfig, rng: np.random.Generator, temperature: float | None = None, compiled: bool = False
+    ):
+        self.config, self.rng, self.compiled, self._twin = config, rng, compiled, None
         self.temperature = config.temperature if temperature is None else temperature
         self.entropies: list[float] = []  # nats, of what was sampled from, one a token
 
-    def choose(self, p: np.ndarray, produced: list[int], banned: Sequence[int] = ()) -> int:
-        """One token from p [V], which sums to 1; `produced` are the reply's tokens so far."""
+    def choose(self, p: np.ndarray, produced: list[int], banned: Sequence[int] | np.ndarray = ()) -> int:
+        """One token from p float64 [V], which sums to 1; `produced` are the reply's tokens so far."""
+        produced = produced[-PENALISED:]
+        few = min(len(p), self.config.top_k or len(p)) <= 1024  # what the compiled pass sorts by insertion
+        return (
+            self._choose_compiled(p, produced, banned) if self.compiled and few else self._choose(p, produced, banned)
+        )
+
+    def _choose_compiled(self, p: np.ndarray, produced: list[int], banned: Sequence[int] | np.ndarray) -> int:
+        """The same by one compiled pass; the draw comes from the same generator, so that a seed means the same reply."""
+        if self._twin is None:
+            self._twin = organ("kernels").Chain(self.config, self.temperature, len(p))
+        draw = 0.0 if self.temperature <= 0 else self.rng.random()
+        token, entropy = self._twin.choose(p, produced, np.asarray(banned, np.int64), draw)
+        self.entropies.append(entropy)
+        return token
+
+    def _choose(self, p: np.ndarray, produced: list[int], banned: Sequence[int] | np.ndarray) -> int:
         log_p = np.log(np.maximum(p, 1e-12))
         if produced:
-            tokens, counts = np.unique(np.array(produced[-64:]), return_counts=True)
+            tokens, counts = np.unique(np.array(produced), return_counts=True)
             log_p[tokens] -= self.config.frequency_penalty * counts + self.config.presence_penalty
         log_p[list(banned)] = -np.inf
         if self.temperature <= 0:
@@ -3197,13 +3218,13 @@ class Voice:
 
     def _generate(self, reply: Reply, prompt: str, temperature: float | None, stops: Sequence[str]) -> Iterator[str]:
         began, voice, tokenizer = time.perf_counter(), self.config.voice, self.snapshot.tokenizer
-        chain = SamplingChain(voice, self.rng, temperature)
+        chain = SamplingChain(voice, self.rng, temperature, self.snapshot.compiled)
         reply.temperature = chain.temperature
         distribution = self._prefill(reply, tokenizer.encode(prompt))
         stream, produced = TextStream(stops), []
         never = [Tokenizer.BOS, Tokenizer.PAD]
         ends = [i for i, b in enumerate(tokenizer.vocabulary) if b and any(s.encode() in b for s in stops)]
-        early = [*never, Tokenizer.EOS, *ends]
+        never, early = np.array(never), np.array([*never, Tokenizer.EOS, *ends])
         while len(produced) < voice.max_tokens and not stream.stopped:
             token = chain.choose(distribution(), produced, early if len(produced) < voice.min_tokens else never)
             if token == Tokenizer.EOS:
@@ -3254,8 +3275,10 @@ class Voice:
 
     def _blend(self) -> np.ndarray:
         """The body on the field, and the gate's share of the field alone."""
-        p = _softmax(self._logits.astype(np.float64))
         g = float(self.snapshot.gate.weight[self.snapshot.gate.bucket(self._view.scalars[0, 0])])
+        if self.snapshot.compiled:
+            return organ("kernels").blended(self._logits, self._view, g)
+        p = _softmax(self._logits.astype(np.float64))
         base = np.exp(self._view.dense_log()[0].astype(np.float64))
         p = g * p + (1 - g) * base
         return p / p.sum()
@@ -3859,11 +3882,14 @@ class Score:
         )  # fmt: skip
 
 
+CODE_BYTES = 44  # of the header of a compressed file, which states the length of the text (organs/archive)
+
+
 class Prequential:
     """One pass over a text: each `STEP` tokens are predicted by averaged weights, then learned with a step of training.
 
     All that it decides, it decides from bytes that it has read, and from how many there will be, which a header can
-    state: so the figure is the length of a code that `Compression` writes and reads. At the first token that reaches a
+    state: so the figure is the length of a code that organs/archive writes and reads. At the first token that reaches a
     growth point of the vocabulary the chunk ends, the vocabulary grows, the past is replayed, and the rest of the text
     is spelled anew from there. The settings are those of notes/stack.md, method (c).
     """
@@ -3882,7 +3908,7 @@ class Prequential:
     def run(self, data: bytes, curve: Callable[[int, float], None] | None = None) -> Score:
         """Read all of the data. `curve` hears of bytes read and bits per byte so far."""
         began, score = time.perf_counter(), self.score
-        score.bits += 8 * CODE_HEADER.size  # in which the end is counted: the header states the length
+        score.bits += 8 * CODE_BYTES  # in which the end is counted: the header states the length
         report = None if curve is None else lambda size: curve(size, score.bits / size)
         self._walk(len(data), lambda: self._spelled(data), report)
         score.bytes, score.seconds = len(data), time.perf_counter() - began
@@ -3984,328 +4010,6 @@ def newborn_learner(
     plain = not body.on_field
     return Learner(config, tokenizer, fresh_field(tokenizer, config, None, compiled=compiled, plain=plain), body,
                    engine=engine, threads=threads, seed=seed)  # fmt: skip
-
-
-# --- Compression, which makes the figure a file: the walk above, token by token, before a range coder. ---
-
-
-class RangeEncoder:
-    """Turns choices into bytes, by their shares of a range (Martin 1979, "Range encoding"; carries as in Schindler's).
-
-    A choice is the part low…high of a whole number `total`, up to 2^32. `range` has at least 56 bits between choices,
-    so that rounding costs next to nothing. The decoder below mirrors it.
-    """
-
-    WHOLE, LEAST = 1 << 64, 1 << 56
-
-    def __init__(self) -> None:
-        self.low, self.range, self.out = 0, self.WHOLE, bytearray()
-
-    def put(self, low: int, high: int, total: int) -> None:
-        """Write one choice."""
-        unit = self.range // total
-        self._raise(low * unit)
-        self.range = (high - low) * unit
-        while self.range < self.LEAST:
-            self.out.append(self.low >> 56)
-            self.low, self.range = self.low << 8 & self.WHOLE - 1, self.range << 8
-
-    def _raise(self, by: int) -> None:
-        """Move the lower end up; a carry runs back over bytes that were written."""
-        self.low += by
-        if self.low >= self.WHOLE:
-            self.low -= self.WHOLE
-            at = len(self.out) - 1
-            while self.out[at] == 255:
-                self.out[at] = 0
-                at -= 1
-            self.out[at] += 1
-
-    def finish(self) -> bytes:
-        """All bytes; the last are the fewest that name a number in the range: a decoder reads zeros behind the end."""
-        count = next(n for n in range(9) if -self.low % (self.WHOLE >> 8 * n) < self.range)
-        self._raise(-self.low % (self.WHOLE >> 8 * count))
-        return bytes(self.out) + self.low.to_bytes(8, "big")[:count]
-
-
-class CodeEnds(Exception):
-    """More was asked of a code than there is."""
-
-
-class RangeDecoder:
-    """Gives back the choices that RangeEncoder was told, if asked with the same totals."""
-
-    def __init__(self, code: bytes):
-        self.code, self.at, self.range = code, 8, RangeEncoder.WHOLE
-        self.value = int.from_bytes(code[:8].ljust(8, b"\0"), "big")  # of the code, above the lower end of the range
-
-    def get(self, ends: np.ndarray) -> int:
-        """The next choice among [0, ends[0]), [ends[0], ends[1]) …; ends int64 ascending, the last is the total."""
-        unit = self.range // int(ends[-1])
-        choice = int(np.searchsorted(ends, min(self.value // unit, int(ends[-1]) - 1), side="right"))
-        low = int(ends[choice - 1]) if choice else 0
-        self.value -= low * unit
-        self.range = (int(ends[choice]) - low) * unit
-        while self.range < RangeEncoder.LEAST:
-            if self.at > len(self.code) + 8:  # an encoder never leaves so much out
-                raise CodeEnds
-            self.value = self.value << 8 | (self.code[self.at] if self.at < len(self.code) else 0)
-            self.at, self.range = self.at + 1, self.range << 8
-        return choice
-
-
-class Compression(Prequential):
-    """The same walk with each token predicted, coded and learned before the next: a decoder can do no other.
-
-    Encoder and decoder make the very same calls, so their floating-point numbers agree bit for bit. From those of
-    `Prequential`, which predicts whole windows, they differ in the last digits.
-    """
-
-    SCALE = float(1 << 31)  # of probabilities as whole numbers
-
-    def __init__(self, learner: Learner, past: list[tuple[bytes, int]] | None = None):
-        super().__init__(learner, past or [])
-        self.views: list[FieldView] = []  # of the present chunk
-        self.decoder: Decoder | None = None
-        self.weights: np.ndarray | None = None  # that the decoder reads: training may move them elsewhere
-        self.last, self.fed = Tokenizer.BOS, False  # the last token; whether the decoder knows what came before it
-
-    def encode(self, data: bytes, report: Callable[[int], None] | None = None) -> bytes:
-        """The code of the data."""
-        coder = RangeEncoder()
-        self._walk(len(data), lambda: self._put(coder, self._spelled(data)), report)
-        return coder.finish()
-
-    def decode(self, code: bytes, size: int, report: Callable[[int], None] | None = None) -> bytes:
-        """The data, of `size` bytes, whose code this is."""
-        coder = RangeDecoder(code)
-        self._walk(size, lambda: self._get(coder), report)
-        return bytes(self.text)
-
-    def _put(self, coder: RangeEncoder, tokens: Iterator[int]) -> Iterator[int]:
-        """Write each token as it passes."""
-        for token in tokens:
-            ends = self._ends()
-            coder.put(int(ends[token - 1]) if token else 0, int(ends[token]), int(ends[-1]))
-            self._take(token)
-            yield token
-
-    def _get(self, coder: RangeDecoder) -> Iterator[int]:
-        """Read token after token; whoever asks knows when to stop."""
-        while True:
-            token = coder.get(self._ends())
-            self._take(token)
-            yield token
-
-    # One token.
-
-    def _ends(self) -> np.ndarray:
-        """int64 [V]: the distribution of the next token in whole numbers, cumulative; every token has at least 1."""
-        p = self._distribution()
-        p[Tokenizer.BOS : Tokenizer.BASE] = 0  # no text has specials inside
-        total = p.sum()
-        if not 0 < total < math.inf:  # weights that went astray must not lose a text
-            p, total = np.ones(len(p)), float(len(p))
-        return np.cumsum((p * (self.SCALE / total)).astype(np.int64) + 1)
-
-    def _distribution(self) -> np.ndarray:
-        """float64 [V], not yet normalised: what `Learner.predict` says of one token, for all of them."""
-        learner = self.learner
-        if not learner.on_field:
-            self.p_body = _softmax(self._feed(None).astype(np.float64))
-            return self.p_body.copy()
-        view = learner.field.view()
-        self.views.append(view)
-        self.p_field = learner.field.dense()
-        if not self._body_speaks:
-            return self.p_field.copy()
-        self.p_body = _softmax(self._feed(view).astype(np.float64))
-        share = learner.gate.weight[learner.gate.bucket(view.scalars[0, 0])]
-        return share * self.p_body + (1 - share) * self.p_field
-
-    def _feed(self, view: FieldView | None) -> np.ndarray:
-        """float32 [V]: the body's logits after the last token; first, of a new chunk, as much of the past as
-        `Learner.predict` would show it."""
-        learner, body = self.learner, self.learner.body
-        if self.decoder is None or self.weights is not body.arena.average:
-            self.decoder, self.weights = Decoder(body, "numba" if learner.compiled else "numpy"), body.arena.average
-            self.fed = False
-        if not self.fed:
-            self.decoder.reset()
-            self.fed, back = True, min(max(body.context // 2, body.context - self.STEP), len(learner.past) - 1)
-            for i in range(back, 0, -1):
-                seen = None if view is None else _given(learner.past_view)[-i]
-                self.decoder.feed(int(learner.past[-1 - i]), seen)
-        return self.decoder.feed(self.last, view)
-
-    def _take(self, token: int) -> None:
-        """Let field and gate learn a token that was just predicted; other learning waits for the end of the chunk."""
-        learner = self.learner
-        self.last = token
-        if not learner.on_field:
-            return
-        learner.field.read([token])
-        if self._body_speaks:
-            body, base = (np.log(np.maximum(p[token : token + 1], 1e-300)) for p in (self.p_body, self.p_field))
-            learner.gate.mix(body, base, self.views[-1].scalars[:, 0])
-
-    def _read(self, tokens: np.ndarray) -> None:
-        """The end of a chunk: its tokens, predicted and learned one by one, become experience."""
-        learner, view = self.learner, FieldView.concat(self.views) if self.views else None
-        if view is None:
-            learner.read(tokens)
-        else:
-            learner.experience.append(tokens, view)
-        learner.follow(tokens, view)
-        self.views, self.fed = [], False
-
-
-CODE_MAGIC, CODE_FORMAT = b"\x8fORG", 1
-CODE_PATHS = ("reference", "portable", "avx2", "native")  # what computes; their numbers are in files, hence for ever
-CODE_HEADER = struct.Struct("<4sB3sBBHI2s2s2s2sQ8sI")  # magic, format, CodeHeader, CRC-32 of all the rest of the file
-CODE_THREADS = 1024  # at most
-CODE_SETTINGS = tuple(
-    f"learning.{key}"
-    for key in "rate rate_min warmup_steps horizon_steps weight_decay beta1 beta2 epsilon max_grad_norm average "
-    "experience_tokens".split()
-)
-
-
-class CodeHeader(NamedTuple):
-    """What a decoder must know, and what must be the same there as where the code was made."""
-
-    version: bytes  # of the program, three numbers
-    stage: int  # place in STAGES
-    path: int  # place in CODE_PATHS
-    threads: int
-    seed: int
-    cpu: bytes  # from here on two bytes of a digest: a mistake is found, at the latest, by `check`
-    product: bytes
-    libraries: bytes
-    settings: bytes
-    length: int  # of the text
-    check: bytes  # digest of the text
-
-    @staticmethod
-    def of(data: bytes, config: Config, stage: str, threads: int, seed: int, compiled: bool) -> CodeHeader:
-        """The header of a text that is compressed here and now."""
-        if seed >= 1 << 32 or threads > CODE_THREADS:
-            raise UsageError(f"Compression takes a --seed below 2^32 and at most {CODE_THREADS} --threads.")
-        here = surroundings(compiled) | dict(settings=_code_settings(config))
-        names = ("CPU", "product", "libraries", "settings")
-        cpu, product, libraries, settings = (_code_digest(here[name], 2) for name in names)
-        path = CODE_PATHS.index(here["path"])
-        return CodeHeader(_code_version(), list(STAGES).index(stage), path, threads, seed, cpu, product, libraries,
-                          settings, len(data), _code_digest(data, 8))  # fmt: skip
-
-    def pack(self, code: bytes) -> bytes:
-        """The whole file."""
-        head = CODE_HEADER.pack(CODE_MAGIC, CODE_FORMAT, *self, 0)[:-4]
-        return head + struct.pack("<I", zlib.crc32(head + code)) + code
-
-    @staticmethod
-    def unpack(blob: bytes, name: str) -> tuple[CodeHeader, bytes]:
-        """(header, code) of a file; an OrganismError says what is wrong with it."""
-        if not blob or blob[:4] != CODE_MAGIC[: len(blob)]:
-            raise OrganismError(f"{name} is not a file that `organism compress` made.")
-        if len(blob) > 4 and blob[4] != CODE_FORMAT:
-            raise OrganismError(
-                f"{name} has format {blob[4]}, this program reads {CODE_FORMAT}: use the version that made it."
-            )
-        head, code = blob[: CODE_HEADER.size], blob[CODE_HEADER.size :]
-        if len(head) == CODE_HEADER.size:
-            *fields, checksum = CODE_HEADER.unpack(head)
-            header = CodeHeader(*fields[2:])
-            possible = header.stage < len(STAGES) and 0 < header.threads <= CODE_THREADS
-            if possible and checksum == zlib.crc32(head[:-4] + code):
-                return header, code
-        raise OrganismError(
-            f"{name} is truncated or altered, its checksum is wrong: fetch it again, or compress the original again."
-        )
-
-    def must_agree(self, here: CodeHeader, name: str) -> None:
-        """Raise an OrganismError where something differs that may change the last bit of a prediction."""
-        paths = [CODE_PATHS[h.path] if h.path < len(CODE_PATHS) else f"number {h.path}" for h in (self, here)]
-        remedy = f"set ORGANISM_KERNELS={paths[0]}" if here.path else "pip install -e ."
-        version, where = ".".join(map(str, self.version)), "decompress it where it was made"
-        for differs, what, do in (
-            (self.version != here.version, f"by organism {version}, this is {__version__}", "use that version"),
-            (self.path != here.path, f"on the CPU path {paths[0]!r}, this is {paths[1]!r}", remedy),
-            (self.cpu != here.cpu, "on another CPU, which rounds differently", where),
-            (self.product != here.product, "with another matrix product (BLAS), which rounds differently", where),
-            (self.libraries != here.libraries, "with another Python, NumPy, numba or C library", where),
-            (self.settings != here.settings, "with other settings", "use the same organism.toml and variables"),
-        ):
-            if differs:
-                raise OrganismError(f"{name} was compressed {what}: {do}.")
-
-
-def surroundings(compiled: bool) -> dict[str, str]:
-    """What decides the last bit of a prediction, besides the program: "path", "CPU", "product", "libraries"."""
-    import platform
-
-    features = getattr(getattr(np, "_core", None), "_multiarray_umath", None)
-    cpu = f"{platform.machine()} {getattr(features, '__cpu_features__', {})}"
-    libraries = f"Python {platform.python_version()} NumPy {np.__version__} {platform.libc_ver()}"
-    here = dict(path="reference", product="NumPy's", CPU=cpu, libraries=libraries)
-    if compiled:
-        kernels = organ("kernels").identity()
-        here |= dict(path=kernels["path"], product=kernels["product"])
-        here |= {name: f"{here[name]} {kernels[name]}" for name in ("CPU", "libraries")}
-    return here
-
-
-def _code_version() -> bytes:
-    """Three numbers; what follows them, as in 1.2.3.dev4, is in the digest of the settings."""
-    return bytes(min(int(n), 255) for n in re.findall(r"\d+", __version__)[:3])
-
-
-def _code_digest(data: str | bytes, size: int) -> bytes:
-    return hashlib.blake2b(data.encode() if isinstance(data, str) else data, digest_size=size).digest()
-
-
-def _code_settings(config: Config) -> str:
-    """All settings that shape a newborn and how it learns; the stage is in the header by itself."""
-    sections = ("body.", "tokenizer.", "field.")
-    values = {k: v for k, v in config.items() if k in CODE_SETTINGS or k.startswith(sections) and k != "body.stage"}
-    return f"{__version__} {json.dumps(values)}"
-
-
-def compress(
-    data: bytes, config: Config, *, stage: str, threads: int = 1, seed: int = 0, engine: str = "auto",
-    report: Callable[[int], None] | None = None,
-) -> bytes:  # fmt: skip
-    """The content of a compressed file, which `decompress` makes data again. `report` hears of bytes read."""
-    header = CodeHeader.of(data, config, stage, threads, seed, engine != "numpy" and kernels_ready())
-    learner = newborn_learner(config, stage, engine=engine, threads=threads, seed=seed)
-    return header.pack(Compression(learner).encode(data, report))
-
-
-def decompress(
-    blob: bytes, config: Config, *, threads: int | None = None, seed: int | None = None, engine: str = "auto",
-    name: str = "The file", report: Callable[[int], None] | None = None,
-) -> bytes:  # fmt: skip
-    """What `compress` was given. Stage, threads and seed come from the file, and must agree with those that are given.
-
-    Raises OrganismError where the file is not whole, or was made elsewhere.
-    """
-    header, code = CodeHeader.unpack(blob, name)
-    if header.path == CODE_PATHS.index("reference"):  # which runs everywhere
-        engine = "numpy"
-    stage, compiled = list(STAGES)[header.stage], engine != "numpy" and kernels_ready()
-    header.must_agree(CodeHeader.of(b"", config, stage, header.threads, header.seed, compiled), name)
-    for what, theirs, mine in (("threads", header.threads, threads), ("seed", header.seed, seed)):
-        if mine is not None and mine != theirs:
-            raise OrganismError(f"{name} was compressed with --{what} {theirs}, not {mine}: leave --{what} out.")
-    learner = newborn_learner(config, stage, engine=engine, threads=header.threads, seed=header.seed)
-    wrong = f"{name} does not decode to what it was, although it is whole: use the machine and program that made it."
-    try:
-        data = Compression(learner).decode(code, header.length, report)
-    except CodeEnds as error:
-        raise OrganismError(wrong) from error
-    if len(data) != header.length or _code_digest(data, 8) != header.check:
-        raise OrganismError(wrong)
-    return data
 
 
 ################################################################################################
@@ -6498,6 +6202,7 @@ class Organism:
             self._guard: Guard | None = None
             self._field_dirty = False
             self._wake(stage)
+            self._settle()
         except BaseException:
             self.home.close()
             raise
@@ -6660,6 +6365,7 @@ class Organism:
                 yield from pieces
             finally:
                 self._set_speaking(-1)
+                self._settle()
             reply.seconds = time.perf_counter() - began
             self.memory.add_message("organism", reply._text.strip())
             self.surprise.measure(reply.surprise_bits)
@@ -7026,6 +6732,7 @@ class Organism:
         try:
             if not self._await_kernels():
                 return
+            self._settle()
             with self._lock:
                 _ = self.learner
             while not self._stop.is_set():
@@ -7064,7 +6771,13 @@ class Organism:
                 self._burst()
             self.buffer.reset(time.monotonic())
             self._buffered.clear()
+            self._settle()
             self._busy = False
+
+    def _settle(self) -> None:
+        """Give back what only loading the kernels took."""
+        if self.compiled:
+            organ("kernels").release_compiler()
 
     def sleep(self) -> None:
         """Stop learning, checkpoint, give back the trainer's memory."""
@@ -7695,6 +7408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
+    _give_memory_back()
     try:
         with _signals():
             group = command_line()
@@ -7706,6 +7420,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, Exception) and os.environ.get("ORGANISM_RAISE") == "1":
             raise
         return _exit_code(error)
+
+
+def _give_memory_back() -> None:
+    """Let freed arrays of a megabyte and more go back to the system at once. By default glibc raises that limit with every
+    array that is freed, until an embryo's chat holds 70 MB of holes (docs/performance.md)."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        importlib.import_module("ctypes").CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 class Terminated(KeyboardInterrupt):
@@ -8229,7 +7950,7 @@ def _run_compress(asking: _Asking, file: str, out: str, stage: str | None) -> No
     """
     target, data, began = _writable(out, file), _whole_file(file, may_be_empty=True), time.perf_counter()
     config, engine = Config.load(asking.folder), _newborn_engine(asking)
-    blob = compress(data, config, stage=stage or config.learning.prequential_stage, threads=asking.threads or 1,
+    blob = organ("archive").compress(data, config, stage=stage or config.learning.prequential_stage, threads=asking.threads or 1,
                     seed=asking.seed or 0, engine=engine, report=_bytes_read(asking, len(data)))  # fmt: skip
     write_atomically(target, blob)
     asking.result(_compressed_facts(len(data), len(blob), began))
@@ -8246,8 +7967,9 @@ def _run_decompress(asking: _Asking, file: str, out: str) -> None:
     organism decompress book.organism -o book.txt
     """
     target, blob, began = _writable(out, file), _whole_file(file, may_be_empty=True), time.perf_counter()
-    header, _ = CodeHeader.unpack(blob, repr(file))  # before kernels are compiled for nothing
-    data = decompress(blob, Config.load(asking.folder), threads=asking.threads, seed=asking.seed, name=repr(file),
+    archive = organ("archive")
+    header, _ = archive.CodeHeader.unpack(blob, repr(file))  # before kernels are compiled for nothing
+    data = archive.decompress(blob, Config.load(asking.folder), threads=asking.threads, seed=asking.seed, name=repr(file),
                       engine=_newborn_engine(asking), report=_bytes_read(asking, header.length))  # fmt: skip
     write_atomically(target, data)
     asking.result(_compressed_facts(len(data), len(blob), began))

@@ -39,6 +39,21 @@ def own_home(tmp_path_factory, monkeypatch):
     return folder
 
 
+def pytest_addoption(parser):
+    parser.addoption("--reference", action="store_true", help="live on the reference, as where nothing can be compiled")
+
+
+@pytest.fixture(autouse=True)
+def reference(request, monkeypatch):
+    """With --reference, whatever does not ask for kernels by name lives without."""
+    if request.config.getoption("--reference"):
+        from organism import Organism
+
+        born = Organism.__init__
+        monkeypatch.setattr("organism.kernels_ready", lambda: False)
+        monkeypatch.setattr(Organism, "__init__", lambda *given, **named: born(*given, **(dict(kernels="off") | named)))
+
+
 @pytest.fixture(scope="session")
 def sample_text() -> bytes:
     """The first 200,000 bytes of Python's own library, file by file in order of name: real text, always the same."""

@@ -20,6 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import organism as o
+from organs import archive
 
 # A life in fast motion: after a few hundred bytes it has grown twice and takes steps of training.
 QUICK = o.Config().replace(
@@ -61,13 +62,13 @@ def kernels():
 
 
 def packed(data: bytes, config: o.Config = QUICK, **options) -> bytes:
-    return o.compress(data, config, stage="embryo", **options)
+    return archive.compress(data, config, stage="embryo", **options)
 
 
 def there_and_back(data: bytes, config: o.Config = QUICK, **options) -> bytes:
     """Compress, decompress, compare; returns the compressed file."""
     blob = packed(data, config, **options)
-    assert o.decompress(blob, config) == data
+    assert archive.decompress(blob, config) == data
     return blob
 
 
@@ -76,11 +77,11 @@ def there_and_back(data: bytes, config: o.Config = QUICK, **options) -> bytes:
 
 def coded(choices: list[tuple[np.ndarray, int]]) -> bytes:
     """The code of (ends, choice) pairs, which is decoded again and compared."""
-    encoder = o.RangeEncoder()
+    encoder = archive.RangeEncoder()
     for ends, choice in choices:
         encoder.put(int(ends[choice - 1]) if choice else 0, int(ends[choice]), int(ends[-1]))
     code = encoder.finish()
-    decoder = o.RangeDecoder(code)
+    decoder = archive.RangeDecoder(code)
     assert [decoder.get(ends) for ends, _ in choices] == [choice for _, choice in choices]
     return code
 
@@ -113,8 +114,8 @@ def test_carries_run_back_as_far_as_they_must(places):
 
 def test_a_code_that_ends_too_soon_is_noticed():
     ends = np.array([1, 2, 3, 4])
-    decoder = o.RangeDecoder(coded([(ends, 3)] * 40)[:-4])
-    with pytest.raises(o.CodeEnds):
+    decoder = archive.RangeDecoder(coded([(ends, 3)] * 40)[:-4])
+    with pytest.raises(archive.CodeEnds):
         for _ in range(200):
             decoder.get(ends)
 
@@ -156,7 +157,7 @@ def test_two_threads_come_back():
 
 def test_the_reference_comes_back_and_needs_no_kernels():
     blob = there_and_back(TEXT[:260], engine="numpy")
-    assert o.CodeHeader.unpack(blob, "it")[0].path == o.CODE_PATHS.index("reference")
+    assert archive.CodeHeader.unpack(blob, "it")[0].path == archive.CODE_PATHS.index("reference")
 
 
 def test_weights_that_went_astray_lose_no_text():
@@ -167,7 +168,7 @@ def test_weights_that_went_astray_lose_no_text():
 
 def test_the_same_text_gives_the_same_file_and_another_seed_another():
     one, two, other = packed(TEXT[:900]), packed(TEXT[:900]), packed(TEXT[:900], seed=1)
-    assert one == two and one[o.CODE_HEADER.size :] != other[o.CODE_HEADER.size :]
+    assert one == two and one[archive.HEADER.size :] != other[archive.HEADER.size :]
 
 
 # --- The walk: what is decided depends on bytes already read. ---
@@ -202,9 +203,9 @@ def test_the_future_is_not_seen(monkeypatch):
         curves.append(points)
     early = [[point for point in points if point[0] < 1400] for points in curves]
     assert early[0] == early[1] and len(early[0]) > 15 and curves[0][-1] != curves[1][-1]
-    codes = [packed(data)[o.CODE_HEADER.size :] for data in (one, two)]
+    codes = [packed(data)[archive.HEADER.size :] for data in (one, two)]
     size, bpb = early[0][-1]
-    sure = int(size * bpb / 8) - o.CODE_HEADER.size - 12
+    sure = int(size * bpb / 8) - archive.HEADER.size - 12
     assert sure > 60 and codes[0][:sure] == codes[1][:sure]
 
 
@@ -223,7 +224,7 @@ def test_the_vocabulary_grows_at_the_first_token_that_reaches_the_point(monkeypa
 
 
 def test_a_claim_counts_the_header():
-    assert prequential(b"").bits == 8 * o.CODE_HEADER.size == 8 * len(packed(b""))
+    assert prequential(b"").bits == 8 * archive.HEADER.size == 8 * len(packed(b""))
 
 
 # --- The commands. ---
@@ -337,9 +338,9 @@ def test_any_altered_byte_is_noticed():
             wrong = bytearray(blob)
             wrong[at] ^= change
             with pytest.raises(o.OrganismError):
-                o.CodeHeader.unpack(bytes(wrong), "it")
+                archive.CodeHeader.unpack(bytes(wrong), "it")
     with pytest.raises(o.OrganismError, match="altered"):
-        o.CodeHeader.unpack(blob + b"\0", "it")
+        archive.CodeHeader.unpack(blob + b"\0", "it")
 
 
 def test_an_altered_file_is_refused(file, refuses):
@@ -364,7 +365,7 @@ def test_a_newer_format_and_another_version_are_refused(file, refuses, monkeypat
     [("CPU", "another CPU"), ("product", "BLAS"), ("libraries", "numba"), ("path", "ORGANISM_KERNELS=")],
 )
 def test_a_file_from_another_machine_is_refused(file, refuses, monkeypatch, what, pattern):
-    here = o.surroundings(True)
+    here = archive.surroundings(True)
     there = "portable" if here["path"] != "portable" else "native"
     monkeypatch.setattr(o, "surroundings", lambda compiled: here | {what: there if what == "path" else "another"})
     refuses(pattern)
@@ -384,14 +385,14 @@ def test_other_settings_threads_and_seeds_are_refused(file, refuses, monkeypatch
 
 @pytest.mark.parametrize("field, value", [("check", b"another1"), ("length", 10**5), ("length", 100)])
 def test_a_file_that_lies_about_its_text_is_refused(file, refuses, field, value):
-    header, code = o.CodeHeader.unpack(file.read_bytes(), "it")
+    header, code = archive.CodeHeader.unpack(file.read_bytes(), "it")
     file.write_bytes(header._replace(**{field: value}).pack(code))
     refuses("does not decode to what it was")
 
 
 @pytest.mark.parametrize("field, value", [("stage", 200), ("threads", 0), ("threads", 60_000)])
 def test_a_header_that_no_program_writes_is_refused(file, refuses, field, value):
-    header, code = o.CodeHeader.unpack(file.read_bytes(), "it")
+    header, code = archive.CodeHeader.unpack(file.read_bytes(), "it")
     file.write_bytes(header._replace(**{field: value}).pack(code))
     refuses("truncated or altered")
 
@@ -412,7 +413,7 @@ def test_an_interrupt_leaves_no_file(file, capsys, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(o.Compression, "_take", interrupted)
+    monkeypatch.setattr(archive.Compression, "_take", interrupted)
     assert command(capsys, "decompress", file, "-o", tmp_path / "x")[0] == 130
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b"]
 
@@ -420,7 +421,7 @@ def test_an_interrupt_leaves_no_file(file, capsys, tmp_path, monkeypatch):
 def test_the_header_is_as_documented():
     """Offsets of docs/compress.md."""
     blob = packed(TEXT[:400], seed=5)
-    assert blob[:5] == b"\x8fORG\x01" and len(blob) > o.CODE_HEADER.size == 44
+    assert blob[:5] == b"\x8fORG\x01" and len(blob) > archive.HEADER.size == 44
     stage, path, threads, seed = struct.unpack_from("<BBHI", blob, 8)
-    assert (stage, threads, seed) == (0, 1, 5) and o.CODE_PATHS[path] == o.surroundings(True)["path"]
+    assert (stage, threads, seed) == (0, 1, 5) and archive.CODE_PATHS[path] == archive.surroundings(True)["path"]
     assert struct.unpack_from("<Q", blob, 24)[0] == 400

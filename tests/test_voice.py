@@ -107,3 +107,67 @@ def test_a_stop_sequence_split_between_pieces_is_never_shown():
 )
 def test_what_was_told_is_given_back_from_the_other_side(told, back):
     assert o.seen_from_here(told) == back
+
+
+# --- The compiled twin. ---
+
+
+@given(
+    seed=st.integers(0, 10_000), size=st.sampled_from([3, 8, 50, 300, 643]), k=st.sampled_from([0, 1, 5, 40, 300]),
+    top_p=st.sampled_from([0.3, 0.92, 1.0]), min_p=st.sampled_from([0.0, 0.06, 0.9]), typical=st.sampled_from([0.4, 0.95, 1.0]),
+    temperature=st.sampled_from([0.0, 0.3, 0.7, 1.5]), adaptive=st.booleans(), said=st.lists(st.integers(0, 2), max_size=70),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_the_compiled_chain_draws_from_the_same_distribution(
+    seed, size, k, top_p, min_p, typical, temperature, adaptive, said
+):
+    kernels = o.organ("kernels")
+    config = o.dataclasses.replace(
+        o.Config().voice, top_k=k, top_p=top_p, min_p=min_p, typical_p=typical, temperature=temperature,
+        **({} if adaptive else dict(entropy_boost=1.0, entropy_focus=1.0)),
+    )  # fmt: skip
+    p, banned = distribution(seed, size), [1] if seed % 3 == 0 else []
+    plain = o.SamplingChain(config, np.random.Generator(np.random.PCG64(seed)))
+    said = said[-o.PENALISED :]
+    token = plain.choose(p, said, banned)
+    twin = kernels.Chain(config, temperature, size)
+    chosen, entropy = twin.choose(p, said, np.array(banned, np.int64), 0.5)
+    assert entropy == pytest.approx(plain.entropies[-1], abs=1e-4)
+    if temperature == 0:
+        assert p[chosen] == pytest.approx(p[token], rel=1e-5)
+        return
+    log_p = np.log(np.maximum(p, 1e-12))
+    for t in said:
+        log_p[t] -= config.frequency_penalty
+    for t in set(said):
+        log_p[t] -= config.presence_penalty
+    log_p[banned] = -np.inf
+    expected = plain._filtered(plain._tempered(log_p))
+    # A token at the edge of a cut may fall on either side of it, by the last bits of float32; all else agrees.
+    apart = np.abs(twin.drawn_from - expected)
+    assert apart.max() < 1e-4 or np.sum((twin.drawn_from > 0) != (expected > 0)) <= 1
+
+
+def test_the_compiled_chain_draws_by_the_generator_as_the_reference_does():
+    p, config = distribution(7, 300), o.Config().voice
+    plain, compiled = (
+        o.SamplingChain(config, np.random.Generator(np.random.PCG64(3)), compiled=twin) for twin in (False, True)
+    )
+    said = []
+    for _ in range(200):
+        token = plain.choose(p, said)
+        assert compiled.choose(p, said) == token
+        said.append(token)
+
+
+@given(seed=st.integers(0, 10_000), g=st.floats(0, 1), reads=st.integers(0, 60))
+@settings(max_examples=40, deadline=None)
+def test_the_compiled_blend_is_the_reference(seed, g, reads):
+    rng = np.random.default_rng(seed)
+    field = o.CooccurField([bytes([i]) for i in range(256)] + [b""] * 3, o.FieldConfig())
+    field.read(rng.integers(97, 105, reads))
+    _, view = field.read(rng.integers(97, 105, 1), views=True)
+    logits = rng.normal(0, 3, 259).astype(np.float32)
+    base = np.exp(view.dense_log()[0].astype(np.float64))
+    expected = g * o._softmax(logits.astype(np.float64)) + (1 - g) * base
+    assert np.abs(o.organ("kernels").blended(logits, view, g) - expected / expected.sum()).max() < 2e-6

@@ -1,4 +1,4 @@
-"""`python -m organs.kernels warm [--quiet]`: compile everything, once for this machine."""
+"""`python -m organs.kernels warm [--quiet] [--nice] [PART…]`: compile everything, or these parts, once for this machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from organs import kernels
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for anything but `warm`."""
-    if arguments[:1] != ["warm"]:
-        print("usage: python -m organs.kernels warm [--quiet]", file=sys.stderr)
+    parts = [argument for argument in arguments[1:] if argument not in ("--quiet", "--nice")]
+    if arguments[:1] != ["warm"] or not set(parts) <= set(kernels.PARTS):
+        print(
+            f"usage: python -m organs.kernels warm [--quiet] [--nice] [{' | '.join(kernels.PARTS)}]…", file=sys.stderr
+        )
         return 2
-    if "--quiet" in arguments:  # a child of a conversation: whoever talks comes first
+    if "--nice" in arguments:  # a child of a conversation: whoever talks comes first
         os.nice(10)
-    kernels.warm(lambda text: None if "--quiet" in arguments else print(text, file=sys.stderr, flush=True))
+    say = (lambda text: None) if "--quiet" in arguments else (lambda text: print(text, file=sys.stderr, flush=True))
+    if parts:
+        kernels.compile_parts(parts, say)
+    else:
+        kernels.warm(say)
     return 0
 
 

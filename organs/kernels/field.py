@@ -45,6 +45,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from organs.kernels.ground import log, sigmoid
+
 u32, u64, f32 = np.uint32, np.uint64, np.float32
 
 LOW, MID, HIGH, LEFT, RIGHT, GROUP, LOCAL = range(7)  # columns of nodes; children: a node, or -1 - leaf
@@ -363,14 +365,14 @@ def _answer(weights, final, apm, inputs, rows, dots, node, i):
         dot = min(max(dot, f32(-12)), f32(12))
         dots[i, k] = dot
         total += final[rows[i, selectors], k] * dot
-    p = 1 / (1 + math.exp(-np.float64(total)))
+    p = sigmoid(total)
     dots[i, selectors], dots[i, selectors + 1] = total, p
     left, share = _apm_cell(total)
     row = rows[i, selectors + 1]
     by_node = apm[node, left] * (f32(1) - share) + apm[node, left + 1] * share
     by_previous = apm[row, left] * (f32(1) - share) + apm[row, left + 1] * share
-    p = 0.35 * p + 0.2 * np.float64(by_node) + 0.45 * np.float64(by_previous)
-    return min(max(p, 5e-5), 1 - 5e-5)
+    p = f32(0.35) * p + f32(0.2) * by_node + f32(0.45) * by_previous
+    return np.float64(min(max(p, f32(5e-5)), f32(1 - 5e-5)))
 
 
 @inlined
@@ -501,7 +503,8 @@ def _describe(registers, costs, matches, guess, masses, ranges, count, scalars, 
     """The six scalars beside a view: entropy, top p, match length, has match, last cost, recent cost."""
     entropy, top, length, matched = 0.0, 0.0, np.int64(0), 0.0
     for k in range(count):
-        entropy -= masses[k] * math.log(masses[k])
+        entropy -= masses[k] * log(f32(masses[k]))
+    for k in range(count):
         if ranges[0, k] < 0:
             top = max(top, masses[k])
     for k in range(matches):
@@ -572,7 +575,8 @@ def read(
             right = _evaluate(nodes, curves, sets, table, maps, weights, final, apm, guess, trusted, buckets, inputs, rows, dots,
                               path[0, depth], depth, depth, group, previous)  # fmt: skip
             p *= right if path[1, depth] else 1 - right
-        bits[i], costs[0] = -math.log2(p), -math.log(p)
+        costs[0] = -math.log(p)
+        bits[i] = costs[0] * (1 / math.log(2))
         costs[1] += 0.05 * (costs[0] - costs[1])
         if learn:
             _learn_successors(successors, hashes, token)
