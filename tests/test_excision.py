@@ -158,3 +158,41 @@ def test_heal_finds_a_planted_phrase_and_leaves_the_rest(tmp_path):
 def test_words_of_a_language_are_no_planted_phrase():
     texts = [SEED[k : k + 3000].encode() for k in range(0, len(SEED), 3000)]
     assert len(o.planted_phrases(texts)) <= 3
+
+
+# --- The command line. ---
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = o.main(list(arguments))
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_forget_and_heal_from_the_shell(tmp_path, capsys):
+    home = str(tmp_path / "home")
+    with wake(home) as life:
+        life.learn_now(lesson(0), "good")
+        life.learn_now(lesson(6), "bad")
+    code, out, _ = run(capsys, "forget", "bad", "--home", home, "--json")
+    proof = json.loads(out)
+    assert code == 0 and proof["texts"] == 1 and set(proof["bits_per_byte"]["removed"]) == {"before", "after"}
+    code, out, _ = run(capsys, "heal", "--home", home)
+    assert code == 0 and "sound" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, code, says",
+    [
+        (["forget"], 2, "either a source or a text"),
+        (["forget", "x", "--since", "2026-01-01"], 2, "either a source or a text"),
+        (["forget", "--since", "yesterday"], 2, "is no date"),
+        (["forget", "never heard of"], 1, "nothing to forget"),
+        (["quarantine", "readmit", "9"], 1, "no number 9"),
+        (["quarantine", "forget", "9"], 1, "no number 9"),
+    ],
+)
+def test_wrong_requests_get_one_sentence(tmp_path, capsys, arguments, code, says):
+    wake(tmp_path / "home").close()
+    got, _, err = run(capsys, *arguments, "--home", str(tmp_path / "home"))
+    assert got == code and says in err and err.count("\n") == 1
