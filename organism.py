@@ -211,12 +211,8 @@ class ImmunityConfig:
     """What it lets in, and what a burst may do to it (chapter 9)."""
 
     judge: bool = True  # judge texts before they are learned; off: everything is let in
-    noise_drift_threshold: float = (
-        -0.1
-    )  # cosine of its identity before and after a burst; below: undone (molequla §1.9)
-    gamma_min_magnitude: float = (
-        1e-3  # nats a token away from birth; less has no direction (molequla §1.9: 1e-6 of weights)
-    )
+    noise_drift_threshold: float = -0.1  # cosine of identity before and after a burst; below: undone (molequla §1.9)
+    gamma_min_magnitude: float = 1e-3  # nats a token away from birth; less has no direction (molequla §1.9: 1e-6)
     anchor_tolerance: float = 0.05  # share by which the anchor set may cost more after a burst (chosen)
     domain_tolerance: float = 0.05  # share by which what it lived before may cost more after a burst (chosen)
     replay_steps: int = 4  # steps of replay that a burst gets to mend what it hurt, up to three times (chosen)
@@ -231,6 +227,7 @@ class MemoryConfig:
 
     busy_seconds: float = 5.0  # how long to wait for another process that writes (molequla §1.13)
     candidates: int = 64  # rows that a search looks at closely
+    quarantine_mb: int = 16  # MB of refused text that are kept; the oldest is let go beyond (chosen)
 
 
 @dataclass(frozen=True)
@@ -260,7 +257,8 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "learning.beta2": (0, 0.99999), "learning.epsilon": (1e-12, 1), "learning.average": (0, 0.99999),
     "learning.batch": (1, 65_536), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
     "voice.top_p": (0.01, 1), "voice.min_p": (0, 1), "voice.typical_p": (0.01, 1), "voice.max_tokens": (1, 100_000),
-    "immunity.noise_drift_threshold": (-1, 1), "memory.candidates": (1, 10_000), "life.keep_generations": (1, 10_000),
+    "immunity.noise_drift_threshold": (-1, 1), "memory.candidates": (1, 10_000), "memory.quarantine_mb": (1, 1_000_000),
+    "life.keep_generations": (1, 10_000),
 }  # fmt: skip
 
 
@@ -5252,7 +5250,14 @@ class Memory:
 
     def _insert_refused(self, connection: sqlite3.Connection, source: str, text: str | bytes, verdict: Verdict) -> int:
         why = dict(decision=verdict.decision, rule=verdict.rule, reason=verdict.reason, strength=verdict.strength)
-        return _insert(connection, "quarantine", ts=time.time(), source=source, text=_stored(text), **why)
+        ref = _insert(connection, "quarantine", ts=time.time(), source=source, text=_stored(text), **why)
+        if ref % 64 == 0:  # now and then: the sum reads all of it
+            connection.execute(
+                "DELETE FROM quarantine WHERE id IN (SELECT id FROM (SELECT id, sum(length(CAST(text AS BLOB)))"
+                " OVER (ORDER BY id DESC) AS size FROM quarantine) WHERE size > ?)",
+                (self.config.quarantine_mb << 20,),
+            )
+        return ref
 
     def quarantine(self, limit: int | None = None) -> list[Refused]:
         """What was refused, newest first."""

@@ -425,3 +425,12 @@ def test_a_conversation_survives_a_restart_with_what_immunity_learned(tmp_path, 
         assert verdict.accepted and verdict.rule == "copy" and verdict.weight == 0
         assert sum(row.source == "a" for row in life.memory.lived()) == 2
     o.anchor_text.cache_clear()
+
+
+def test_the_quarantine_is_bounded(tmp_path):
+    config = o.MemoryConfig(quarantine_mb=1)
+    with o.Memory(tmp_path / "memory.db", config=config) as memory:
+        for k in range(128):
+            memory.quarantine_add("flood", b"x" * 20_000, o.Verdict("refuse", "flood", str(k)))
+        kept = memory.quarantine()
+        assert 40 < len(kept) <= 53 and kept[0].reason == "127"
