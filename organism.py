@@ -6969,9 +6969,10 @@ class Excision:
         if not doomed.lived:
             life.memory.erase({}, doomed.messages, doomed.pending, doomed.quarantine, doomed.words)
             return self._proof(b"", b"", {}, 0, False)
+        first = min(doomed.lived)
+        self._start(life, first)  # before anything is erased: it says where there is none
         removed, rest = self._samples()
         before = self._measure(removed, rest)
-        first = min(doomed.lived)
         note = life.home.path / self.NOTE
         write_atomically(note, json.dumps(dict(first=first)).encode())
         life.memory.erase(doomed.lived, doomed.messages, doomed.pending, doomed.quarantine, doomed.words)
@@ -6982,25 +6983,31 @@ class Excision:
     @staticmethod
     def rebuild(life: Organism, first: int) -> int:
         """Make tokenizer, field and body anew from the rows that are left, and publish; how many generations went."""
-        start = life.home.before(first)
-        if start is None:
-            raise OrganismError(
-                f"No generation in {life.home.path} is older than what shall be forgotten: restore a backup from before."
-            )
-        steps = life.published.body.steps
+        start, steps = Excision._start(life, first), life.published.body.steps
         learner = Excision._learner_of(life, start)
         later = sum(len(row.text) for row in life.memory.lived(start.state["seq"]))
         Excision._learn_again(life, learner, max(0, steps - learner.body.steps), later, start)
         life._learner, life._immunity, life._guard = learner, None, None
         life._boosts = np.zeros(0)
-        life.state |= dict(
-            learned=sum(row.source != SEED_CORPUS for row in life.memory.lived()), reading={}, field_seq=0
-        )
+        sources = collections.Counter(row.source for row in life.memory.lived())
+        reading = {path: end for path, end in life.state["reading"].items() if path in sources}
+        learned = sources.total() - sources[SEED_CORPUS]
+        life.state |= dict(learned=learned, reading=reading, field_seq=0)
         life.state["lived_bytes"] = life.memory.lived_bytes()
         life._publish(learner, math.nan, "forget", checkpoint=True)
         dropped = life.home.drop_between(start.number, life.published.number)
         (life.home.path / Excision.NOTE).unlink(missing_ok=True)
         return dropped
+
+    @staticmethod
+    def _start(life: Organism, first: int) -> Generation:
+        """The generation to go back to."""
+        start = life.home.before(first)
+        if start is None:
+            raise OrganismError(
+                f"No generation in {life.home.path} is older than what shall be forgotten: restore a backup from before."
+            )
+        return start
 
     @staticmethod
     def _learner_of(life: Organism, start: Generation) -> Learner:
@@ -7026,18 +7033,19 @@ class Excision:
             learner.rebuild(life._past())
         gone = life.state["lived_bytes"] - start.state["lived_bytes"]
         share = later / gone if gone > 0 else 0.0
-        for _ in range(round(steps * min(1.0, share))):
+        steps, learning = round(steps * min(1.0, share)), life.config.learning
+        life._say_progress(f"learning the rest again, {steps:,} steps…")
+        for _ in range(steps):
             learner.train(1, 0)
+            life._count_training(learner, learning.batch * learning.accum * learner.body.context)
         learner.sync()
 
     def _samples(self) -> tuple[bytes, bytes]:
         removed, rest = [], []
         for row in self.life.memory.lived():
             if row.seq in self.doomed.lived:
-                left = self.doomed.lived[row.seq]
-                gone = (
-                    row.text if left is None else b"".join(set(row.text.splitlines(True)) - set(left.splitlines(True)))
-                )
+                left = set((self.doomed.lived[row.seq] or b"").splitlines(keepends=True))
+                gone = b"".join(line for line in row.text.splitlines(keepends=True) if line not in left)
                 removed.append(gone)
             elif row.source != SEED_CORPUS:
                 rest.append(row.text)
