@@ -44,9 +44,9 @@ def bytes_below(folder) -> bytes:
 
 def test_a_source_is_forgotten_everywhere(tmp_path, kernels):
     with wake(tmp_path / "home", kernels) as life:
-        life.learn_now(lesson(0), "good.txt")
-        life.learn_now(f"The {SECRET} sleeps below the tower, and nobody wakes it.\n" + lesson(1), "bad.txt")
-        life.learn_now(lesson(2), "late.txt")
+        life.learn_now(lesson(0)[:80], "good.txt")
+        life.learn_now(f"The {SECRET} sleeps below the tower, and nobody wakes it.\n", "bad.txt")
+        life.learn_now(lesson(2)[:80], "late.txt")
         life.memory.quarantine_add("bad.txt", f"more of {SECRET}", o.Verdict("refuse", "noise", "because"))
         life.save()
         proof = life.forget(source="bad.txt")

@@ -375,7 +375,7 @@ def test_harm_that_may_be_chance_is_no_harm():
 
 
 def test_refused_text_is_kept_counted_explained_and_can_be_readmitted_or_forgotten(life):
-    noise = random.Random(4).randbytes(900)
+    noise = random.Random(4).randbytes(500)
     assert life.learn_now(noise, "stranger").decision == "refuse"
     row = life.memory.quarantine()[0]
     assert (row.text, row.source, row.rule) == (noise, "stranger", "noise")
@@ -406,7 +406,7 @@ def test_delayed_text_is_judged_again_and_stays_after_three_tries(life):
 
 def test_train_judges_too_and_says_how_much_it_refused(life, tmp_path):
     book = tmp_path / "book.txt"
-    book.write_bytes(SEED[:1500].encode() + b"\n")
+    book.write_bytes(SEED[:500].encode() + b"\n")
     (tmp_path / "noise.txt").write_bytes(random.Random(8).randbytes(2000))
     done = life.train([str(book), str(tmp_path / "noise.txt")])
     assert done["refused_bytes"] == 2000
