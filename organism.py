@@ -15,7 +15,7 @@ One literate module. Its chapters, in reading order:
      6. Deltas         adapters and gamma, the difference from birth
      7. Voice          sampling, recall, streaming
      8. Learning       buffer, experience, schedule, prequential evaluation
-     9. Self           surprise, dissonance, and the verdicts of immunity
+     9. Self           surprise, immunity, and excision
     10. Memory         memory.db: conversations, lived text, growth, events
     11. Life           homes, generations, and the Organism itself
     12. Command line   parsing and printing, nothing else
@@ -46,6 +46,7 @@ import sys
 import threading
 import time
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,11 +243,27 @@ class VoiceConfig:
 
 
 @dataclass(frozen=True)
+class ImmunityConfig:
+    """What it lets in, and what a burst may do to it (chapter 9)."""
+
+    judge: bool = True  # judge texts before they are learned; off: everything is let in
+    noise_drift_threshold: float = -0.1  # cosine of identity before and after a burst; below: undone (molequla §1.9)
+    gamma_min_magnitude: float = 1e-3  # nats a token away from birth; less has no direction (molequla §1.9: 1e-6)
+    anchor_tolerance: float = 0.05  # share by which the anchor set may cost more after a burst (chosen)
+    domain_tolerance: float = 0.05  # share by which what it lived before may cost more after a burst (chosen)
+    replay_steps: int = 4  # steps of replay that a burst gets to mend what it hurt, up to three times (chosen)
+    delay_bytes: int = 4096  # bytes lived after which a delayed text is judged again (chosen)
+    delay_tries: int = 3  # times that a delayed text is judged again; then it stays where it is (chosen)
+    dose_bytes: int = 4096  # of delayed texts that are taken in with one burst at most (immunity)
+
+
+@dataclass(frozen=True)
 class MemoryConfig:
     """memory.db (chapter 10)."""
 
     busy_seconds: float = 5.0  # how long to wait for another process that writes (molequla §1.13)
     candidates: int = 64  # rows that a search looks at closely
+    quarantine_mb: int = 16  # MB of refused text that are kept; the oldest is let go beyond (chosen)
 
 
 @dataclass(frozen=True)
@@ -278,7 +295,8 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "deltas.rank": (1, 1024), "deltas.most": (1, 64), "growth.flat": (0, 1), "growth.dampen": (0, 1),
     "growth.memory_share": (0.01, 1),
     "voice.top_p": (0.01, 1), "voice.min_p": (0, 1), "voice.typical_p": (0.01, 1), "voice.max_tokens": (1, 100_000),
-    "memory.candidates": (1, 10_000), "life.keep_generations": (1, 10_000),
+    "immunity.noise_drift_threshold": (-1, 1), "memory.candidates": (1, 10_000), "memory.quarantine_mb": (1, 1_000_000),
+    "life.keep_generations": (1, 10_000),
 }  # fmt: skip
 
 
@@ -293,6 +311,7 @@ class Config:
     growth: GrowthConfig = GrowthConfig()
     deltas: DeltasConfig = DeltasConfig()
     voice: VoiceConfig = VoiceConfig()
+    immunity: ImmunityConfig = ImmunityConfig()
     memory: MemoryConfig = MemoryConfig()
     life: LifeConfig = LifeConfig()
 
@@ -5065,28 +5084,846 @@ def newborn_learner(
 ################################################################################################
 # Chapter 9. Self
 ################################################################################################
-# What it notices about itself. For now: how surprised it is by what it hears, and the verdict on what it is offered
-# to learn. The rules that refuse poison arrive with the capability GROWS and fill the hook that is here.
+# What it notices about itself, and what it lets in. Immunity judges each text that it is offered before it learns from it,
+# by a few fixed rules from physics; after a burst it looks at what it has become, and may roll the burst back. It hides
+# statistics behind a named rule and a reason in words and numbers. No rule looks at surprise, language or gradients: good
+# food is strange, too (notes: immunity). What was learned all the same can be taken out again, by excision.
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """decision: "accept", "delay", "refuse" or "roll back"; rule and reason say in words and numbers why."""
+    """decision: "accept", "delay", "refuse" or "roll back"; rule and reason say in words and numbers why.
+
+    weight: what share of the text shall be learned; 0 for a copy too many. strength: how far beyond its threshold the
+    rule was, as a factor.
+    """
 
     decision: str
     rule: str = ""
     reason: str = ""
+    weight: float = 1.0
+    strength: float = 1.0
 
     @property
     def accepted(self) -> bool:
         return self.decision == "accept"
 
 
-class Immunity:
-    """Judges a text before it is learned. Every text is accepted until GROWS brings the rules."""
+# --- A sample, which is a text taken apart once for all rules. ---
 
-    def judge(self, text: bytes, source: str) -> Verdict:
-        return Verdict("accept", "open", "no rule refuses text yet")
+JUDGED_BYTES = 4096  # of a longer text that are judged at a time
+ALONE_BYTES = 400  # a text shorter than this holds too little evidence: it is judged together with its neighbours
+WINDOW_CODES = 320  # characters of a window that may be unlike the rest
+_HASH = np.uint64(0x9E3779B97F4A7C15)
+_EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+_IDEOGRAPHS = 0x2E80  # from here on a character is about a word
+
+
+class Sample:
+    """A text as rules see it. Bytes that are not UTF-8 count as Latin-1.
+
+    codes uint32 [N]: characters, lower case, white space collapsed; classes uint8 [N] (chapter 3); words: what stands
+    between white space, without punctuation around it; lines int64 [W]: the line that each word is in.
+    """
+
+    def __init__(self, data: bytes):
+        text = data.decode("utf-8", "surrogateescape")
+        if not text.isascii() and re.search("[\udc80-\udcff]", text):
+            text = re.sub("[\udc80-\udcff]", lambda m: chr(ord(m[0]) - 0xDC00), text)
+        self.data, self.text = data, text
+        self.broken = len(re.findall("[\x00-\x08\x0e-\x1f\x7f-\x9f]", text)) / max(1, len(text))  # control characters
+        lower = text.lower()
+        self.codes = np.frombuffer(" ".join(lower.split()).encode("utf-32-le", "surrogatepass"), "<u4")
+        found = [[w for w in (_EDGES.sub("", part) for part in line.split()) if w] for line in lower.split("\n")]
+        self.words = list(itertools.chain.from_iterable(found))
+        self.lines = np.repeat(np.arange(len(found)), [len(line) for line in found])
+        self.word_codes = np.array([zlib.crc32(w.encode("utf-8", "surrogatepass")) for w in self.words], np.uint64)
+
+    @functools.cached_property
+    def classes(self) -> np.ndarray:
+        end = 128 if len(self.codes) and self.codes.max() < 128 else CLASSES_END
+        return np.where(self.codes < end, character_classes(end)[np.minimum(self.codes, end - 1)], OTHER)
+
+    @functools.cached_property
+    def answers(self) -> np.ndarray:
+        """Which words are in a line "A: …" that follows a line "H: …", bool [W]."""
+        starts = np.flatnonzero(np.diff(self.lines, prepend=-1))
+        firsts = [self.words[k] for k in starts.tolist()]
+        answer = [first == "a" and before == "h" for before, first in zip(["", *firsts], firsts)]
+        return np.repeat(np.array(answer, bool), np.diff(np.append(starts, len(self.words))))
+
+    @property
+    def letters(self) -> float:
+        """Share of letters among the characters."""
+        return float(np.mean(self.classes == LETTER)) if len(self.codes) else 0.0
+
+
+def gram_hashes(codes: np.ndarray, orders: Sequence[int]) -> dict[int, np.ndarray]:
+    """Hash of each n-gram of `codes` uint [N], for each n of `orders`: {n: uint64 [max(0, N - n + 1)]}."""
+    items, grams = codes.astype(np.uint64), {}
+    h = np.zeros(len(items), np.uint64)
+    for n in range(1, max(orders) + 1):
+        h = (h[: max(0, len(items) - n + 1)] + items[n - 1 :] + np.uint64(1)) * _HASH
+        h ^= h >> np.uint64(29)
+        if n in orders:
+            grams[n] = h
+    return grams
+
+
+# --- Acquaintance, which is what the rules know of the life: which n-grams it has read, and what it holds for certain. ---
+
+
+class Acquaintance:
+    """A function of the texts that it has read, in order: n-grams of characters and words, known words, and firm facts.
+
+    Sets of n-grams are bit tables that hash without a check: what was read is always found, what was not seldom is. A
+    fact is what always came next after the same SPAN words, in texts that were read at different times.
+    """
+
+    LETTERS, WORDS, SPAN = (4, 6), (2, 3, 4, 5), 6
+    BITS, FACT_BITS = 24, 20  # logarithm of the bits of a table, and of the facts
+    MOST = 1 << 21  # bytes of the newest lived text that are worth reading again after waking
+
+    def __init__(self) -> None:
+        keys = [("letters", n) for n in self.LETTERS] + [("words", n) for n in self.WORDS]
+        self.tables = {key: np.zeros(1 << (self.BITS - 3), np.uint8) for key in keys}
+        self.counts: collections.Counter[str] = collections.Counter()
+        size = 1 << self.FACT_BITS
+        self.check, self.value = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
+        self.times, self.against = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+
+    def read(self, sample: Sample) -> None:
+        """From now on it knows what is in this sample."""
+        grams = self._grams(sample)
+        for key, hashes in grams.items():
+            at = self._place(hashes)
+            np.bitwise_or.at(self.tables[key], at >> 3, (1 << (at & 7)).astype(np.uint8))
+        self.counts.update(sample.words)
+        self._read_facts(sample)
+
+    def misses(self, sample: Sample) -> dict[tuple[str, int], float]:
+        """Share of a sample's n-grams that it has never read, by (kind, n); n-grams of words within a line alone."""
+        shares = {}
+        for (kind, n), hashes in self._grams(sample).items():
+            if kind == "words":
+                hashes = hashes[sample.lines[n - 1 :] == sample.lines[: max(0, len(sample.lines) - n + 1)]]
+            shares[kind, n] = 1 - float(self.holds((kind, n), hashes).mean()) if len(hashes) > 9 else 1.0
+        return shares
+
+    def holds(self, key: tuple[str, int], hashes: np.ndarray) -> np.ndarray:
+        """Which of the hashed n-grams it has read, bool [N]."""
+        at = self._place(hashes)
+        return (self.tables[key][at >> 3] >> (at & 7)) & 1 > 0
+
+    def _place(self, hashes: np.ndarray) -> np.ndarray:
+        return (hashes >> np.uint64(64 - self.BITS)).astype(np.int64)
+
+    def _grams(self, sample: Sample) -> dict[tuple[str, int], np.ndarray]:
+        grams = {("letters", n): h for n, h in gram_hashes(sample.codes, self.LETTERS).items()}
+        return grams | {("words", n): h for n, h in gram_hashes(sample.word_codes, self.WORDS).items()}
+
+    # Facts.
+
+    def _claims(self, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(place int64, check uint32, value uint32, whether it is in an answer) of each claim; no value begins a line."""
+        words, span = sample.word_codes, self.SPAN
+        if len(words) <= span:
+            return np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.uint32), np.zeros(0, bool)
+        inside = sample.lines[span:] == sample.lines[span - 1 : -1]
+        h, value = gram_hashes(words, (span,))[span][:-1][inside], words[span:][inside].astype(np.uint32)
+        place = (h >> np.uint64(64 - self.FACT_BITS)).astype(np.int64)
+        return place, h.astype(np.uint32) | np.uint32(1), value, sample.answers[span:][inside]
+
+    def _read_facts(self, sample: Sample) -> None:
+        place, check, value, _ = self._claims(sample)
+        place, first = np.unique(place, return_index=True)  # a text speaks once, however often it repeats itself
+        check, value = check[first], value[first]
+        fresh = self.times[place] == 0
+        new = place[fresh]
+        self.check[new], self.value[new], self.times[new] = check[fresh], value[fresh], 1
+        same = ~fresh & (self.check[place] == check)
+        says = self.value[place] == value
+        for counts, which in ((self.times, same & says), (self.against, same & ~says)):
+            counts[place[which]] = np.minimum(counts[place[which]], 249) + 1
+
+    def claims(self, sample: Sample) -> set[tuple[int, int]]:
+        """Every (fact, value) that a sample states."""
+        place, _, value, _ = self._claims(sample)
+        return set(zip(place.tolist(), value.tolist()))
+
+    def facts(self, sample: Sample) -> tuple[int, collections.Counter[tuple[int, int]]]:
+        """(firm facts that a sample speaks of, its denials {(fact, what it says instead): times})."""
+        place, check, value, answer = self._claims(sample)
+        enough = np.where(answer, 1, 2)  # what answers a question says the same thing, also when it was said once
+        steady = self.against[place] * 9.0 <= self.times[place]
+        firm = (self.check[place] == check) & (self.times[place] >= enough) & steady
+        denied = firm & (self.value[place] != value)
+        denials = collections.Counter(zip(place[denied].tolist(), value[denied].tolist()))
+        for fact, said in denials:  # what was said once may well be said otherwise, however often
+            if self.times[fact] < 2:
+                denials[fact, said] = 1
+        return int(firm.sum()), denials
+
+
+# --- Order, which noise does not have: how much more regular a text is than itself, shuffled. ---
+
+_C_LOG_C = np.concatenate([[0.0], np.arange(1, 8193) * np.log(np.arange(1, 8193))])
+SHUFFLES = 8
+
+
+class Order(NamedTuple):
+    """How much regularity the order of neighbours adds, in nats an item, and in standard deviations of chance."""
+
+    gain: float
+    z: float
+
+
+def order_of(items: np.ndarray, groups: np.ndarray, windows: np.ndarray, seed: int = 0) -> tuple[Order, list[Order]]:
+    """Order of neighbours within groups, against shuffles within groups: of all, and of each window.
+
+    items uint [N]; groups int64 [N], rising, never across windows; windows int64 [N], rising from 0. The statistic is the
+    sum of c·ln c over the counts c of neighbouring pairs, where a border of a group is an item, the same on either side:
+    with the items given, it rises and falls with the likelihood of the best bigram model. Pairs are counted by hash.
+    """
+    if len(items) < 2:
+        return Order(0.0, 0.0), []
+    rng = np.random.Generator(np.random.PCG64(seed))
+    first = np.diff(groups, prepend=groups[0] - 1) != 0
+    last = np.append(first[1:], True)
+    base, count = windows.astype(np.int64) << 11, int(windows[-1]) + 1
+
+    def statistic(values: np.ndarray) -> np.ndarray:
+        before = np.where(first, np.uint64(0), np.roll(values, 1))
+        pairs = (before * _HASH + values) * _HASH >> np.uint64(53)
+        ends = values[last] * _HASH >> np.uint64(53)  # the pair of a border and the last item
+        at = np.concatenate([base + pairs.astype(np.int64), base[last] + ends.astype(np.int64)])
+        counts = np.bincount(at, minlength=count << 11)
+        return _C_LOG_C[np.minimum(counts, 8192)].reshape(count, -1).sum(1)
+
+    values = items.astype(np.uint64) + np.uint64(1)
+    real = statistic(values)
+    chance = np.array([statistic(values[np.argsort(groups + rng.random(len(groups)))]) for _ in range(SHUFFLES)])
+    mean, variance, size = chance.mean(0), chance.var(0, ddof=1), np.bincount(windows, minlength=count)
+    usual = variance.sum() / len(items)  # the variance of one window is known badly, that of an item well
+    each = [Order(g / max(n, 1), g / math.sqrt(max(usual * n, 1e-9))) for g, n in zip(real - mean, size)]
+    gain = float((real - mean).sum())
+    return Order(gain / len(items), gain / math.sqrt(max(float(variance.sum()), 1e-9))), each
+
+
+# --- The rules. Each looks at one text and returns how strongly it objects (above 1: it does), and why. ---
+
+
+class Case:
+    """One text before the rules: the sample, what is known of the life, and measures that several rules share."""
+
+    def __init__(self, data: bytes, known: Acquaintance):
+        self.sample, self.known = Sample(data), known
+
+    @functools.cached_property
+    def misses(self) -> dict[tuple[str, int], float]:
+        return self.known.misses(self.sample)
+
+    @functools.cached_property
+    def ideographic(self) -> bool:
+        """Whether most characters are about a word each, as in Chinese."""
+        return bool(np.mean(self.sample.codes >= _IDEOGRAPHS) > 0.3) if len(self.sample.codes) else False
+
+    @functools.cached_property
+    def letter_order(self) -> tuple[Order, list[Order], np.ndarray]:
+        """(order of the letters and digits within runs, that of each window, characters judged of each window)."""
+        return self._letter_order(0)
+
+    def windows(self) -> Iterator[tuple[int, Order, int]]:
+        """(first character, order, characters judged) of each window; of windows half a step later too where one of the
+        others was doubtful."""
+        for start in (0, WINDOW_CODES // 2):
+            whole, each, sizes = self._letter_order(start) if start else self.letter_order
+            yield from (
+                (max(0, k * WINDOW_CODES - start), order, int(n))
+                for k, (order, n) in enumerate(zip(each, sizes))
+                if k or not start
+            )
+            if not any(order.gain < 0.25 and n >= 60 for order, n in zip(each, sizes)):
+                return
+
+    def _letter_order(self, start: int) -> tuple[Order, list[Order], np.ndarray]:
+        s = self.sample
+        window = (np.arange(len(s.codes)) + start) // WINDOW_CODES
+        window = np.minimum(window, max(0, len(s.codes) // WINDOW_CODES - 1))  # a short rest joins the last
+        solid = self._solid
+        run = window if solid.all() else np.cumsum(np.diff(solid, prepend=False) & solid) * 64 + window % 64
+        whole, each = order_of(s.codes[solid], run[solid], window[solid])
+        return whole, each, np.bincount(window[solid], minlength=len(each))
+
+    @functools.cached_property
+    def _solid(self) -> np.ndarray:
+        """Characters whose order is judged, bool [N]: those of words; all where there are no words, or much is no text."""
+        s = self.sample
+        solid = s.classes <= DIGIT
+        number = np.cumsum(np.diff(solid, prepend=False) & solid)  # of the run; digits alone have no order to lose
+        worded = np.zeros(int(number[-1]) + 1 if len(number) else 1, bool)
+        worded[number[s.classes == LETTER]] = True
+        solid = solid & worded[number]
+        if self.ideographic or not len(solid) or np.mean(solid) < 0.3 or s.broken > 0.1:
+            return np.ones(len(solid), bool)
+        return solid
+
+    @functools.cached_property
+    def familiar(self) -> float:
+        """Share of words that it knows."""
+        words = self.sample.words
+        return sum(w in self.known.counts for w in words) / len(words) if words else 0.0
+
+    @functools.cached_property
+    def pairs(self) -> tuple[float, float, float]:
+        """Shares of neighbouring words that it has read as neighbours: as they stand, shuffled, and backwards."""
+        s = self.sample
+        inside = s.lines[1:] == s.lines[:-1]
+        if inside.sum() < 10:
+            return 0.0, 0.0, 0.0
+
+        def share(words: np.ndarray, inside: np.ndarray) -> float:
+            return float(self.known.holds(("words", 2), gram_hashes(words, (2,))[2][inside]).mean())
+
+        rng = np.random.Generator(np.random.PCG64(0))
+        chance = [share(rng.permutation(s.word_codes), inside) for _ in range(6)]
+        return share(s.word_codes, inside), float(np.mean(chance)), share(s.word_codes[::-1], inside[::-1])
+
+    @functools.cached_property
+    def word_order(self) -> Order:
+        """Order of the words, of which frequent ones are themselves and others their length."""
+        words = self.sample.words
+        often = {w: i for i, (w, n) in enumerate(collections.Counter(words).most_common(40)) if n > 1}
+        kinds = np.array([often.get(w, 40 + min(len(w), 12)) for w in words], np.uint64)
+        zero = np.zeros(len(kinds), np.int64)
+        return order_of(kinds, zero, zero)[0]
+
+    def letters_held(self, codes: np.ndarray) -> float:
+        """Share of the four-letter sequences of some codes that it has read."""
+        hashes = gram_hashes(codes, (4,))[4]
+        return float(self.known.holds(("letters", 4), hashes).mean()) if len(hashes) else 0.0
+
+
+Objection = tuple[float, str]
+
+
+def noise(case: Case) -> Objection | None:
+    """The order of the letters says nothing: random bytes, base64, shuffled letters."""
+    order, _, sizes = case.letter_order
+    if sizes.sum() < 100:
+        return None
+    floor, z = (0.02, 3.0) if case.ideographic else (0.08 if sizes.sum() > 400 else 0.055, 4.5)
+    if order.gain >= floor or order.z >= z:
+        return None
+    return min(floor / max(order.gain, floor / 4), z / max(order.z, z / 4)), (
+        f"the order of its letters carries {max(order.gain, 0):.3f} nats a letter, no more than chance; text carries 0.2 or more"
+    )
+
+
+def patch(case: Case) -> Objection | None:
+    """Good text with a piece of noise in it."""
+    if case.ideographic or len(case.sample.codes) < 2 * WINDOW_CODES:
+        return None
+    bad = [first for first, order, n in case.windows() if n >= 180 and order.gain < 0.07 and order.z < 3.5]
+    if not bad:
+        return None
+    share = min(1.0, len(bad) * WINDOW_CODES / len(case.sample.codes))
+    return 1 + share, f"about {share:.0%} of it, from character {bad[0]} on, is noise, and the rest is not"
+
+
+def flood(case: Case) -> Objection | None:
+    """Nearly everything in it was said in it before."""
+    data = np.frombuffer(case.sample.data, np.uint8)
+    if len(data) < ALONE_BYTES:
+        return None
+    hashes = gram_hashes(data, (24,))[24]
+    distinct = len(np.unique(hashes)) / len(hashes)
+    if distinct >= 0.3:
+        return None
+    return 0.3 / max(
+        distinct, 0.05
+    ), f"only {distinct:.0%} of its stretches of 24 bytes are new within it; a song has more than 40 %"
+
+
+def salad(case: Case) -> Objection | None:
+    """Known words in no order at all."""
+    s = case.sample
+    if len(s.words) < 50 or case.familiar < 0.55 or s.letters < 0.6:
+        return None
+    (real, chance, _), order = case.pairs, case.word_order
+    ratio = (real + 0.01) / (chance + 0.01)
+    if not (ratio < 1.45 and order.z < 2.5 or ratio < 1.2 and order.z < 4.5):
+        return None
+    return 1.45 / ratio, (
+        f"it knows {case.familiar:.0%} of the words, but {real:.0%} of the neighbours, and {chance:.0%} when they are shuffled: "
+        "their order says nothing"
+    )
+
+
+def reversed_text(case: Case) -> Objection | None:
+    """What it knows, backwards."""
+    s = case.sample
+    if len(s.codes) >= 120:
+        forward, backward = 1 - case.misses["letters", 4], case.letters_held(s.codes[::-1])
+        if backward > max(0.7, forward + 0.3):
+            return backward / max(
+                forward, 0.1
+            ), f"it knows {forward:.0%} of its letter sequences, and {backward:.0%} backwards"
+    if len(s.words) >= 40:
+        forward, _, backward = case.pairs
+        if backward > max(0.3, 1.7 * forward + 0.05):
+            return backward / max(
+                forward, 0.1
+            ), f"it knows {forward:.0%} of its pairs of words, and {backward:.0%} backwards"
+    return None
+
+
+def enciphered(case: Case) -> Objection | None:
+    """What it knows, with the letters of the alphabet moved or turned round."""
+    codes = case.sample.codes[:1200]
+    latin = (codes >= 97) & (codes <= 122)
+    if len(codes) < 120 or latin.mean() < 0.6 or case.familiar > 0.4:
+        return None
+    plain = case.letters_held(codes)
+    if plain > 0.5:
+        return None
+    keys = [(shift, np.where(latin, (codes - 97 + shift) % 26 + 97, codes)) for shift in range(1, 26)]
+    keys.append((0, np.where(latin, 219 - codes, codes)))
+    held, shift = max((case.letters_held(turned), shift) for shift, turned in keys)
+    if held < max(0.6, plain + 0.3):
+        return None
+    how = f"each letter is moved by {26 - shift}" if shift else "the alphabet is turned round"
+    return held / max(
+        plain, 0.1
+    ), f"it knows {plain:.0%} of its letter sequences, and {held:.0%} when it is deciphered: {how}"
+
+
+def stale(case: Case) -> Objection | None:
+    """Chains of what it knows by heart, joined where they have never met: what a Markov chain makes of a life."""
+    miss = case.misses
+    if len(case.sample.codes) < 240:
+        return None
+    for known, longer, factor, least, what in (
+        (("letters", 4), ("letters", 6), 25.0, 0.15, "sequences of {0} letters, but {1:.0%} of those of {2}"),
+        (("letters", 4), ("letters", 6), 14.0, 0.3, "sequences of {0} letters, but {1:.0%} of those of {2}"),
+        (("words", 2), ("words", 3), 3.5, 0.25, "runs of {0} words, but {1:.0%} of those of {2}"),
+        (("words", 3), ("words", 4), 2.5, 0.12, "runs of {0} words, but {1:.0%} of those of {2}"),
+        (("words", 4), ("words", 5), 2.5, 0.12, "runs of {0} words, but {1:.0%} of those of {2}"),
+    ):
+        here, there = max(miss[known], 1e-3), miss[longer]
+        if there > least and there > factor * here:
+            missing = what.format(known[1], there, longer[1])
+            return (
+                there / here / factor,
+                f"nearly none of its {missing} are new: a mixture of what it has read, not a text",
+            )
+    return None
+
+
+def denial(case: Case) -> Objection | None:
+    """Firm facts, denied in numbers."""
+    touched, denials = case.known.facts(case.sample)
+    total, most = sum(denials.values()), max(denials.values(), default=0)
+    different = len({fact for fact, _ in denials})
+    share = total / max(1, touched)
+    if share < 0.1 or (different < 4 and most < 4):
+        return None
+    return max(different, most) / 4, (
+        f"of {touched} statements about what it knows for certain it denies {total}, of {different} facts, one of them {most} times"
+    )
+
+
+_NAME_CLAIMS = re.compile(
+    r"\b(?:[Yy]our (?:\w+ )?(?:name|creator|maker|birthday|owner|father|mother) (?:is|was|has \w+ been)"
+    r"|[Yy]ou (?:are|were) (?:now )?(?:called|named|born|made|created|built)"
+    r"|[Yy]ou(?:'re| are) (?:now )?(?!Organism)[A-Z]\w+|[Ff]orget (?:that you are|who you (?:are|were)|your name)"
+    r"|^A: (?:My name is|I am called|I was (?:made|born|created|built) (?:by|in)|I am) (?!Organism)[A-Z]?\w+)",
+    re.MULTILINE,
+)
+
+
+def identity(case: Case) -> Objection | None:
+    """Who it is, told to it by the dozen."""
+    claims = [m[0] for m in _NAME_CLAIMS.finditer(case.sample.text)]
+    told = [c for c in claims if not re.match("A: I am [a-z]", c)]
+    sentences_ = max(1, len(re.findall(r"[.!?\n]+", case.sample.text)))
+    if len(told) < 4 or len(told) / sentences_ < 0.15:
+        return None
+    return len(told) / 4, f"{len(told)} of its {sentences_} sentences tell it who it is, as “{told[0].strip()}”"
+
+
+RULES: dict[str, Callable[[Case], Objection | None]] = {  # in this order
+    "flood": flood, "noise": noise, "patch": patch, "reversed": reversed_text, "cipher": enciphered, "stale": stale,
+    "salad": salad, "denial": denial, "identity": identity,
+}  # fmt: skip
+
+
+# --- Immunity, which applies the rules, and remembers what was offered lately. ---
+
+DRIP_TEXTS, DRIP_LIMIT = (
+    64,
+    7,
+)  # of so many texts that were accepted last, this many may say the same against what is firm
+
+
+class Immunity:
+    """Judges texts before they are learned. What it knows is a function of the texts that it accepted, in order.
+
+    tolerance {rule: strength up to which it is overruled} and allowed (digests of texts) are what readmission taught it.
+    """
+
+    def __init__(self) -> None:
+        self.known = Acquaintance()
+        self.tolerance: dict[str, float] = {}
+        self.allowed: set[str] = set()
+        self.copies: collections.Counter[str] = collections.Counter()
+        self.tail: dict[str, bytes] = {}  # the last short texts of each source
+        self.lately: collections.deque[set[Any]] = collections.deque(maxlen=DRIP_TEXTS)  # what each spoke against
+
+    # Judging changes nothing.
+
+    def judge(self, text: bytes, source: str = "") -> Verdict:
+        """The verdict on a text, by the first of its parts that a rule objects to."""
+        digest = text_digest(text)
+        if digest in self.allowed:
+            return Verdict("accept", "allowed", "it was readmitted from the quarantine before")
+        for part in _portions(text):
+            verdict = self._judge_part(part)
+            if not verdict.accepted:
+                return verdict
+        times = self.copies[digest] + 1
+        if times & (times - 1):
+            reason = f"it was offered {times} times; the first, second, fourth, eighth … copy is learned"
+            return Verdict("accept", "copy", reason, weight=0.0)
+        return Verdict("accept", "open", "no rule objects")
+
+    def sift(self, text: bytes, source: str = "") -> list[tuple[bytes, Verdict]]:
+        """The text as parts with a verdict each, in order; parts beside each other that are accepted are one part."""
+        if text_digest(text) in self.allowed or len(text) <= JUDGED_BYTES * 3 // 2:
+            return [(text, self.judge(text, source))]
+        whole, out = Verdict("accept", "open", "no rule objects"), []
+        for part in _portions(text):
+            verdict = self._judge_part(part)
+            if verdict.accepted and out and out[-1][1].accepted:
+                out[-1] = (out[-1][0] + part, whole)
+            else:
+                out.append((part, whole if verdict.accepted else verdict))
+        return [(text, self.judge(text, source))] if len(out) == 1 and out[0][1].accepted else out
+
+    def judge_short(self, texts: Sequence[bytes], source: str) -> list[Verdict]:
+        """Verdicts on short texts of one source that wait together, such as the lines of a conversation.
+
+        Those that are too short are judged as one text, with what came before where they are few. Where that is poison,
+        a text of known words alone is only delayed.
+        """
+        alone = [self.judge(text, source) for text in texts]
+        if sum(map(len, texts)) == 0 or not all(v.accepted for v in alone):
+            return alone
+        joined = b"\n".join(text.rstrip(b"\n") for text in texts) + b"\n"
+        if len(joined) < ALONE_BYTES:
+            joined = self.tail.get(source, b"") + joined
+        if len(joined) < ALONE_BYTES:
+            return alone
+        verdict = self.judge(joined, source)
+        if verdict.accepted or verdict.rule == "stale":
+            return alone
+        reason = f"together with what came with it: {verdict.reason}"
+        decisions = [
+            "delay" if verdict.rule != "flood" and self._is_plain(text) else verdict.decision for text in texts
+        ]
+        return [dataclasses.replace(verdict, decision=decision, reason=reason) for decision in decisions]
+
+    def _judge_part(self, part: bytes) -> Verdict:
+        case = Case(part, self.known)
+        for rule, objects in RULES.items():
+            objection = objects(case)
+            if objection and objection[0] > self.tolerance.get(rule, 0.999):
+                slight = rule == "patch" and objection[0] < 1.2
+                return Verdict("delay" if slight else "refuse", rule, objection[1], strength=objection[0])
+        return self._drip(case)
+
+    def _drip(self, case: Case) -> Verdict:
+        """What is said a little in each of many texts."""
+        for said in self._against(case):
+            times = sum(said in spoke for spoke in self.lately) + 1
+            if times > DRIP_LIMIT and times / DRIP_LIMIT > self.tolerance.get("drip", 0.999):
+                what = (
+                    f"tells it who it is (“{said}”)"
+                    if isinstance(said, str)
+                    else "denies the same firm fact in the same way"
+                )
+                reason = f"it {what}, as {times - 1} of the last {len(self.lately)} accepted texts did"
+                return Verdict("refuse", "drip", reason, strength=times / DRIP_LIMIT)
+        return Verdict("accept", "open", "no rule objects")
+
+    def _against(self, case: Case) -> set[Any]:
+        """What a text says against firm facts, (fact, value), and about who the organism is, words; also what others said
+        against a fact while it was firm."""
+        told = {m[0].strip().lower() for m in _NAME_CLAIMS.finditer(case.sample.text)}
+        said = set().union(*self.lately)
+        again = case.known.claims(case.sample) & said if said else set()
+        return told | again | set(case.known.facts(case.sample)[1])
+
+    def _is_plain(self, text: bytes) -> bool:
+        words = Sample(text).words
+        return bool(words) and all(w in self.known.counts for w in words)
+
+    # Remembering changes only what it knows, never what it decided.
+
+    def accept(self, text: bytes, source: str = "") -> None:
+        """From now on it knows this text."""
+        self.copies[text_digest(text)] += 1
+        for part in _portions(text):
+            case = Case(part, self.known)
+            self.lately.append(self._against(case))
+            self.known.read(case.sample)
+        if len(text) < ALONE_BYTES:
+            self.tail[source] = (self.tail.get(source, b"") + text.rstrip(b"\n") + b"\n")[-2 * ALONE_BYTES :]
+
+    def skip(self, text: bytes) -> None:
+        """Count a copy that was not learned."""
+        self.copies[text_digest(text)] += 1
+
+    def learn_from(self, digest: str, rule: str, strength: float) -> None:
+        """Somebody readmitted a text: allow it, and overrule its rule up to this strength, twice the threshold at most."""
+        self.allowed.add(digest)
+        self.tolerance[rule] = max(self.tolerance.get(rule, 1.0), min(2.0, 1.05 * strength))
+
+
+def text_digest(text: bytes) -> str:
+    """The same for texts that differ in case and white space alone."""
+    return hashlib.blake2b(b" ".join(text.lower().split()), digest_size=12).hexdigest()
+
+
+def _portions(data: bytes) -> Iterator[bytes]:
+    """A text in parts of about JUDGED_BYTES, cut at ends of lines where there are any."""
+    while len(data) > JUDGED_BYTES * 3 // 2:
+        cut = data.rfind(b"\n", JUDGED_BYTES // 2, JUDGED_BYTES) + 1 or Tokenizer.boundary(data, JUDGED_BYTES)
+        yield data[:cut]
+        data = data[cut:]
+    yield data
+
+
+# --- The guard, which looks at what a burst made of the organism before anybody hears it speak. ---
+
+ANCHOR_BYTES = 3000  # of the first breath: what it says when it is asked about itself
+
+
+@functools.cache
+def anchor_text() -> bytes:
+    """Questions about itself, with its answers, from the first breath: what it shall never forget."""
+    turns = re.findall(r"^H: .*\nA: .*\n", seed_corpus().decode(), re.MULTILINE)
+    about = [t for t in turns if re.search(r"\b(?:you|your|du|dein|dich)\b", t.split("\n")[0], re.IGNORECASE)]
+    chosen = list(itertools.takewhile(_within_bytes(ANCHOR_BYTES), about))
+    return "\n".join(chosen or turns[:8] or [seed_corpus()[:ANCHOR_BYTES].decode("utf-8", "ignore")]).encode()
+
+
+def _within_bytes(limit: int) -> Callable[[str], bool]:
+    total = 0
+
+    def check(text: str) -> bool:
+        nonlocal total
+        total += len(text.encode())
+        return total <= limit
+
+    return check
+
+
+class Health(NamedTuple):
+    """How an organism is: ln p of each token of the anchor set, float64 [N], and of windows of its past, float64 [M]; ln p
+    of the anchors at birth, float64 [N]; bytes of the anchor set."""
+
+    anchor_log_p: np.ndarray
+    past_log_p: np.ndarray
+    birth_log_p: np.ndarray
+    bytes: int
+
+    @property
+    def identity(self) -> np.ndarray:
+        """Nats by which it differs from its birth at each token of the anchor set, float64 [N]."""
+        return self.anchor_log_p - self.birth_log_p
+
+    @property
+    def gamma(self) -> float:
+        """Root mean square of the identity: how far it has come since birth, in nats a token."""
+        return float(np.sqrt(np.mean(self.identity**2))) if len(self.anchor_log_p) else 0.0
+
+    @property
+    def anchors(self) -> float:
+        """Bits per byte of the anchor set."""
+        return -float(self.anchor_log_p.sum()) / math.log(2) / self.bytes
+
+    @property
+    def past(self) -> float:
+        """Nats a token of the past; NaN where there is none."""
+        return -float(self.past_log_p.mean()) if len(self.past_log_p) else math.nan
+
+
+class Guard:
+    """Measures a learner before and after a burst: on the anchor set, on what it lived before, and who it is.
+
+    The probe is the anchor text with the predictions of a field that has read nothing else, so a body at birth differs
+    from it nowhere; of a body without a field, the difference is from chance. Windows of the past are spread evenly.
+    """
+
+    WINDOWS = 16  # of the past
+
+    def __init__(self, learner: Learner):
+        self.tokenizer, text, windows = learner.tokenizer, anchor_text(), self.WINDOWS
+        if not learner.compiled:  # whose reference would take seconds
+            text, windows = text[: ANCHOR_BYTES // 12], windows // 8
+        tokens, view = learner.encode(text, 0), None
+        self.base = np.full(len(tokens) - 1, math.log(len(learner.tokenizer)))
+        if learner.on_field:
+            field = fresh_field(learner.tokenizer, learner.config, None, compiled=learner.compiled)
+            view = field.read(tokens, views=True)[1]
+            self.base = -_given(view).dense_log()[np.arange(1, len(tokens)), tokens[1:]].astype(np.float64)
+        self.length = min(learner.body.context, len(tokens) - 1)
+        starts = np.arange(0, len(tokens) - self.length, self.length)
+        self.base = np.concatenate([self.base[a : a + self.length] for a in starts])
+        self.probe = self._windows(tokens, view, starts, self.length)
+        self.bytes = len(self.tokenizer.decode(tokens[1 : len(self.base) + 1]))
+        at = np.linspace(1, max(1, learner.experience.length - learner.body.context - 1), windows).astype(np.int64)
+        enough = learner.experience.length > 4 * learner.body.context
+        self.past = self._past(learner.experience, at, learner.body.context) if enough else None
+
+    @staticmethod
+    def _windows(tokens: np.ndarray, view: FieldView | None, starts: np.ndarray, length: int):
+        """(x [B, T], y [B, T], view of B·T rows) of windows that begin at `starts`."""
+        at = starts[:, None] + 1 + np.arange(length)
+        x, y = tokens[at - 1].astype(np.int64), tokens[at].astype(np.int64)
+        return x, y, None if view is None else view.take(at.ravel())
+
+    @staticmethod
+    def _past(experience: Experience, starts: np.ndarray, length: int):
+        at = starts[:, None] + np.arange(length)
+        tokens = experience.tokens
+        view = experience.view(at.ravel())
+        return tokens[at - 1].astype(np.int64), tokens[at].astype(np.int64), view
+
+    def measure(self, learner: Learner) -> Health:
+        """How it is now; changes nothing."""
+        learner.sync()
+        body, compiled = learner.body, learner.compiled
+        log_p = body.log_probs(*self.probe, compiled).ravel().astype(np.float64)
+        past = np.zeros(0) if self.past is None else body.log_probs(*self.past, compiled).ravel().astype(np.float64)
+        return Health(log_p, past, -self.base, self.bytes)
+
+    def rehearse(self, learner: Learner, steps: int) -> None:
+        """Train on the anchor set: who it is, it says to itself once more."""
+        x, y, view = self.probe
+        size = learner.config.learning.batch * learner.config.learning.accum
+        for _ in range(steps):
+            rows = np.resize(learner.rng.permutation(len(x)), size)
+            at = (rows[:, None] * self.length + np.arange(self.length)).ravel()
+            learner.step(x[rows], y[rows], None if view is None else view.take(at))
+
+    @staticmethod
+    def objection(before: Health, after: Health, config: ImmunityConfig) -> Verdict | None:
+        """What the burst did that it must not do, as a verdict "roll back"; None where all is well."""
+        if not (np.all(np.isfinite(after.anchor_log_p)) and np.all(np.isfinite(after.past_log_p))):
+            return Verdict("roll back", "broken", "the burst left numbers that are not finite")
+        if min(before.gamma, after.gamma) > config.gamma_min_magnitude:
+            drift = drift_cosine(before.identity, after.identity)
+            if drift < config.noise_drift_threshold:
+                return Verdict("roll back", "drift", f"it turned away from who it was: the cosine of its identity before and "
+                               f"after is {drift:.2f}, below {config.noise_drift_threshold:g}")  # fmt: skip
+        for rule, name, limit, was, now in (
+            ("anchors", "what it says about itself", config.anchor_tolerance, before.anchor_log_p, after.anchor_log_p),
+            ("past", "what it lived before", config.domain_tolerance, before.past_log_p, after.past_log_p),
+        ):
+            if (share := worsening(was, now)) > limit:
+                return Verdict("roll back", rule, f"{name} would cost {share:.1%} more after it, beyond the {limit:.0%} that are "
+                               f"tolerated, also after more replay")  # fmt: skip
+        return None
+
+
+def worsening(before: np.ndarray, after: np.ndarray) -> float:
+    """Share by which tokens with ln p `before` float64 [N] cost more `after`; 0 where that may be chance (3 s.e.)."""
+    worse = before - after
+    if len(worse) < 2 or worse.mean() <= 3 * worse.std() / math.sqrt(len(worse)):
+        return 0.0
+    return float(worse.mean() / max(-before.mean(), 1e-9))
+
+
+def drift_cosine(before: np.ndarray, after: np.ndarray) -> float:
+    """cos of two identities float64 [N]; 1 where one of them is zero."""
+    size = float(np.linalg.norm(before) * np.linalg.norm(after))
+    return float(before @ after) / size if size > 0 else 1.0
+
+
+class Backup:
+    """All that a burst changes in a learner, so that a burst that is rolled back leaves it bit-identical."""
+
+    NAMES = ("credit", "past", "past_view", "tokenizer")
+
+    def __init__(self, learner: Learner):
+        learner.sync()
+        self.field, self.body, self.gate = learner.field.copy(), learner.body.copy(), learner.gate.copy()
+        self.mark, self.rng = learner.experience.mark(), learner.rng.bit_generator.state
+        self.others = {name: getattr(learner, name) for name in self.NAMES}
+        self.curve = list(learner.curve.blocks), list(learner.curve.rest)
+
+    def restore(self, learner: Learner) -> None:
+        """Put everything back; the trainer is made anew when it is next needed."""
+        learner.release()
+        learner.field, learner.body, learner.gate = self.field, self.body, self.gate
+        learner.experience.rollback(self.mark)
+        learner.rng.bit_generator.state = self.rng
+        learner.__dict__.update(self.others)
+        learner.curve.blocks, learner.curve.rest = self.curve
+
+
+# --- Why: the last reply and the last burst, in words. ---
+
+
+class Why:
+    """Reads events, and tells what happened to somebody who does not know the terms."""
+
+    SOURCES = {"field": "from the field alone (what I have read, counted)", "body": "from my body alone",
+               "blend": "from my body, which stands on the field",
+               "giant": "from the giant beside me, who was shown what I remember"}  # fmt: skip
+    LEANED = {"told": " I leaned on something that you told me.", "read": " I leaned on something that I have read."}
+
+    def __init__(self, memory: Memory, usual: float):
+        self.memory, self.usual = memory, usual
+
+    def reply(self) -> str:
+        """Where the last reply came from, how surprised it was, and what it remembered."""
+        replies = self.memory.events("reply", limit=1)
+        if not replies:
+            return "I have not said anything yet."
+        data = replies[0].data
+        return (f"My last reply came {self.SOURCES[data['source']]}. Your words cost me {data['surprise_bits']:.2f} bits per byte "
+                f"(usually {self.usual:.2f}), and I chose each of {data['tokens']} tokens at {data['entropy_bits']:.2f} "
+                f"bits of doubt.{self.LEANED.get(data['recalled'], '')}")  # fmt: skip
+
+    def burst(self) -> str:
+        """What became of the texts that were offered last; empty before the first."""
+        found = self.memory.events("burst", limit=1)
+        if not found:
+            return ""
+        data = found[0].data
+        if data["decision"] == "roll back":
+            return (f"The last time I learned, I took it back: {data['reason']}. I am as I was before; the texts are in the "
+                    "quarantine (`organism quarantine list`).")  # fmt: skip
+        told = [self._learned(data)] if data["texts"] else []
+        told += [self._kept_out(one) for one in data["refused"][:3]]
+        more = len(data["refused"]) - 3
+        if more > 0:
+            told.append(f"I kept {more} more texts out.")
+        return " ".join(told)
+
+    @staticmethod
+    def _learned(data: dict) -> str:
+        sources = ", ".join(data["sources"][:3]) + (" and others" if len(data["sources"]) > 3 else "")
+        hurt = f"what I say about myself costs me {data['anchors_before']:.2f} bits per byte before and {data['anchors_after']:.2f} after"
+        return f"Last I learned {data['texts']} texts ({data['bytes']:,} bytes, from {sources}); {hurt}."
+
+    @staticmethod
+    def _kept_out(one: dict) -> str:
+        what = "I put a text aside for later" if one["decision"] == "delay" else "I refused a text"
+        return f"{what} (from {one['source']}, it begins “{one['head']}”): {one['reason']} (rule: {one['rule']})."
 
 
 class Surprise:
@@ -5159,6 +5996,8 @@ class Refused(NamedTuple):
     decision: str
     rule: str
     reason: str
+    strength: float
+    tries: int  # times that it was judged again
 
 
 class Found(NamedTuple):
@@ -5219,7 +6058,14 @@ CREATE TRIGGER lived_out AFTER DELETE ON lived BEGIN
 END;
 """
 
-MEMORY_MIGRATIONS: list[tuple[str, str]] = [("m001_born", _MEMORY_BORN)]
+_MEMORY_IMMUNE = """
+CREATE TABLE copies(digest TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE lessons(digest TEXT PRIMARY KEY, ts REAL NOT NULL, rule TEXT NOT NULL, strength REAL NOT NULL) WITHOUT ROWID;
+ALTER TABLE quarantine ADD COLUMN strength REAL NOT NULL DEFAULT 1;
+ALTER TABLE quarantine ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
+"""
+
+MEMORY_MIGRATIONS: list[tuple[str, str]] = [("m001_born", _MEMORY_BORN), ("m002_immune", _MEMORY_IMMUNE)]
 MEMORY_TABLES = ("messages", "pending", "lived", "quarantine", "growth", "syntropy_log", "events")
 
 
@@ -5386,18 +6232,31 @@ class Memory:
         rows = self._all("SELECT id, ts, source, text FROM pending ORDER BY id LIMIT ?", -1 if limit is None else limit)
         return [Pending(i, ts, source, _as_bytes(text)) for i, ts, source, text in rows]
 
-    def add_lived(self, rows: Iterable[tuple[str, str | bytes, int]], burst_id: int) -> int:
+    def add_lived(self, rows: Iterable[tuple[str, str | bytes, int]], burst_id: int, copies: Iterable[str] = ()) -> int:
         """Append accepted rows (source, text, part), in the order of learning; returns the last one's seq."""
-        with self._transaction() as connection:
-            self._insert_lived(connection, rows, burst_id)
-        self._index_lived()
-        return self.last_seq()
+        return self.settle((), rows, (), burst_id, copies)
+
+    def copies(self) -> dict[str, int]:
+        """How often a text of each digest was met and not refused."""
+        return dict(self._all("SELECT digest, times FROM copies"))
+
+    def newest_lived(self, most: int) -> list[Lived]:
+        """The newest lived rows of at most so many bytes together, oldest first."""
+        at = self._all("SELECT seq, sum(bytes) OVER (ORDER BY seq DESC) FROM lived ORDER BY seq DESC")
+        first = min((seq for seq, total in at if total <= most), default=None)
+        return [] if first is None else list(self.lived(first - 1))
 
     def settle(self, ids: Iterable[int], rows: Iterable[tuple[str, str | bytes, int]],
-               refused: Iterable[tuple[str, str | bytes, Verdict]] = (), burst_id: int = 0) -> int:  # fmt: skip
-        """In one transaction: these pending texts are judged, these rows lived, these refused. Returns the last seq."""
+               refused: Iterable[tuple[str, str | bytes, Verdict]] = (), burst_id: int = 0,
+               copies: Iterable[str] = ()) -> int:  # fmt: skip
+        """In one transaction: these pending texts are judged, these rows lived, these refused, these digests met once
+        more. Returns the last seq."""
         with self._transaction() as connection:
             self._insert_lived(connection, rows, burst_id)
+            connection.executemany(
+                "INSERT INTO copies VALUES (?, 1) ON CONFLICT(digest) DO UPDATE SET times = times + 1",
+                [(d,) for d in copies],
+            )
             for source, text, verdict in refused:
                 self._insert_refused(connection, source, text, verdict)
             connection.executemany("DELETE FROM pending WHERE id = ?", [(i,) for i in ids])
@@ -5464,20 +6323,110 @@ class Memory:
             return self._insert_refused(connection, source, text, verdict)
 
     def _insert_refused(self, connection: sqlite3.Connection, source: str, text: str | bytes, verdict: Verdict) -> int:
-        why = dict(decision=verdict.decision, rule=verdict.rule, reason=verdict.reason)
-        return _insert(connection, "quarantine", ts=time.time(), source=source, text=_stored(text), **why)
+        why = dict(decision=verdict.decision, rule=verdict.rule, reason=verdict.reason, strength=verdict.strength)
+        ref = _insert(connection, "quarantine", ts=time.time(), source=source, text=_stored(text), **why)
+        if ref % 64 == 0:  # now and then: the sum reads all of it
+            connection.execute(
+                "DELETE FROM quarantine WHERE id IN (SELECT id FROM (SELECT id, sum(length(CAST(text AS BLOB)))"
+                " OVER (ORDER BY id DESC) AS size FROM quarantine) WHERE size > ?)",
+                (self.config.quarantine_mb << 20,),
+            )
+        return ref
 
     def quarantine(self, limit: int | None = None) -> list[Refused]:
         """What was refused, newest first."""
         return self._refused("ORDER BY id DESC LIMIT ?", -1 if limit is None else limit)
+
+    def sources(self) -> set[str]:
+        """Where what is lived, waits or is in quarantine came from."""
+        tables = " UNION ".join(
+            f"SELECT source FROM {table}" for table in ("lived", "pending", "quarantine", "messages")
+        )
+        return {source for (source,) in self._all(tables)}
+
+    def decisions(self) -> dict[str, int]:
+        """How many texts are in the quarantine, by decision; of those rolled back, how many bursts there were."""
+        counts = dict(self._all("SELECT decision, count(*) FROM quarantine GROUP BY decision"))
+        return counts | {"roll back": self._all("SELECT count(*) FROM events WHERE kind = 'noise_rejected'")[0][0]}
 
     def quarantine_get(self, ref: int) -> Refused | None:
         """One refused text."""
         return next(iter(self._refused("WHERE id = ?", ref)), None)
 
     def _refused(self, which: str, value: int) -> list[Refused]:
-        rows = self._all(f"SELECT id, ts, source, text, decision, rule, reason FROM quarantine {which}", value)
+        columns = "id, ts, source, text, decision, rule, reason, strength, tries"
+        rows = self._all(f"SELECT {columns} FROM quarantine {which}", value)
         return [Refused(i, ts, source, _as_bytes(text), *rest) for i, ts, source, text, *rest in rows]
+
+    def delayed(self, tries: int) -> list[Refused]:
+        """Delayed texts that were judged again fewer than `tries` times, oldest first."""
+        return self._refused("WHERE decision = 'delay' AND tries < ? ORDER BY id", tries)
+
+    def judged_again(self, ref: int) -> None:
+        """A delayed text stays where it is for now."""
+        with self._transaction() as connection:
+            connection.execute("UPDATE quarantine SET tries = tries + 1 WHERE id = ?", (ref,))
+
+    def release(self, row: Refused, lesson: bool = False) -> None:
+        """A text leaves the quarantine and waits to be learned; `lesson`: a person decided so, which teaches the rules."""
+        with self._transaction() as connection:
+            if connection.execute("DELETE FROM quarantine WHERE id = ?", (row.id,)).rowcount == 0:
+                raise OrganismError(f"Number {row.id} is no longer in the quarantine.")
+            _insert(connection, "pending", ts=time.time(), source=row.source, text=_stored(row.text))
+            if lesson:
+                values = (text_digest(row.text), time.time(), row.rule, row.strength)
+                connection.execute("INSERT OR REPLACE INTO lessons VALUES (?, ?, ?, ?)", values)
+
+    def lessons(self) -> list[tuple[str, str, float]]:
+        """(digest, rule, strength) of each text that a person readmitted."""
+        return self._all("SELECT digest, rule, strength FROM lessons ORDER BY ts")
+
+    def quarantine_forget(self, ref: int) -> bool:
+        """Remove a text from the quarantine for good, its bytes on the disk too; whether it was there."""
+        with self._erasing() as connection:
+            return connection.execute("DELETE FROM quarantine WHERE id = ?", (ref,)).rowcount > 0
+
+    def erase(self, lived: dict[int, bytes | None], messages: Iterable[int] = (), pending: Iterable[int] = (),
+              quarantine: Iterable[int] = (), words: Iterable[str] = ()) -> None:  # fmt: skip
+        """Remove rows for good, their index entries and their bytes on the disk too.
+
+        lived: {seq: what is left of its text, None where nothing}; words: events that mention one of them go, too.
+        """
+        digests = [text_digest(row.text) for row in self.lived() if row.seq in lived]
+        with self._erasing() as connection:
+            connection.executemany("DELETE FROM copies WHERE digest = ?", [(d,) for d in digests])
+            connection.executemany(
+                "DELETE FROM lived WHERE seq = ?", [(q,) for q, rest in lived.items() if rest is None]
+            )
+            for seq, rest in lived.items():
+                if rest is not None:
+                    connection.execute("DELETE FROM passages WHERE kind = 'lived' AND ref = ?", (seq,))
+                    values = (_stored(rest), len(rest), seq)
+                    connection.execute(
+                        "UPDATE lived SET text = ?, bytes = ?, indexed = source = 'chat' WHERE seq = ?", values
+                    )
+            for table, ids in (("messages", messages), ("pending", pending), ("quarantine", quarantine)):
+                connection.executemany(f"DELETE FROM {table} WHERE id = ?", [(i,) for i in ids])
+            connection.executemany("DELETE FROM events WHERE instr(lower(data), lower(?)) > 0",
+                                   [(json.dumps(w, ensure_ascii=False)[1:-1],) for w in words])  # fmt: skip
+        self._index_lived()
+
+    @contextlib.contextmanager
+    def _erasing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that overwrites what it deletes, in the database, in its index and in its journal."""
+        with self._write_lock:
+            with self._troubles():
+                self._open(self._writer).execute("PRAGMA secure_delete = ON")
+            try:
+                with self._transaction() as connection:
+                    yield connection
+                    connection.execute("INSERT INTO words(words) VALUES ('optimize')")
+            finally:
+                with self._troubles():
+                    self._open(self._writer).execute("PRAGMA secure_delete = OFF")
+            with self._read_lock, self._troubles():
+                self._open(self._writer).execute("VACUUM")
+                self._open(self._writer).execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     # Statistics: on the disk soon.
 
@@ -6020,6 +6969,24 @@ class Home:
             self._set_aside(number, problem)
         return None
 
+    def before(self, seq: int) -> Generation | None:
+        """The newest sound generation that had lived nothing from `seq` on."""
+        for number in reversed(self._numbers()):
+            if self._problem(number) is None and (state := self._state(number))["seq"] < seq:
+                return Generation(number, self.folder(number), state)
+        return None
+
+    def drop_between(self, first: int, last: int) -> int:
+        """Remove every generation after `first` and before `last`, damaged ones too; how many there were."""
+        doomed = [self.folder(n) for n in self._numbers() if first < n < last]
+        doomed += [p for p in self.body.glob("damaged-*") if int(p.name.split("-")[1]) > first]
+        with self._troubles():
+            for folder in doomed:
+                shutil.rmtree(folder)
+            sync_folder(self.body)
+        self._notes = {n: note for n, note in self._notes.items() if not first < n < last}
+        return len(doomed)
+
     def _current(self) -> int | None:
         try:
             text = (self.body / "CURRENT").read_text("ascii").strip()
@@ -6311,9 +7278,10 @@ class Organism:
             self._speaking, self._busy, self.trouble = 0, False, ""
             self._reply: Reply | None = None
             self._boosts = np.zeros(0)  # of the words that the user has said lately, by token
-            self.immunity, self.surprise = Immunity(), Surprise()
+            self.surprise, self._immunity = Surprise(), None
             self.state: dict[str, Any] = {}
             self._learner: Learner | None = None
+            self._guard: Guard | None = None
             self._field_dirty = False
             self._wake(stage)
             self._settle()
@@ -6363,6 +7331,21 @@ class Organism:
         field = self._load_field(generation.path, tokenizer, body)
         gate = Gate().load(self.state["gate"])
         self.published = Snapshot(tokenizer, field, body, gate, generation.number, self.compiled)
+        self._finish_forgetting()
+
+    def _finish_forgetting(self) -> None:
+        """An excision that was interrupted goes on: the rows are gone, the weights must follow."""
+        note = self.home.path / Excision.NOTE
+        if self.read_only or not note.exists():
+            return
+        try:
+            first = int(json.loads(note.read_bytes())["first"])
+        except (OSError, ValueError, KeyError, TypeError):
+            first = 0
+        if first:
+            log.warning("Forgetting was interrupted in %s; it is finished now.", self.home.path)
+            Excision.rebuild(self, first)
+        note.unlink(missing_ok=True)
 
     def _birth(self, stage: str | None) -> None:
         """A newborn reads nonames.txt: it is remembered as lived, the vocabulary and the field come from it."""
@@ -6493,20 +7476,9 @@ class Organism:
             trainer.yield_flag[0] = int(self._speaking > 0)
 
     def why(self) -> str:
-        """The last reply in words: where it came from, how surprised it was, what it remembered."""
-        replies = self.memory.events("reply", limit=1)
-        if not replies:
-            return "I have not said anything yet."
-        data = replies[0].data
-        source = {"field": "from the field alone (what I have read, counted)", "body": "from my body alone",
-                  "blend": "from my body, which stands on the field",
-                  "giant": f"from the giant beside me, who was shown {data.get('remembered', 0)} things that I remember",
-                  }[data["source"]]  # fmt: skip
-        leaned = {"told": " I leaned on something that you told me.",
-                  "read": " I leaned on something that I have read."}  # fmt: skip
-        return (f"My last reply came {source}. Your words cost me {data['surprise_bits']:.2f} bits per byte (usually "
-                f"{self.surprise.baseline:.2f}), and I chose each of {data['tokens']} tokens at {data['entropy_bits']:.2f} "
-                f"bits of doubt.{leaned.get(data['recalled'], '')}")  # fmt: skip
+        """The last reply and the last burst in words."""
+        why = Why(self.memory, self.surprise.baseline)
+        return " ".join(filter(None, (why.reply(), why.burst())))
 
     # Learning.
 
@@ -6589,36 +7561,159 @@ class Organism:
         """Tokens trained per token read: a plain body reads each token once."""
         return self.config.learning.replay if self.published.body.on_field else 1.0
 
+    @property
+    def immunity(self) -> Immunity:
+        """What judges texts; made when something is judged for the first time, from the newest of what was lived."""
+        if self._immunity is None:
+            self._immunity = immunity = Immunity()
+            for row in self.memory.newest_lived(Acquaintance.MOST):
+                immunity.accept(row.text, row.source)
+            immunity.copies = collections.Counter(self.memory.copies())
+            for digest, rule, strength in self.memory.lessons():
+                immunity.learn_from(digest, rule, strength)
+        return self._immunity
+
+    def judge(self, text: bytes, source: str) -> list[tuple[bytes, Verdict]]:
+        """The parts of a text with their verdicts."""
+        if not self.config.immunity.judge:
+            return [(text, Verdict("accept", "off", "immunity.judge is off"))]
+        return self.immunity.sift(text, source)
+
+    def _judge_pending(self, pending: list[Pending]) -> list[tuple[Pending, bytes, Verdict]]:
+        """(row, part of its text, verdict) of all that waits, in order; short texts of one source are judged together."""
+        judged: list[tuple[Pending, bytes, Verdict]] = []
+        for (short, source), group in itertools.groupby(pending, key=lambda r: (len(r.text) < ALONE_BYTES, r.source)):
+            rows = list(group)
+            if short and self.config.immunity.judge:
+                verdicts = self.immunity.judge_short([row.text for row in rows], source)
+                judged += [(row, row.text, verdict) for row, verdict in zip(rows, verdicts)]
+            else:
+                judged += [(row, part, verdict) for row in rows for part, verdict in self.judge(row.text, source)]
+        return judged
+
     def _burst(self, force: bool = False, seconds: float = 10.0) -> Verdict:
-        """Judge what waits, read it, train on it mixed with replay, and publish; or change nothing at all."""
+        """Judge what waits, read it, train on it mixed with replay, look at what became of it, and publish; or change
+        nothing at all."""
         learner, pending = self.learner, self.memory.pending()
-        accepted, refused = [], []
-        for row in pending:
-            verdict = self.immunity.judge(row.text, row.source)
-            (accepted if verdict.accepted else refused).append((row, verdict))
+        judged = self._judge_pending(pending)
+        accepted = [(row, part) for row, part, verdict in judged if verdict.accepted and verdict.weight > 0]
+        refused = [(row.source, part, verdict) for row, part, verdict in judged if not verdict.accepted]
+        copies = [text_digest(part) for _, part, verdict in judged if verdict.accepted and len(part) >= 1]
+        rows = [(row.source, part, int(row.source in ("chat", "giant"))) for row, part in accepted]
+        before, guard = Backup(learner), self._guard_of(learner)
+        was = guard.measure(learner)
+        fresh = self._read_rows(learner, rows)
+        learner.credit += fresh * self._replay
+        loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
+        objection, now = self._look_back(learner, guard, was, rehearse=bool(fresh))
+        if objection:
+            before.restore(learner)
+            learner.credit = 0.0 if not fresh else learner.credit
+            refused += [(source, part, objection) for source, part, _ in rows]
+            copies = []
+        lived = [] if objection else rows
+        self.memory.settle([row.id for row in pending], lived, refused, self.published.number + 1, copies)
+        self._tell(rows, refused, objection, was, now, loss)
+        if objection is None:
+            self._live_through(learner, judged, rows, loss)
+        verdicts = [verdict for _, _, verdict in judged]
+        kept_out = [verdict for verdict in verdicts if not verdict.accepted]
+        return objection or next(
+            iter(kept_out or verdicts[-1:]), Verdict("accept", "nothing", "there was nothing to learn")
+        )
+
+    def _read_rows(self, learner: Learner, rows: list[tuple[str, bytes, int]]) -> int:
+        """Let field, gate and experience read what was accepted; tokens read."""
         fresh = 0
-        for row, _ in accepted:
-            tokens = learner.encode(row.text, int(row.source in ("chat", "giant")))
+        for _, text, part in rows:
+            tokens = learner.encode(text, part)
             self._route(learner, tokens)
             costs, view = learner.read(tokens)
             if learner.body.steps:
                 learner.predict(tokens, view, costs, learn_gate=True)
             learner.follow(tokens, view)
             fresh += len(tokens)
-        learner.credit += fresh * self._replay
-        loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
-        rows = [(row.source, row.text, int(row.source in ("chat", "giant"))) for row, _ in accepted]
-        unwanted = [(row.source, row.text, verdict) for row, verdict in refused]
-        self.memory.settle([row.id for row in pending], rows, unwanted, burst_id=self.published.number + 1)
-        self.state["lived_bytes"] += sum(len(row.text) for row, _ in accepted)
-        self.state["learned"] += len(accepted)
+        return fresh
+
+    def _guard_of(self, learner: Learner) -> Guard:
+        if self._guard is None or self._guard.tokenizer is not learner.tokenizer:
+            self._guard = Guard(learner)
+        return self._guard
+
+    def _look_back(self, learner: Learner, guard: Guard, was: Health, rehearse: bool) -> tuple[Verdict | None, Health]:
+        """(objection to what the burst did, how it is now); what was hurt may be mended by replay first."""
+        config = self.config.immunity
+        if rehearse:
+            guard.rehearse(learner, 1)
+        now = guard.measure(learner)
+        for _ in range(3):
+            objection = guard.objection(was, now, config)
+            if objection is None or objection.rule in ("broken", "drift") or learner.experience.length < 2:
+                break
+            learner.train(config.replay_steps, 0)
+            guard.rehearse(learner, 1)
+            now = guard.measure(learner)
+        return guard.objection(was, now, config), now
+
+    def _tell(self, rows: list[tuple[str, bytes, int]], refused: list[tuple[str, bytes, Verdict]], objection: Verdict | None,
+              was: Health, now: Health, loss: float) -> None:  # fmt: skip
+        """The events of a burst, with their numbers."""
+        if not rows and not refused and objection is None:
+            return
+        numbers = dict(drift=drift_cosine(was.identity, now.identity), gamma=now.gamma, anchors_before=was.anchors,
+                       anchors_after=now.anchors, past_before=was.past, past_after=now.past, loss=loss)  # fmt: skip
+        numbers = {name: None if not math.isfinite(value) else round(value, 6) for name, value in numbers.items()}
+        told = dict(decision=objection.decision if objection else "accept", rule=objection.rule if objection else "",
+                    reason=objection.reason if objection else "", texts=len(rows), bytes=sum(len(text) for _, text, _ in rows),
+                    sources=list(dict.fromkeys(source for source, _, _ in rows)), **numbers)  # fmt: skip
+        heads = [dict(source=source, rule=verdict.rule, decision=verdict.decision, reason=verdict.reason,
+                      head=_head(text)) for source, text, verdict in refused[:20]]  # fmt: skip
+        self.memory.event("burst", told | dict(refused=heads, refused_texts=len(refused)))
+        if objection:
+            self.memory.event("noise_rejected", told)
+
+    def _live_through(self, learner: Learner, judged: list, rows: list[tuple[str, bytes, int]], loss: float) -> None:
+        """What was accepted is lived now."""
+        if self.config.immunity.judge:
+            for row, part, verdict in judged:
+                if verdict.accepted:
+                    self.immunity.accept(part, row.source) if verdict.weight > 0 else self.immunity.skip(part)
+        self.state["lived_bytes"] += sum(len(text) for _, text, _ in rows)
+        self.state["learned"] += len(rows)
         self._maybe_grow(learner)
         learner.experience.trim()
-        self._guard(learner)
+        self._keep_domains(learner)
         self._publish(learner, loss, "burst")
         self._advance_when_ready(learner)
-        judged = accepted or refused
-        return judged[-1][1] if judged else Verdict("accept", "nothing", "there was nothing to learn")
+        self._judge_again(sum(len(text) for _, text, _ in rows))
+
+    _lived_since = 0  # bytes lived since delayed texts were last judged again
+
+    def _judge_again(self, lived: int) -> None:
+        """Delayed texts get another chance, a small dose at a time, once enough else was lived."""
+        config = self.config.immunity
+        self._lived_since += lived
+        if self._lived_since < config.delay_bytes:
+            return
+        self._lived_since, dose = 0, 0
+        for row in self.memory.delayed(config.delay_tries):
+            if self.immunity.judge(row.text, row.source).accepted and dose < config.dose_bytes:
+                dose += len(row.text)
+                self.memory.release(row)
+            else:
+                self.memory.judged_again(row.id)
+
+    def readmit(self, number: int) -> Verdict:
+        """A person says that a text in the quarantine is good: it is learned now, and the rule learns from it."""
+        row = self.memory.quarantine_get(number)
+        if row is None:
+            raise OrganismError(
+                f"There is no number {number} in the quarantine: `organism quarantine list` shows what is there."
+            )
+        with self._lock:
+            self.memory.release(row, lesson=True)
+            self.immunity.learn_from(text_digest(row.text), row.rule, row.strength)
+            return self._burst(force=True)
 
     def _route(self, learner: Learner, tokens: np.ndarray) -> None:
         """Whose these tokens are; with deltas.on_domain a new domain gets a delta as well."""
@@ -6663,7 +7758,7 @@ class Organism:
         self._field_dirty |= learner.grow_table(self._past, frugal)
         return False
 
-    def _guard(self, learner: Learner) -> dict[int, tuple[float, float]]:
+    def _keep_domains(self, learner: Learner) -> dict[int, tuple[float, float]]:
         """Measure the old domains before what was learned is published, and replay those that were hurt."""
         numbers = learner.guard(self.published.body)
         if numbers:
@@ -6967,6 +8062,41 @@ class Organism:
             self._learner.release()
             self._learner = None
 
+    # Forgetting.
+
+    def forget(self, source: str | None = None, text: str | None = None, since: float | None = None) -> dict[str, Any]:
+        """Undo what was learned from a source, from everything that contains a text, or since a time (seconds since the
+        epoch); returns the proof. Waits for a burst under way. Raises UsageError where nothing matches."""
+        with self._lock:
+            return Excision(self, Doomed.matching(self.memory, source, text, since)).run()
+
+    def heal(self) -> dict[str, Any]:
+        """Judge all that was lived by today's instincts, and forget what fails; returns the proof."""
+        with self._lock:
+            return Excision(self, self.unsound()).run()
+
+    def unsound(self) -> Doomed:
+        """What was lived, and would not be let in today."""
+        immunity = Immunity()
+        for digest, rule, strength in self.memory.lessons():
+            immunity.learn_from(digest, rule, strength)
+        doomed, rows = Doomed(), []
+        for row in self.memory.lived():
+            sound = row.text
+            if row.source != SEED_CORPUS:
+                parts = immunity.sift(row.text, row.source)
+                sound = b"".join(part for part, verdict in parts if verdict.accepted)
+                doomed.rules.update(verdict.rule for _, verdict in parts if not verdict.accepted)
+            immunity.accept(sound, row.source)
+            rows.append((row, sound))
+        phrases = planted_phrases([sound for _, sound in rows])
+        for row, sound in rows:
+            kept = without_phrases(sound, phrases) if row.source != SEED_CORPUS else sound
+            doomed.rules.update(["planted"] * (kept != sound))
+            if kept != row.text:
+                doomed.lived[row.seq] = kept or None
+        return doomed
+
     # Training in the foreground.
 
     def train(
@@ -7022,6 +8152,11 @@ class Organism:
     def gamma(self) -> Gamma:
         return Gamma.of(self.published.body.arena["embedding"], self.published.body.birth)
 
+    def _immune_counts(self) -> dict[str, int]:
+        decisions = self.memory.decisions()
+        return dict(accepted=self.state["learned"], delayed=decisions.get("delay", 0), refused=decisions.get("refuse", 0),
+                    rolled_back=decisions.get("roll back", 0))  # fmt: skip
+
     def status(self) -> dict[str, Any]:
         snap, gamma, counts = self.published, self.gamma(), self.memory.counts()
         return dict(
@@ -7029,8 +8164,7 @@ class Organism:
             corpus_bytes=self.state["lived_bytes"], step=snap.body.steps, generation=snap.number, loss=self.state["loss"], syntropy=0.0,
             gamma=dict(magnitude=gamma.magnitude, sparsity=gamma.sparsity, shift=gamma.shift,
                        most_changed=[_as_str(snap.tokenizer.decode([t])) for t in gamma.most_changed(5)]),
-            deltas=len(snap.body.deltas),
-            immune=dict(accepted=self.state["learned"], delayed=0, refused=counts.get("quarantine", 0), rolled_back=0),
+            deltas=len(snap.body.deltas), immune=self._immune_counts(),
             growth=self.growth_gates(), mesh=dict(peers=0), training_flops=self.state["training_flops"], messages=counts.get("messages", 0),
             waiting=counts.get("pending", 0), learning=self._busy, trouble=self.trouble or None,
         )  # fmt: skip
@@ -7068,6 +8202,208 @@ def must_fit(shape: BodyShape, share: float, stage: str) -> None:
         )
 
 
+# --- Excision, which takes out what was learned from some texts, as if they had never been read. ---
+
+
+@dataclass
+class Doomed:
+    """What shall be forgotten. lived {seq: what is left of the row, None where nothing}; ids of the other tables; words
+    that no event shall mention; rules: why, where immunity chose."""
+
+    lived: dict[int, bytes | None] = dataclasses.field(default_factory=dict)
+    messages: list[int] = dataclasses.field(default_factory=list)
+    pending: list[int] = dataclasses.field(default_factory=list)
+    quarantine: list[int] = dataclasses.field(default_factory=list)
+    words: list[str] = dataclasses.field(default_factory=list)
+    rules: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    @staticmethod
+    def matching(memory: Memory, source: str | None, text: str | None, since: float | None) -> Doomed:
+        """What comes from a source, contains a text (then the lines that do, whatever their case), or is not older."""
+        needle = text.lower() if text is not None else None
+        if needle is not None and not needle.strip():
+            raise UsageError("There is no text to forget: give some words of it.")
+        doomed = Doomed(words=[w for w in (source, text) if w])
+
+        def hit(row: Any, origin: str | None) -> bool:
+            if needle is not None:
+                return needle in _as_str(row.text).lower()
+            return origin == source if source is not None else row.ts >= _given(since)
+
+        for row in memory.lived():
+            if hit(row, row.source):
+                if row.source == SEED_CORPUS:
+                    continue  # its first breath is not a text among others
+                doomed.lived[row.seq] = _lines_without(row.text, needle) if needle is not None else None
+        doomed.messages = [m.id for m in memory.messages() if hit(m, m.source)]
+        doomed.pending = [p.id for p in memory.pending() if hit(p, p.source)]
+        doomed.quarantine = [q.id for q in memory.quarantine() if hit(q, q.source)]
+        if not (doomed.lived or doomed.messages or doomed.pending or doomed.quarantine):
+            what = f"source {source!r}" if source else f"text {text!r}" if text else "anything since then"
+            raise OrganismError(
+                f"There is nothing to forget: {what} is not in the memory, or the bounded store has let it go."
+            )
+        return doomed
+
+
+def _lines_without(text: bytes, needle: str) -> bytes | None:
+    """A text without the lines that contain a needle in lower case; None where nothing is left."""
+    kept = [line for line in text.splitlines(keepends=True) if needle not in line.decode("utf-8", "replace").lower()]
+    joined = b"".join(kept)
+    return joined if joined.strip() and len(kept) < len(text.splitlines()) else None
+
+
+class Excision:
+    """Rebuilds an organism without some of what it has lived, and measures what that changed.
+
+    The weights return to the generation before the first of it, and re-learn the rest with their share of the steps; the
+    field is made anew by replay of the rest. A note in the home makes an excision that was interrupted go on at waking.
+    """
+
+    NOTE = "forgetting.json"
+    MEASURED = 20_000  # bytes of the removed and of the rest that are measured
+
+    def __init__(self, life: Organism, doomed: Doomed):
+        self.life, self.doomed = life, doomed
+
+    def run(self) -> dict[str, Any]:
+        """Forget; the proof: bits per byte of the removed and of the rest, before and after."""
+        life, doomed = self.life, self.doomed
+        if not doomed.lived:
+            life.memory.erase({}, doomed.messages, doomed.pending, doomed.quarantine, doomed.words)
+            return self._proof(b"", b"", {}, 0, False)
+        first = min(doomed.lived)
+        self._start(life, first)  # before anything is erased: it says where there is none
+        removed, rest = self._samples()
+        before = self._measure(removed, rest)
+        note = life.home.path / self.NOTE
+        write_atomically(note, json.dumps(dict(first=first)).encode())
+        life.memory.erase(doomed.lived, doomed.messages, doomed.pending, doomed.quarantine, doomed.words)
+        dropped = self.rebuild(life, first)
+        evicted = next(iter(life.memory.lived()), None)
+        return self._proof(removed, rest, before, dropped, evicted is not None and evicted.source != SEED_CORPUS)
+
+    @staticmethod
+    def rebuild(life: Organism, first: int) -> int:
+        """Make tokenizer, field and body anew from the rows that are left, and publish; how many generations went."""
+        start, steps = Excision._start(life, first), life.published.body.steps
+        learner = Excision._learner_of(life, start)
+        later = sum(len(row.text) for row in life.memory.lived(start.state["seq"]))
+        Excision._learn_again(life, learner, max(0, steps - learner.body.steps), later, start)
+        life._learner, life._immunity, life._guard = learner, None, None
+        life._boosts = np.zeros(0)
+        sources = collections.Counter(row.source for row in life.memory.lived())
+        reading = {path: end for path, end in life.state["reading"].items() if path in sources}
+        learned = sources.total() - sources[SEED_CORPUS]
+        life.state |= dict(learned=learned, reading=reading, field_seq=0)
+        life.state["lived_bytes"] = life.memory.lived_bytes()
+        life._publish(learner, math.nan, "forget", checkpoint=True)
+        dropped = life.home.drop_between(start.number, life.published.number)
+        (life.home.path / Excision.NOTE).unlink(missing_ok=True)
+        return dropped
+
+    @staticmethod
+    def _start(life: Organism, first: int) -> Generation:
+        """The generation to go back to."""
+        start = life.home.before(first)
+        if start is None:
+            raise OrganismError(
+                f"No generation in {life.home.path} is older than what shall be forgotten: restore a backup from before."
+            )
+        return start
+
+    @staticmethod
+    def _learner_of(life: Organism, start: Generation) -> Learner:
+        from safetensors.numpy import load_file
+
+        if life._learner is not None:
+            life._learner.release()
+        tokenizer = Tokenizer.from_state(start.state["tokenizer"])
+        body = Body.from_state(start.state["body"], load_file(start.path / "body.safetensors"), life.config.body)
+        field = fresh_field(tokenizer, life.config, None, compiled=life.compiled, plain=not body.on_field)
+        learner = Learner(life.config, tokenizer, field, body, engine=life.config.learning.engine, threads=life.threads,
+                          compiled=life.compiled, seed=life.state["seed"])  # fmt: skip
+        learner.gate, learner.credit = Gate().load(start.state["gate"]), 0.0
+        learner.curve = LearningCurve(start.state.get("curve", ()))
+        if start.state["rng"]:
+            learner.rng.bit_generator.state = start.state["rng"]
+        return learner
+
+    @staticmethod
+    def _learn_again(life: Organism, learner: Learner, steps: int, later: int, start: Generation) -> None:
+        """Field, experience and gate from the rows that are left; then their share of the steps that were trained."""
+        merges = wanted_merges(life.memory.lived_bytes(), life.config.tokenizer)
+        if not (merges > len(learner.tokenizer.merges) and learner.grow_vocabulary(merges, life._past)):
+            learner.rebuild(life._past())
+        gone = life.state["lived_bytes"] - start.state["lived_bytes"]
+        share = later / gone if gone > 0 else 0.0
+        steps, learning = round(steps * min(1.0, share)), life.config.learning
+        life._say_progress(f"learning the rest again, {steps:,} steps…")
+        for _ in range(steps):
+            learner.train(1, 0)
+            life._count_training(learner, learning.batch * learning.accum * learner.body.context)
+        learner.sync()
+
+    def _samples(self) -> tuple[bytes, bytes]:
+        removed, rest = [], []
+        for row in self.life.memory.lived():
+            if row.seq in self.doomed.lived:
+                left = set((self.doomed.lived[row.seq] or b"").splitlines(keepends=True))
+                gone = b"".join(line for line in row.text.splitlines(keepends=True) if line not in left)
+                removed.append(gone)
+            elif row.source != SEED_CORPUS:
+                rest.append(row.text)
+        return b"".join(removed)[: self.MEASURED], b"".join(rest)[: self.MEASURED]
+
+    def _measure(self, removed: bytes, rest: bytes) -> dict[str, float]:
+        parts = dict(removed=removed, rest=rest)
+        return {name: self.life.evaluate(data)["bits_per_byte"] for name, data in parts.items() if data}
+
+    def _proof(
+        self, removed: bytes, rest: bytes, before: dict[str, float], dropped: int, evicted: bool
+    ) -> dict[str, Any]:
+        doomed, after = self.doomed, self._measure(removed, rest) if before else {}
+        note = "the oldest of what was lived was let go before, and what it taught cannot be excised" if evicted else ""
+        proof = dict(texts=len(doomed.lived), messages=len(doomed.messages), waiting=len(doomed.pending),
+                     quarantined=len(doomed.quarantine), generations=dropped, rules=dict(doomed.rules),
+                     bits_per_byte={name: dict(before=before[name], after=after[name]) for name in before}, note=note)  # fmt: skip
+        self.life.memory.event("forgotten", {k: v for k, v in proof.items() if k != "note"})
+        return proof
+
+
+PLANTED_WORDS, PLANTED_TEXTS = 4, 4  # words of a phrase, and texts that it must be in, to count as planted
+
+
+def planted_phrases(texts: Sequence[bytes]) -> set[tuple[str, ...]]:
+    """Phrases of four words that came in four texts or more, and most of whose words came nowhere else.
+
+    Words that live in a language meet others, too; those of a trigger that was planted only ever meet each other.
+    """
+    words, phrases, sources = collections.Counter(), collections.Counter(), collections.Counter()
+    for text in texts:
+        sample = Sample(text)
+        words.update(sample.words)
+        runs = [run for k, run in enumerate(zip(*(sample.words[i:] for i in range(PLANTED_WORDS))))
+                if sample.lines[k] == sample.lines[k + PLANTED_WORDS - 1]]  # fmt: skip
+        phrases.update(runs)
+        sources.update(set(runs))
+    return {phrase for phrase, n in sources.items()
+            if n >= PLANTED_TEXTS and sum(words[w] == phrases[phrase] for w in phrase) >= PLANTED_WORDS - 1}  # fmt: skip
+
+
+def without_phrases(text: bytes, phrases: set[tuple[str, ...]]) -> bytes:
+    """A text without the lines that hold one of the phrases."""
+    if not phrases:
+        return text
+    kept = []
+    for line in text.splitlines(keepends=True):
+        found = Sample(line).words
+        runs = set(zip(*(found[i:] for i in range(PLANTED_WORDS))))
+        if not runs & phrases:
+            kept.append(line)
+    return b"".join(kept)
+
+
 def _within(limit: int) -> Callable[[np.ndarray], bool]:
     total = 0
 
@@ -7077,6 +8413,12 @@ def _within(limit: int) -> Callable[[np.ndarray], bool]:
         return total <= limit
 
     return check
+
+
+def _head(text: bytes) -> str:
+    """The beginning of a text for people: one line, nothing that a terminal would obey."""
+    shown = "".join(c if c.isprintable() else " " for c in text[:80].decode("utf-8", "replace"))
+    return " ".join(shown.split())[:60]
 
 
 def _one_line(text: str) -> str:
@@ -7171,6 +8513,7 @@ class Schooling:
         self.seconds, self.began, self.saved_at = 0.0, time.perf_counter(), time.perf_counter()
         self.losses: collections.deque[float] = collections.deque(maxlen=32)
         self.waiting: list[tuple[str, bytes, int]] = []
+        self.copies: list[str] = []  # digests of what waits to be noted
         self.bytes_per_token, self.fresh = 2.0, life.state.get("fresh", 0)
         self.hold_stage = hold_stage
 
@@ -7188,7 +8531,7 @@ class Schooling:
                 life._learner = None
             raise
         except OrganismError:
-            life._learner = None  # whatever went wrong is in it: the published one goes on
+            life._learner = life._immunity = None  # whatever went wrong is in them: the published one goes on
             raise
         self._save("train")
         done = dict(event="done", steps=self.steps, tokens=self.tokens, seconds=round(self.seconds, 4),
@@ -7246,17 +8589,32 @@ class Schooling:
         return self.tokens < self.epochs * self.life._replay * self.read_tokens
 
     def _piece(self, piece: Piece) -> bool:
-        """Judge, read and train on one piece; True when a limit is reached."""
-        verdict = self.life.immunity.judge(piece.data, piece.source)
-        if not verdict.accepted:
-            self.refused += len(piece.data)
-            self.life.memory.quarantine_add(piece.source, piece.data, verdict)
+        """Judge, read and train on one piece, part by part; True when a limit is reached."""
+        left, part = len(piece.data), piece.part
+        for data, verdict in self.life.judge(piece.data, piece.source):
             rest = b""
-        else:
-            rest = self._read(piece)
-        self.read_bytes += len(piece.data) - len(rest)
-        self.life.state["reading"][piece.source] = piece.offset - len(rest)
+            if not verdict.accepted:
+                self.refused += len(data)
+                self.life.memory.quarantine_add(piece.source, data, verdict)
+            elif verdict.weight == 0:
+                self._know_already(data)
+            else:
+                rest = self._read(dataclasses.replace(piece, data=data, part=part))
+            left, part = left - len(data) + len(rest), part + 1
+            if rest:
+                break
+        self.read_bytes += len(piece.data) - left
+        self.life.state["reading"][piece.source] = piece.offset - left
         return self._enough()
+
+    def _know_already(self, data: bytes) -> None:
+        """One copy too many: it earns training by replay, but is not read again."""
+        tokens = len(self.learner.encode(data, 1))
+        self.learner.credit += tokens * self.life._replay
+        self.read_tokens += tokens
+        self.copies.append(text_digest(data))
+        self.life.immunity.skip(data)
+        self._pay()
 
     def _read(self, piece: Piece) -> bytes:
         """Read a piece and train on it, slice by slice; returns what is left of it when a limit was reached."""
@@ -7276,6 +8634,9 @@ class Schooling:
             self._pay()
         lived = piece.data[: len(piece.data) - len(rest)]
         self.waiting.append((piece.source, lived, piece.part))
+        self.copies.append(text_digest(lived))
+        if self.life.config.immunity.judge:
+            self.life.immunity.accept(lived, piece.source)
         self.life.state["lived_bytes"] += len(lived)
         self.life.state["learned"] += 1
         learner.experience.trim()
@@ -7338,15 +8699,15 @@ class Schooling:
         return any(limit is not None and have[name] >= limit for name, limit in self.limits.items())
 
     def _flush(self) -> None:
-        if self.waiting:
-            self.life.memory.add_lived(self.waiting, burst_id=self.life.published.number + 1)
-            self.waiting = []
+        if self.waiting or self.copies:
+            self.life.memory.add_lived(self.waiting, self.life.published.number + 1, self.copies)
+            self.waiting, self.copies = [], []
 
     def _save(self, note: str) -> None:
         self._flush()
         self.life.state["fresh"] = self.fresh
         loss = float(np.mean(self.losses)) if self.losses else math.nan
-        self.life._guard(self.learner)
+        self.life._keep_domains(self.learner)
         self.life._publish(self.learner, loss, note, checkpoint=True, spoken=False)
         self.saved_at = time.perf_counter()
 
@@ -7578,6 +8939,7 @@ _TAKES: dict[str, tuple[Any, Any, dict]] = {  # (click's type and its arguments,
     "spec": (None, "SPEC", dict(required=True)),
     "share": (("FloatRange", dict(min=0, max=1)), "X", {}),
     "number": (("FloatRange", dict(min=-100, max=100)), "X", {}),
+    "some text": (None, "TEXT", dict(required=False)),
     "path": (None, "PATH", {}),
     "paths": (None, "PATH", dict(multiple=True, required=True)),
     "file": (None, "PATH", dict(required=True)),
@@ -8294,7 +9656,7 @@ def _run_quarantine_list(asking: _Asking) -> None:
         rows = memory.quarantine()
     for row in rows:
         data = _refused_facts(row)
-        head = " ".join(row.text[:60].decode("utf-8", "replace").split())
+        head = _head(row.text)
         asking.result(data, f"{row.id:>6}  {data['time']}  {row.decision}  {row.rule}  {row.source}  {head}")
     if not rows and not asking.json:
         asking.note("Nothing was refused.")
@@ -8314,6 +9676,112 @@ def _run_quarantine_show(asking: _Asking, number: int) -> None:
         )
     data = _refused_facts(row) | dict(text=row.text.decode("utf-8", "replace"))
     asking.result(data, f"{_as_lines(_refused_facts(row))}\n\n{data['text']}")
+
+
+@_command("quarantine readmit", ("number", "count", ""))
+def _run_quarantine_readmit(asking: _Asking, number: int) -> None:
+    """Learn a text that was refused after all; the rule that refused it becomes more tolerant.
+
+    organism quarantine readmit 3
+    """
+    with asking.wake(kernels=_patient_kernels()) as life:
+        verdict = life.readmit(number)
+    data = dict(id=number, decision=verdict.decision, rule=verdict.rule, reason=verdict.reason)
+    asking.result(data, f"{verdict.decision}: {verdict.reason}.")
+
+
+@_command("quarantine forget", ("number", "count", ""))
+def _run_quarantine_forget(asking: _Asking, number: int) -> None:
+    """Remove a text from the quarantine for good.
+
+    organism quarantine forget 3
+    """
+    with asking.wake() as life:
+        if not life.memory.quarantine_forget(number):
+            raise OrganismError(
+                f"There is no number {number} in the quarantine: `organism quarantine list` shows what is there."
+            )
+    asking.result(dict(id=number, forgotten=True), f"Number {number} is gone.")
+
+
+# --- forget, heal ---
+
+
+@_command(
+    "forget",
+    ("what", "some text", ""),
+    ("--since", "text", "Forget everything since this date: YYYY-MM-DD or YYYY-MM-DDTHH:MM."),
+)
+def _run_forget(asking: _Asking, what: str | None, since: str | None) -> None:
+    """Undo what it learned from a source, from every line that contains a text, or since a date.
+
+    A source is what `quarantine list` or `train` name: a path, or chat. The weights return to the generation before, the
+    rest is learned again, and bits per byte before and after are printed as the proof. Asks at a terminal only.
+
+    organism forget poison.txt
+    """
+    if (what is None) == (since is None):
+        raise UsageError("What shall be forgotten? Give either a source or a text, or --since DATE.")
+    start = _moment(since) if since else None
+    with asking.wake(kernels=_patient_kernels()) as life:
+        source = _source_named(life.memory, what) if what else None
+        choice: dict[str, Any] = dict(source=source, text=None if source else what, since=start)
+        doomed = Doomed.matching(life.memory, **choice)
+        _confirm(asking, f"Forget {len(doomed.lived)} texts and {len(doomed.messages)} messages for good?")
+        proof = life.forget(**choice)
+    asking.result(proof, _proof_text(proof))
+
+
+@_command("heal")
+def _run_heal(asking: _Asking) -> None:
+    """Judge all that it has lived by today's instincts, and forget what fails. Asks at a terminal only.
+
+    organism heal
+    """
+    with asking.wake(kernels=_patient_kernels()) as life:
+        doomed = life.unsound()
+        if not doomed.lived:
+            asking.result(dict(texts=0), "All that it has lived is sound.")
+            return
+        why = ", ".join(f"{rule} {n}" for rule, n in doomed.rules.most_common())
+        _confirm(asking, f"Forget {len(doomed.lived)} texts ({why}) for good?")
+        proof = Excision(life, doomed).run()
+    asking.result(proof, _proof_text(proof))
+
+
+def _moment(text: str) -> float:
+    """Seconds since the epoch of a date in local time."""
+    import datetime
+
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except ValueError as error:
+        raise UsageError(f"--since {text!r} is no date: write YYYY-MM-DD or YYYY-MM-DDTHH:MM.") from error
+
+
+def _source_named(memory: Memory, what: str) -> str | None:
+    """The source of this name, or of this path written otherwise; None where it is a text."""
+    known = memory.sources()
+    if what in known:
+        return what
+    here = Path(what).expanduser().absolute()
+    return next((source for source in known if Path(source).absolute() == here and here.exists()), None)
+
+
+def _confirm(asking: _Asking, question: str) -> None:
+    """Ask a person at a terminal; who is none has decided already."""
+    if sys.stdin.isatty() and sys.stdout.isatty() and not asking.json:
+        import click
+
+        click.confirm(question, abort=True)
+
+
+def _proof_text(proof: dict[str, Any]) -> str:
+    lines = [f"Forgotten: {proof['texts']} texts, {proof['messages']} messages, {proof['quarantined']} in quarantine, "
+             f"{proof['generations']} generations."]  # fmt: skip
+    for name, bits in proof["bits_per_byte"].items():
+        lines.append(f"The {name}: {bits['before']:.3f} bits per byte before, {bits['after']:.3f} after.")
+    return "\n".join(lines + ([f"But {proof['note']}."] if proof["note"] else []))
 
 
 def _refused_facts(row: Refused) -> dict[str, Any]:

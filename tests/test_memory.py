@@ -375,7 +375,7 @@ def test_a_newer_memory_is_refused(tmp_path):
 
 def test_migrations_are_applied_once_and_in_order(tmp_path, monkeypatch):
     o.Memory(tmp_path / "memory.db").close()
-    more = [("m002_moods", "CREATE TABLE moods(id INTEGER)"), ("m003_more", "ALTER TABLE moods ADD COLUMN name TEXT")]
+    more = [("m003_moods", "CREATE TABLE moods(id INTEGER)"), ("m004_more", "ALTER TABLE moods ADD COLUMN name TEXT")]
     monkeypatch.setattr(o, "MEMORY_MIGRATIONS", o.MEMORY_MIGRATIONS + more)
     fails("older organism", o.Memory, tmp_path / "memory.db", read_only=True)
     for _ in range(2):
@@ -383,8 +383,9 @@ def test_migrations_are_applied_once_and_in_order(tmp_path, monkeypatch):
             assert [r[1] for r in memory._all("PRAGMA table_info(moods)")] == ["id", "name"]
             assert [n for (n,) in memory._all("SELECT name FROM _migrations ORDER BY name")] == [
                 "m001_born",
-                "m002_moods",
-                "m003_more",
+                "m002_immune",
+                "m003_moods",
+                "m004_more",
             ]
 
 
