@@ -198,9 +198,7 @@ class GrowthConfig:
 
     auto: bool = True  # grow by itself, once enough was lived and learning has flattened; off: only when asked to
     flat: float = 0.01  # flattened: the loss fell by less than this share from the third quarter of a stage to the last
-    least_steps: int = (
-        300  # steps at a stage before it may be left; besides, it lasts as long as all before it (chosen)
-    )
+    least_steps: int = 300  # steps at a stage before it may be left; it lasts as long as all before it, too (chosen)
     window: int = 100  # steps after growth in which the rate is dampened and the next stage waits (molequla §1.7: 500)
     dampen: float = 0.3  # factor on the rate in that window (molequla §1.2)
     warmup_steps: int = 30  # steps over which the rate rises again after growth (chosen)
@@ -7264,7 +7262,10 @@ class Organism:
                  stage: str | None = None, progress: Callable[[str], None] | None = None):  # fmt: skip
         if os.environ.get("OUMNIX_DETERMINISTIC") == "1":
             seed, threads = 0 if seed is None else seed, 1
-        self.home = Home(Path(home) if home else Home.default(), read_only=read_only)
+        path = Path(home) if home else Home.default()
+        if stage is not None:  # before anything is written
+            stage_size(stage, (config or Config.load(path, overrides)).body)
+        self.home = Home(path, read_only=read_only)
         self._closed = False
         try:
             self.config = config or Config.load(self.home.path, overrides)

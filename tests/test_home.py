@@ -120,7 +120,7 @@ def test_what_is_published_is_found_again(home):
     again = o.Home(home.path)
     generation = again.latest()
     assert generation.number == number == 1 and generation.path.name == "000001"
-    assert generation.state == dict(step=3, loss=0.5, seed=2**70, format=1)
+    assert generation.state == dict(step=3, loss=0.5, seed=2**70, format=o.GENERATION_FORMAT)
     assert (generation.path / "a.bin").read_bytes() == b"abc" and (generation.path / "b.bin").read_bytes() == b"xyz"
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=generation.path, check=True)
     again.close()
@@ -212,6 +212,7 @@ def test_a_newer_format_is_refused_and_kept(home):
 
 
 def test_an_older_format_is_migrated(home, monkeypatch):
+    monkeypatch.setattr(o, "GENERATION_FORMAT", 1)
     publish(home, name="x")
     monkeypatch.setattr(o, "GENERATION_FORMAT", 3)
     monkeypatch.setattr(o, "GENERATION_MIGRATIONS", {1: lambda s: s | {"two": True}, 2: lambda s: s | {"three": True}})
