@@ -5855,17 +5855,34 @@ class Backup:
 
     NAMES = ("credit", "past", "past_view", "tokenizer")
 
-    def __init__(self, learner: Learner):
+    def __init__(self, learner: Learner, published: Snapshot | None = None):
+        """`published`: where the learner is still what was published last, that serves as the copy."""
         learner.sync()
-        self.field, self.body, self.gate = learner.field.copy(), learner.body.copy(), learner.gate.copy()
+        if published is not None and self._same(learner, published):
+            self.field, self.body = published.field, published.body
+        else:
+            self.field, self.body = learner.field.copy(), learner.body.copy()
+        self.gate = learner.gate.copy()
         self.mark, self.rng = learner.experience.mark(), learner.rng.bit_generator.state
         self.others = {name: getattr(learner, name) for name in self.NAMES}
         self.curve = list(learner.curve.blocks), list(learner.curve.rest)
 
+    @staticmethod
+    def _same(learner: Learner, published: Snapshot) -> bool:
+        """Whether nothing was read or trained since; what is compared counts every token and step."""
+        mine, theirs = learner.body, published.body
+        return (
+            mine.steps == theirs.steps
+            and mine.shape == theirs.shape
+            and learner.tokenizer is published.tokenizer
+            and learner.field.seen == published.field.seen
+            and np.array_equal(learner.body.arena.parameters, published.body.arena.parameters)
+        )
+
     def restore(self, learner: Learner) -> None:
         """Put everything back; the trainer is made anew when it is next needed."""
         learner.release()
-        learner.field, learner.body, learner.gate = self.field, self.body, self.gate
+        learner.field, learner.body, learner.gate = self.field.copy(), self.body.copy(), self.gate
         learner.experience.rollback(self.mark)
         learner.rng.bit_generator.state = self.rng
         learner.__dict__.update(self.others)
@@ -7601,7 +7618,7 @@ class Organism:
         refused = [(row.source, part, verdict) for row, part, verdict in judged if not verdict.accepted]
         copies = [text_digest(part) for _, part, verdict in judged if verdict.accepted and len(part) >= 1]
         rows = [(row.source, part, int(row.source in ("chat", "giant"))) for row, part in accepted]
-        before, guard = Backup(learner), self._guard_of(learner)
+        before, guard = Backup(learner, self.published), self._guard_of(learner)
         was = guard.measure(learner)
         fresh = self._read_rows(learner, rows)
         learner.credit += fresh * self._replay
