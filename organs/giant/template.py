@@ -95,7 +95,8 @@ class ChatTemplate:
         """The prompt, guarded (see above). generate: end it where the assistant's answer begins. extra: the template's own
         variables. Raises UsageError for messages that are none, TemplateError."""
         given = dict(
-            messages=[self._guarded(m, m["role"] == "assistant") for m in _checked(messages)], tools=self._guarded(list(tools)) if tools else None,
+            messages=[self._guarded(m, m["role"] == "assistant") for m in _checked(messages)],
+            tools=self._guarded(list(tools)) if tools else None,
             add_generation_prompt=generate, bos_token=self._text(self.tokenizer.bos), eos_token=self._text(self.tokenizer.eos),
             **extra,
         )  # fmt: skip

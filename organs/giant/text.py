@@ -190,8 +190,7 @@ class Generation:
         self._pieces = self._generate(session)
 
     def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            yield piece
+        yield from self._pieces
 
     @property
     def text(self) -> str:
