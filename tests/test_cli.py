@@ -285,6 +285,8 @@ def at_a_terminal(home, script):
     for wanted, typed in script:
         until(wanted, time.monotonic() + 60)
         position = len(shown)
+        if typed == "\x03":  # between the prompt and its waiting for a key, CPython's readline would miss the signal
+            time.sleep(1)
         os.write(terminal, typed.encode())
     until(None, time.monotonic() + 60)
     _, status = os.waitpid(pid, 0)
