@@ -154,7 +154,7 @@ class FieldConfig:
     view_width: int = 64  # ranges of the pruned distribution kept a token (stack: 62 to 74 nodes above 1e-3)
     view_floor: float = 1e-3  # probability below which a range is not split further (stack)
     domains: int = 4  # mixers at most: text that is foreign to all of them gets one of its own; 1: all learn in one
-    foreign: float = 1.8  # text that costs so many times what is usual is foreign (chosen; docs/growth.md)
+    foreign: float = 2.1  # text that costs so many times what is usual is foreign (docs/decisions.md)
     user_boost: float = 0.3  # added to the boost of each word that the user says (molequla §1.5)
     boost_decay: float = 0.7  # boosts times this after each message and each reply (molequla §1.5)
 
@@ -2376,22 +2376,24 @@ class Field(_FieldBase):
     def route(self, tokens, may_divide: bool = True) -> int:
         """Give the turn to whom these tokens [N], the first of a text, cost least; foreign text gets a domain of its own.
 
+        Where there are as many domains as there may be, the newest takes all that is foreign: the others stay what they are.
         Depends on the tokens and on what was learned alone, so that a replay of the same rows comes to the same.
         """
         tokens = self._checked(tokens)[: self.PROBE]
-        may_divide = may_divide and len(tokens) == self.PROBE and len(self.resting) < self.config.domains
+        may_divide = may_divide and len(tokens) == self.PROBE and self.config.domains > 1
         if not len(tokens) or (len(self.resting) == 1 and (not may_divide or self.paid[0, 1] <= self.SETTLED)):
             return self.domain
         best, cost = self._cheapest(tokens)
         bits, size = self.paid[best]
-        if may_divide and size > self.SETTLED and cost > self.config.foreign * bits / 65536 / size:
-            self._turn_to(best)
+        foreign = may_divide and size > self.SETTLED and cost > self.config.foreign * bits / 65536 / size
+        if foreign and len(self.resting) >= self.config.domains:
+            best = len(self.resting) - 1
+        self._turn_to(best)
+        if foreign and len(self.resting) < self.config.domains:
             self.resting[best] = self.arrays
             self.resting.append(None)
             self.paid = np.concatenate([self.paid, np.zeros((1, 2), np.int64)])
             self.arrays, self._borrowed = _own_field_state(self.arrays), False
-        else:
-            self._turn_to(best)
         return self.domain
 
     def _cheapest(self, tokens: np.ndarray) -> tuple[int, float]:

@@ -46,18 +46,20 @@ def live(
                 )
                 assert done.returncode == 0, done.stderr
                 facts = json.loads(done.stdout.splitlines()[-1])
-                found = {name: bits(home, held) for name, (_, held) in parts.items()}
-                measured.append(found | dict(stage=facts["stage"], seconds=facts["seconds"]))
+                scores = {name: score(home, held) for name, (_, held) in parts.items()}
+                found = {name: bits["bits_per_byte"] for name, bits in scores.items()}
+                field = next(iter(scores.values()))["field_bits_per_byte"]
+                measured.append(found | dict(stage=facts["stage"], seconds=facts["seconds"], field=field))
     finally:
         for variable in variables:
             del os.environ[variable]
     return measured
 
 
-def bits(home: Path, path: Path) -> float:
+def score(home: Path, path: Path) -> dict[str, float]:
     result = organism("eval", str(path), "--json", "--quiet", home=home)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])["bits_per_byte"]
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -80,9 +82,19 @@ def main() -> None:
     names, rows = list(parts), []
     for life, measured in (("organism", ours), ("plain fine-tuning", plain)):
         for name, after in zip(names, measured, strict=False):
-            rows.append((life, name, after["stage"], *(f"{after[n]:.4f}" for n in names), f"{after['seconds']:.0f}"))
-    print(table("Held-out bits per byte after each domain", ["life", "after", "stage", *names, "training (s)"], rows))
+            rows.append(
+                (
+                    life,
+                    name,
+                    after["stage"],
+                    *(f"{after[n]:.4f}" for n in names),
+                    f"{after['field']:.4f}",
+                    f"{after['seconds']:.0f}",
+                )
+            )
     first, last = names[0], names[-1]
+    head = ["life", "after", "stage", *names, f"{first}, field alone", "training (s)"]
+    print(table("Held-out bits per byte after each domain", head, rows))
     rise = lambda measured: f"{100 * (measured[-1][first] / measured[0][first] - 1):+.2f} %" if measured else "–"
     paid = f"{100 * (ours[-1][last] / plain[-1][last] - 1):+.2f} %" if plain else "–"
     print(table("Forgetting", ["measure", "organism", "plain fine-tuning", "must", "aim"], [
