@@ -79,6 +79,8 @@ def _given(value: _Value | None) -> _Value:
 
 ORGANS = {  # name: (package, the extra that brings what it needs)
     "archive": ("organs.archive", None),
+    "biography": ("organs.biography", None),
+    "biography.plot": ("organs.biography.plot", "plot"),
     "kernels": ("organs.kernels", None),
     "torch": ("organs.torch_engine", "torch"),
     "giant": ("organs.giant", "giant"),
@@ -6013,7 +6015,7 @@ class Syntropy:
     the last bursts, alignment its cosine with the identity: the direction that it has taken since birth.
     """
 
-    WINDOWS, TOKENS = 4, 32  # of the anchor set, and as many of the past; first tokens of each that are measured
+    WINDOWS, TOKENS = 4, 16  # of the anchor set, and as many of the past; first tokens of each that are measured
 
     def __init__(self, config: SyntropyConfig, state: dict[str, Any] | None = None):
         state = state or {}
@@ -6024,6 +6026,7 @@ class Syntropy:
         self.probe: Any = None  # the guard whose probe the history was measured on
         self.history: list[np.ndarray] = []  # entropies after the last bursts, float64 [M] each
         self.changes: list[np.ndarray] = []  # of the identity by the last bursts, float64 [N] each
+        self.last: tuple[Body | None, int, Pulse | None] = None, 0, None  # body and step of the newest measurement
 
     def state(self) -> dict[str, Any]:
         """What outlives a sleep. The history belongs to its probe and begins anew."""
@@ -6033,8 +6036,16 @@ class Syntropy:
     def measure(self, learner: Learner, guard: Guard, health: Health) -> Pulse:
         """How it is now; changes nothing. `health` is what the guard has just measured."""
         if self.probe is not guard:
-            self.probe, self.history, self.changes = guard, [], []
+            self.probe, self.history, self.changes, self.last = guard, [], [], (None, 0, None)
         learner.sync()
+        body, (known, steps, pulse) = learner.body, self.last
+        if pulse is None or known is not body or steps != body.steps:  # else: what the burst before left
+            pulse = self._pulse(learner, guard, health)
+        pulse = pulse._replace(health=health)
+        self.last = body, body.steps, pulse
+        return pulse
+
+    def _pulse(self, learner: Learner, guard: Guard, health: Health) -> Pulse:
         decoder = Decoder(learner.body, executor="numba" if learner.compiled else "numpy")
         few = self.WINDOWS if learner.compiled else 1
         parts = [self._measure(decoder, window, few) for window in (guard.probe, guard.past) if window is not None]
@@ -6751,6 +6762,11 @@ class Memory:
         rows = self._all("SELECT id, ts, kind, data FROM events WHERE ? IS NULL OR kind = ? ORDER BY id DESC LIMIT ?",
                          kind, kind, -1 if limit is None else limit)  # fmt: skip
         return [Event(i, ts, kind, json.loads(data)) for i, ts, kind, data in rows]
+
+    def rows(self, table: str, *columns: str) -> list[dict[str, Any]]:
+        """Columns of a table of MEMORY_TABLES (names of our own code's, never a user's), oldest row first."""
+        assert table in MEMORY_TABLES and all(name.isidentifier() for name in columns)
+        return [dict(zip(columns, row)) for row in self._all(f"SELECT {', '.join(columns)} FROM {table} ORDER BY id")]
 
     def counts(self) -> dict[str, int]:
         """Rows of every table that others read."""
@@ -9662,6 +9678,25 @@ def _run_status(asking: _Asking) -> None:
     """
     with asking.wake(read_only=True) as life:
         asking.result(life.status())
+
+
+@_command("biography", ("--plot", "file", "Draw the life on one page: a .png, .svg or .pdf."))
+def _run_biography(asking: _Asking, plot: str | None) -> None:
+    """How it became who it is: birth, growth, what it refused, and what syntropy decided.
+
+    organism biography --plot life.png
+    """
+    with asking.wake(read_only=True) as life:
+        told = organ("biography").Biography.of(life.memory, life.home.birth_record.get("born", 0.0))
+        name = life.home.id
+    if asking.json:
+        for moment in told.moments():
+            asking.result(moment._asdict())
+    else:
+        print(told.as_text(), flush=True)
+    if plot:
+        organ("biography.plot").draw(told, plot, f"The life of {name}")
+        asking.note(f"Drawn to {plot}.")
 
 
 # --- compress, decompress ---
