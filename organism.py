@@ -241,9 +241,8 @@ class VoiceConfig:
     surprise_shift: float = 0.0  # share off the temperature at twice its usual surprise, at most .05 (docs/self.md)
     trend_shift: float = 0.0  # share off the temperature while syntropy rises, on it while it falls (docs/self.md)
     dissonance: bool = False  # follow jumps of the entropy within a reply with the temperature (docs/self.md)
-    anti_field: float = (
-        0.0  # probability that a token, from the ninth on, is the body's without the gate (molequla §1.6)
-    )
+    anti_field: float = 0.0  # share of tokens, from the ninth on, that leave the gate's field out (molequla §1.6: .05)
+    conscience: bool = False  # weigh deltas down while its replies become more doubtful (molequla §1.11; docs/self.md)
     recall: int = 5  # remembered lines that may join a reply
     context_messages: int = 12  # last messages that are fed back into the prompt (molequla §1.6)
 
@@ -6156,6 +6155,41 @@ class Syntropy:
         return SYNTROPY_EFFECTS[self.action].temperature
 
 
+class Conscience:
+    """Scale of all deltas when it speaks: down while the entropy of its replies rises, up while it falls (spec §1.11).
+
+    Recovery undoes exactly what decay did (molequla recovered ten times more slowly: spec §2, fault 21).
+    """
+
+    WINDOW, LEAST, SLOPE, DECAY, FLOOR = 8, 3, 0.01, 0.95, 0.3  # replies; replies; nats a reply; factors (§1.11)
+
+    def __init__(self, scale: float = 1.0, entropies: Sequence[float] = ()):
+        self.scale, self.entropies = scale, list(entropies)
+
+    def measure(self, entropy: float) -> float:
+        """The scale after a reply of this mean entropy in nats: least-squares slope over the last replies."""
+        self.entropies = [*self.entropies, entropy][-self.WINDOW :]
+        if len(self.entropies) >= self.LEAST:
+            slope = float(np.polyfit(np.arange(len(self.entropies)), self.entropies, 1)[0])
+            if slope > self.SLOPE:
+                self.scale = max(self.FLOOR, self.scale * self.DECAY)
+            elif slope < -self.SLOPE:
+                self.scale = min(1.0, self.scale / self.DECAY)
+        return self.scale
+
+    def weigh(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot as it speaks under this scale; the same object where that changes nothing."""
+        if self.scale == 1.0 or not snapshot.body.deltas:
+            return snapshot
+        body = snapshot.body.copy()
+        for delta in list(body.deltas):
+            weigh_delta(body, delta.id, delta.strength * self.scale, delta.on)
+        return dataclasses.replace(snapshot, body=body, _decoder=None)
+
+    def state(self) -> dict[str, Any]:
+        return dict(scale=self.scale, entropies=self.entropies)
+
+
 # --- Why: the last reply and the last burst, in words. ---
 
 
@@ -7603,6 +7637,7 @@ class Organism:
             self._wake(stage)
             self.surprise = Surprise(self.state.get("surprise", Surprise().baseline))
             self.syntropy = Syntropy(self.config.syntropy, self.state.get("syntropy"))
+            self.conscience = Conscience(**self.state.get("conscience", {}))
             self._settle()
         except BaseException:
             self.home.close()
@@ -7739,7 +7774,8 @@ class Organism:
         return reply
 
     def _prepare(self, text: str, asked: int) -> Reply:
-        voice = Voice(self.published, self.config, self.voice_rng)
+        weighed = self.conscience.weigh(self.published) if self.config.voice.conscience else self.published
+        voice = Voice(weighed, self.config, self.voice_rng)
         history = self.memory.messages(limit=self.config.voice.context_messages, before=asked)
         waiting = [p for p in self.memory.pending() if p.source == "chat"]
         for row in waiting[-32:-1]:  # said, but not yet lived: the overlay knows it all the same
@@ -7779,11 +7815,14 @@ class Organism:
             else:
                 self.memory.add_message("organism", said)
             self.surprise.measure(reply.surprise_bits)
-            self.state["surprise"] = self.surprise.baseline
+            if reply.source != "giant":
+                self.conscience.measure(reply.entropy_bits * math.log(2))
+            self.state |= dict(surprise=self.surprise.baseline, conscience=self.conscience.state())
             self._boosts = self._boosts * self.config.field.boost_decay
             self.memory.event("reply", dict(source=reply.source, surprise_bits=reply.surprise_bits, entropy_bits=reply.entropy_bits,
                                             tokens=reply.tokens, recalled=reply.recalled.origin if reply.recalled else None,
                                             remembered=len(reply.remembered), temperature=reply.temperature,
+                                            conscience=self.conscience.scale,
                                             shifts=reply.shifts))  # fmt: skip
             self._reply = None
 
@@ -9680,7 +9719,7 @@ def _run_status(asking: _Asking) -> None:
         asking.result(life.status())
 
 
-@_command("biography", ("--plot", "file", "Draw the life on one page: a .png, .svg or .pdf."))
+@_command("biography", ("--plot", "path", "Draw the life on one page: a .png, .svg or .pdf."))
 def _run_biography(asking: _Asking, plot: str | None) -> None:
     """How it became who it is: birth, growth, what it refused, and what syntropy decided.
 

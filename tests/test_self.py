@@ -205,6 +205,33 @@ def test_it_speaks_with_dissonance_and_with_the_anti_field(tmp_path, setting):
         assert math.isfinite(reply.entropy_bits)
 
 
+# --- Conscience. ---
+
+
+def test_conscience_weighs_down_while_doubt_rises_and_recovers_as_fast():
+    conscience = o.Conscience()
+    for entropy in np.linspace(1.0, 2.0, 8):
+        low = conscience.measure(float(entropy))
+    assert low == pytest.approx(0.95**6)  # from the third reply on
+    for entropy in np.linspace(2.0, 0.5, 20):
+        conscience.measure(float(entropy))
+    assert conscience.scale == 1.0
+    for entropy in np.linspace(0.0, 50.0, 60):
+        conscience.measure(float(entropy))
+    assert conscience.scale == 0.3
+
+
+def test_conscience_changes_only_how_deltas_are_heard(tmp_path):
+    with o.Organism(tmp_path / "home", seed=3, threads=1) as life:
+        assert o.Conscience(0.5).weigh(life.published) is life.published  # no deltas
+        life.add_delta("for a test")
+        before = life.published.body.arena.average.copy()
+        weighed = o.Conscience(0.5).weigh(life.published)
+        assert [d.strength for d in weighed.body.deltas] == [0.5 * d.strength for d in life.published.body.deltas]
+        assert np.array_equal(life.published.body.arena.average, before)
+        assert o.Conscience(1.0).weigh(life.published) is life.published
+
+
 # --- The biography. ---
 
 
