@@ -34,6 +34,7 @@ def draw(life: Biography, path: str | Path, title: str = "") -> None:
                     axis.axvline(at, color="black", linewidth=0.8, linestyle=":")
                 axes[0].annotate(event["data"]["stage"], (at, 1), xycoords=("data", "axes fraction"), rotation=90, va="top",
                                  ha="right", fontsize=8)  # fmt: skip
+        axes[-1].set_xlim(left=0)
         axes[-1].set_xlabel(f"{unit} since birth")
         figure.suptitle(title or "A life")
         figure.savefig(path, dpi=110)
@@ -43,10 +44,10 @@ def draw(life: Biography, path: str | Path, title: str = "") -> None:
         plt.close(figure)
 
 
-def _curve(axis, rows, when, name: str, label: str, color: str) -> None:
+def _curve(axis, rows, when, name: str, label: str, color: str, drawstyle: str = "default") -> None:
     points = [(when(row["ts"]), row[name]) for row in rows if row[name] is not None]
     if points:
-        axis.plot(*zip(*points, strict=True), color=color, linewidth=1.3, label=label)
+        axis.plot(*zip(*points, strict=True), color=color, linewidth=1.3, label=label, drawstyle=drawstyle)
     axis.set_ylabel(label, color=color)
 
 
@@ -55,10 +56,10 @@ def _loss(life: Biography, axis, when) -> None:
 
 
 def _size(life: Biography, axis, when) -> None:
-    _curve(axis, life.growth, when, "n_params", "parameters", "tab:purple")
+    _curve(axis, life.growth, when, "n_params", "parameters", "tab:purple", "steps-post")
     axis.set_yscale("log")
     other = axis.twinx()
-    _curve(other, life.growth, when, "vocab_size", "vocabulary (tokens)", "tab:olive")
+    _curve(other, life.growth, when, "vocab_size", "vocabulary (tokens)", "tab:olive", "steps-post")
 
 
 def _gamma(life: Biography, axis, when) -> None:
@@ -90,4 +91,5 @@ def _poison(life: Biography, axis, when) -> None:
         axis.legend(fontsize=7, loc="upper right")
     else:
         axis.set_yticks([])
+    axis.margins(y=0.2)
     axis.set_ylabel("kept out, by rule")
