@@ -69,12 +69,15 @@ _ROW_WORDS = (
     "inside", "stretch", "window", "bias", "query_norm", "key_norm",
     "kind", "size", "attention_kernels",
     "frequencies", "count",
+    "gate", "gate_stride", "sinks",  # of attention: what its output is multiplied by (sigmoid), and a score that each query has besides
+    "more",  # address of a record that only this operation knows
 )  # fmt: skip
 _ROW_REALS = ("epsilon", "factor", "cap", "magnitude")
 ROW = np.dtype([(n, i8) for n in _ROW_WORDS] + [(n, np.float64) for n in _ROW_REALS], align=True)
 _MACHINE_WORDS = (
     "thread", "threads", "n", "together", "all", "chunks",
     "tokens", "positions", "tables",  # addresses of int64 [n]
+    "memories",  # address of int64 [n]: where the recurrent state of each token's sequence is
     "logits", "logits_stride", "states",  # where to
     "own", "team", "slot",  # the thread's own memory; the team's words; two words for the clock
     "parts", "parts_stride",  # partial results of attention
@@ -87,7 +90,10 @@ OPERATIONS: dict[str, object] = {}
 
 
 def operation(f):
-    """Enter a function (row, machine) into OPERATIONS; it is compiled when a program first needs it."""
+    """Enter a function (row, machine) into OPERATIONS; it is compiled when a program first needs it.
+
+    Those of other modules (organs/giant/experts.py, …) are there once their module is imported.
+    """
     OPERATIONS[f.__name__] = f
     return f
 
@@ -278,6 +284,9 @@ def _merge(r, m, out):
                 m.parts, (((q // group) * m.chunks + c) * group + q % group) * m.parts_stride, r.head_width + 2
             )
             best = max(best, part[r.head_width])
+        if r.sinks:
+            best = max(best, floats(r.sinks, q, 1)[0])
+            total = exp(floats(r.sinks, q, 1)[0] - best)
         for i in range(r.head):
             result[i] = f4(0)
         for c in range(m.chunks):
@@ -291,6 +300,14 @@ def _merge(r, m, out):
         total = f4(1) / total
         for i in range(r.head):
             result[i] *= total
+
+
+@jit(**HELP)
+def _shut(x, gate, n):
+    """x [n] *= sigmoid(gate)."""
+    v, g = floats(x, 0, n), floats(gate, 0, n)
+    for i in range(n):
+        v[i] /= f4(1) + exp(-ground.maximum(g[i], f4(-80)))
 
 
 @jit(**HELP)
@@ -327,6 +344,11 @@ def quantise(r, m):
         if r.merge and m.chunks > 1:
             x = m.own + m.scratch
             _merge(r, m, x)
+        if r.gate:
+            if x != m.own + m.scratch:  # other threads read it too
+                floats(m.own + m.scratch, 0, r.width)[:] = floats(x, 0, r.width)
+                x = m.own + m.scratch
+            _shut(x, r.gate + (m.n - 1) * r.gate_stride, r.width)
         factor = _root_mean_square(x, r.width, r.epsilon) if r.norm else f4(1)
         _into_one(r, m.own, x, n_blocks, factors, factor, 0)
         return
@@ -334,6 +356,8 @@ def quantise(r, m):
     for i in range(first, end):
         for t in range(TILE):
             x = r.input + (i * TILE + t) * r.input_stride
+            if r.gate and i * TILE + t < m.n:
+                _shut(x, r.gate + (i * TILE + t) * r.gate_stride, r.width)
             factor = _root_mean_square(x, r.width, r.epsilon) if r.norm else f4(1)
             _into_tile(r, x, n_blocks, factors, factor, i * n_blocks, t)
     barrier(m)
@@ -425,6 +449,22 @@ def add_normed(r, m):
         factor = _root_mean_square(r.input + t * r.input_stride, r.width, r.epsilon)
         for i in range(r.width):
             out[i] += x[i] * factor * weights[i]
+
+
+@operation
+def normalise(r, m):
+    """output = norm(output), with weights `norm`, cut to -cap … cap where there is a cap: all heads of a token together (OLMoE)."""
+    first, end = _share(m.n, m)
+    for t in range(first, end):
+        at = r.output + t * r.output_stride
+        out = floats(at, 0, r.width)
+        if r.norm:
+            weights, factor = floats(r.norm, 0, r.width), _root_mean_square(at, r.width, r.epsilon)
+            for i in range(r.width):
+                out[i] *= factor * weights[i]
+        if r.cap > 0:
+            for i in range(r.width):
+                out[i] = min(max(out[i], f4(-r.cap)), f4(r.cap))
 
 
 @operation
@@ -562,6 +602,10 @@ def _deliver(r, m, t, query, part, sums, state):
         out[r.head_width], out[r.head_width + 1] = s[0], s[1]
     else:
         out, inverse = floats(r.output + t * r.output_stride, query * r.head, r.head), f4(1) / s[1]
+        if r.sinks:
+            sink = floats(r.sinks, query, 1)[0]
+            best = max(sink, s[0])
+            inverse = exp(s[0] - best) / (s[1] * exp(s[0] - best) + exp(sink - best))
         for k in range(r.head):
             out[k] = x[k] * inverse
 

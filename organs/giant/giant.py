@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from organs.giant.cache import PAGE, Pages, PrefixCache
-from organs.giant.gguf import GGUFFile, open_gguf
+from organs.giant.gguf import GGUFError, GGUFFile, open_gguf
 
 PREFIX_BYTES = 128 << 20  # what the prefix cache may hold
 MOST_THREADS = 8
@@ -105,6 +105,7 @@ class Giant:
         own = [products.aligned(recorder.own_bytes + recorder.scratch + 4096) for _ in range(threads)]
         parts = products.aligned(4 * stride * shape.queries * threads)
         self._kept += [*own, parts]
+        self._trouble = recorder.trouble
         self._machines["own"] = [a.ctypes.data for a in own]
         self._machines["scratch"] = recorder.own_bytes
         self._machines["parts"], self._machines["parts_stride"] = parts.ctypes.data, stride
@@ -134,12 +135,22 @@ class Giant:
         m["states"] = 0 if states is None else states.ctypes.data
         if n > 1 or self.threads == 1:
             self._team.step()
+            self._check()
             return
         alone, naps, began = self._pace.choose(), self._team.naps, time.perf_counter()
         if alone:
             m["chunks"] = 1
         self._team.step(alone)
         self._pace.note(alone, time.perf_counter() - began, self._team.naps - naps)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise GGUFError where a router of the last step gave no numbers."""
+        if self._trouble[0]:
+            layer, self._trouble[0] = int(self._trouble[0]) - 1, 0
+            raise GGUFError(
+                f"{self.file.path}: the router of layer {layer} gives no numbers (NaN or infinite); the file's weights are damaged"
+            )
 
     def _read(self, pages: Pages, start: int, tokens: np.ndarray, out: np.ndarray | None = None,
               states: np.ndarray | None = None) -> np.ndarray:  # fmt: skip

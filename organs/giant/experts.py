@@ -1,0 +1,488 @@
+"""Mixtures of experts: a layer's feed-forward in which a router chooses a few of many small ones for every token.
+
+One operation does all of it. A single token: every thread finds the chosen experts by itself, then takes its share of their
+panels, all experts together; the router's weight rides on the activations inside, so that the way back only adds up. A
+prompt: tokens are sorted by expert, each expert's tokens become tiles (or, where they are few, single ones), threads share
+first the tiles, then the columns of the output, so that nothing is added to by two of them and the order of sums is fixed.
+
+A shared expert, which every token passes, is a family of its own with one member. Where an expert's panels are is read from
+a table at every step: so an expert may be elsewhere in the next one, or not in memory at all (organs/giant/residency.py).
+
+Sources: Shazeer et al. (arXiv 1701.06538), Mixtral (2401.04088), OLMoE (2409.02060), gpt-oss (2508.10925).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import carray, types
+
+from organs.giant import engine
+from organs.giant.engine import BLOCK, HELP, TILE, barrier, exp, f4, floats, ground, i8, jit, longs, operation
+from organs.giant.engine import _call_tile as call_tile
+from organs.giant.engine import _gate as gate_by
+from organs.giant.engine import _root_mean_square as root_mean_square
+from organs.giant.engine import _share as share
+from organs.giant.gguf import GGUFError, GGUFFile
+from organs.giant.lanes import function
+from organs.giant.products import (
+    BYTES,
+    ROWS,
+    copy_plain,
+    quantise_double,
+    quantise_narrow,
+    quantise_wide,
+)
+from organs.giant.program import Matrix, Recorder, Shape
+
+FORMS = ("narrow", "wide", "double", "plain")  # numbers of forms in records
+FEW = max(1, TILE // 2)  # an expert's last tokens are a tile if there are at least so many, else single ones
+SILU, GELU, CLAMPED = range(3)  # activations; the last is gpt-oss's
+ALL, CHOSEN, APART = range(3)  # softmax over all experts, or over the chosen ones; a sigmoid each
+CLAMP, SLOPE = f4(7.0), f4(1.702)  # of gpt-oss's activation
+MOST_USED = 256  # experts a token may use
+
+_WAY = ("kernel", "kernel_one", "blocks", "panel_bytes", "form", "form_one", "bias", "bias_stride")
+FAMILY = np.dtype(
+    [(n, i8) for n in ("experts", "where", "inside", "activation", "hidden", "hidden_stride", "single_gate", "single_up")]
+    + [(f"{way}_{n}", i8) for way in ("gate", "up", "down") for n in _WAY], align=True,
+)  # fmt: skip
+"""A family of like experts. `where`: int64 [experts, 3], addresses of the panels of gate, up and down; `inside`: numbers
+between up and down, a multiple of 32; `hidden`: room for those of every position, quantised; `single_*`: where a single
+token's activations are in a thread's own memory; of each way: kernels for a tile and for one token, the forms of activations
+that those take, float32 biases [experts, …] or 0."""
+
+MIXTURE = np.dtype(
+    [(n, i8) for n in ("experts", "used", "gating", "normalised", "logits", "logits_stride", "bias", "shared_logit",
+                       "families", "chosen", "weights", "items", "places", "shares", "most_places", "tally", "trouble", "layer", "panels",
+                       "residency")] + [("scale", np.float64)], align=True,
+)  # fmt: skip
+"""A layer's mixture. `logits`: float32 [n, …], the router's; `shared_logit`: the shared expert's gate, likewise, 0 for none;
+`families`: the address of two FAMILY records; `chosen` int64 and `weights` float32 [n, used + 1]; of a prompt: `items` [.., 6]
+(family, expert, first place, tokens, whether a tile), `places` (token) and `shares` (weight); `trouble`: where the number of
+a layer is put whose router gave no numbers; `residency`: see residency.py, 0 where all experts are in memory."""
+
+_bytes_at = function(types.voidptr(types.int64), lambda b, x: b.inttoptr(x, engine.ir.IntType(8).as_pointer()))
+
+
+@jit(forceinline=True, **HELP)
+def _mixture(address):
+    return carray(_bytes_at(address), (1,), MIXTURE)[0]
+
+
+@jit(forceinline=True, **HELP)
+def _family(address, number):
+    return carray(_bytes_at(address), (2,), FAMILY)[number]
+
+
+# --- Routing. ---
+
+
+@jit(**HELP)
+def _route(e, t, chosen, weights):
+    """The experts of token t, best first, and their weights; weights[used] is the shared expert's. False if there is a NaN."""
+    n, k = e.experts, e.used
+    x = floats(e.logits + t * e.logits_stride, 0, n)
+    best, ids = floats(weights, 0, k + 1), longs(chosen, k)
+    for j in range(k):
+        best[j], ids[j] = f4(-3e38), -1
+    lowest, sound = f4(-3e38), True
+    for i in range(n):
+        v = x[i]
+        if e.bias and e.gating == CHOSEN:
+            v += floats(e.bias, i, 1)[0]
+        if not abs(v) < f4(3e38):
+            sound = False
+        if v > lowest or (i < k and ids[k - 1] < 0):
+            j = k - 1
+            while j > 0 and (ids[j - 1] < 0 or v > best[j - 1]):
+                best[j], ids[j] = best[j - 1], ids[j - 1]
+                j -= 1
+            best[j], ids[j] = v, i
+            if ids[k - 1] >= 0:
+                lowest = best[k - 1]
+    if not sound:
+        for j in range(k):
+            best[j], ids[j] = f4(0), j
+    top, total = best[0], f4(0)
+    if e.gating == APART:
+        for j in range(k):
+            best[j] = f4(1) / (f4(1) + exp(-ground.maximum(best[j], f4(-80))))
+            total += best[j]
+    else:
+        for i in range(n if e.gating == ALL and not e.normalised else 0):
+            total += exp(x[i] - top)
+        for j in range(k):
+            best[j] = exp(best[j] - top)
+            if e.gating != ALL or e.normalised:
+                total += best[j]
+    if e.gating != APART or e.normalised:
+        for j in range(k):
+            best[j] /= total
+    for j in range(k):
+        best[j] *= f4(e.scale)
+    best[k] = f4(1)
+    if e.shared_logit:
+        g = floats(e.shared_logit + t * e.logits_stride, 0, 1)[0]
+        best[k] = f4(1) / (f4(1) + exp(-ground.maximum(g, f4(-80))))
+    if not sound:
+        longs(e.trouble, 1)[0] = e.layer + 1
+    return sound
+
+
+# --- Inside of an expert. ---
+
+
+@jit(**HELP)
+def _into(form, x, n, factors, factor, tile, T, t):
+    """Quantise n blocks as token t of a tile of T, in the form of that number."""
+    if form == 0:
+        quantise_narrow(x, n, factors, factor, tile, T, t)
+    elif form == 1:
+        quantise_wide(x, n, factors, factor, tile, T, t)
+    elif form == 2:
+        quantise_double(x, n, factors, factor, tile, T, t)
+    else:
+        copy_plain(x, n, factors, factor, tile, T, t)
+
+
+@jit(**HELP)
+def _size(form):
+    """Bytes of a block of 32 activations of one token."""
+    return 48 if form == 0 else (128 if form == 3 else 80)
+
+
+@jit(**HELP)
+def _biased(x, bias, T):
+    """x [T, 32] += bias [32]."""
+    added = floats(bias, 0, BLOCK)
+    for t in range(T):
+        row = floats(x, t * BLOCK, BLOCK)
+        for i in range(BLOCK):
+            row[i] += added[i]
+
+
+@jit(**HELP)
+def _activate(gate, up, n, kind):
+    """gate [n] becomes act(gate) · up; gpt-oss: min(gate, 7) · sigmoid(1.702 gate) · (1 + up), up cut to ±7."""
+    if kind != CLAMPED:
+        gate_by(gate, up, n, kind == GELU)
+        return
+    g, u = floats(gate, 0, n), floats(up, 0, n)
+    for i in range(n):
+        x, y = min(g[i], CLAMP), min(max(u[i], -CLAMP), CLAMP)
+        g[i] = x / (f4(1) + exp(-ground.maximum(SLOPE * x, f4(-80)))) * (y + f4(1))
+
+
+@jit(**HELP)
+def _through(f, expert, p, x_gate, x_up, single, gate):
+    """Two panels of gate and of up, of a tile or one token: gate [T, 32] becomes what is inside of the expert."""
+    T = 1 if single else TILE
+    where, up = longs(f.where + 24 * expert, 3), gate + 128 * T
+    for i in range(2):
+        panel, at = 2 * p + i, 64 * i
+        weight = where[0] + panel * f.gate_panel_bytes
+        call_tile(f.gate_kernel_one if single else f.gate_kernel, weight, x_gate, gate + at, f.gate_blocks, 128, 0)
+        weight = where[1] + panel * f.up_panel_bytes
+        call_tile(f.up_kernel_one if single else f.up_kernel, weight, x_up, up + at, f.up_blocks, 128, 0)
+    if f.gate_bias:
+        _biased(gate, f.gate_bias + expert * f.gate_bias_stride + 128 * p, T)
+        _biased(up, f.up_bias + expert * f.up_bias_stride + 128 * p, T)
+    _activate(gate, up, BLOCK * T, f.activation)
+
+
+# --- A single token. ---
+
+
+@jit(**HELP)
+def _one(r, m, e):
+    k, space = e.used, m.own + m.scratch
+    chosen, weights = longs(space, k), floats(space + 8 * MOST_USED, 0, k + 1)
+    _route(e, 0, space, space + 8 * MOST_USED)
+    gate = space + 12 * MOST_USED + 64
+    routed, shared = _family(e.families, 0), _family(e.families, 1)
+    pairs = routed.inside // BLOCK
+    own = k * pairs
+    first, end = share(own + shared.experts * shared.inside // BLOCK, m)
+    for item in range(first, end):
+        if item < own:
+            slot, p, f = item // pairs, item % pairs, routed
+            expert, place = chosen[slot], slot
+        else:
+            slot, p, f = k, item - own, shared
+            expert, place = i8(0), i8(0)
+        _through(f, expert, p, m.own + f.single_gate, m.own + f.single_up, True, gate)
+        h = f.hidden + place * f.hidden_stride + p * _size(f.down_form_one)
+        _into(f.down_form_one, gate, 1, r.ones, weights[slot], h, 1, 0)
+    barrier(m)
+    first, end = share(e.panels, m)
+    for slot in range(k + shared.experts):
+        f = routed if slot < k else shared
+        expert, place = (chosen[slot], slot) if slot < k else (i8(0), i8(0))
+        down, h = longs(f.where + 24 * expert, 3)[2], f.hidden + place * f.hidden_stride
+        for p in range(first, end):
+            call_tile(f.down_kernel_one, down + p * f.down_panel_bytes, h, r.input + 64 * p, f.down_blocks, 64, 1)
+        if f.down_bias:
+            _add_bias(f, expert, weights[slot], r.input, first, end)
+
+
+@jit(**HELP)
+def _add_bias(f, expert, weight, x, first, end):
+    """Columns of panels first to end of x += weight · the expert's bias."""
+    n = ROWS * (end - first)
+    out, bias = floats(x, ROWS * first, n), floats(f.down_bias + expert * f.down_bias_stride, ROWS * first, n)
+    for i in range(n):
+        out[i] += weight * bias[i]
+
+
+# --- A prompt. ---
+
+
+@jit(**HELP)
+def _sort(e, n):
+    """Fill items, places and shares of n tokens, the shared expert's first; the number of items."""
+    width = e.used + 1
+    chosen, weights = longs(e.chosen, n * width), floats(e.weights, 0, n * width)
+    shared = _family(e.families, 1)
+    tally = longs(e.tally, e.experts + 1)
+    tally[:] = 0
+    for t in range(n):
+        for j in range(e.used):
+            tally[chosen[t * width + j]] += 1
+    places, shares = longs(e.places, e.most_places), floats(e.shares, 0, e.most_places)
+    count, place = 0, 0
+    if shared.experts:
+        count, place = _cut(e, 1, 0, n, 0, 0)
+        for t in range(n):
+            places[t], shares[t] = t, weights[t * width + e.used]
+    for expert in range(e.experts):
+        tokens, tally[expert] = tally[expert], place
+        if tokens > 0:
+            count, place = _cut(e, 0, expert, tokens, count, place)
+    for t in range(n):
+        for j in range(e.used):
+            at = tally[chosen[t * width + j]]
+            tally[chosen[t * width + j]] += 1
+            places[at], shares[at] = t, weights[t * width + j]
+    return count
+
+
+@jit(**HELP)
+def _cut(e, family, expert, tokens, count, place):
+    """Items of one expert's tokens: tiles, and singles for a few last ones. A tile takes TILE places, filled or not."""
+    while tokens > 0:
+        take = min(TILE, tokens)
+        is_tile = take >= FEW and TILE > 1
+        for _ in range(1 if is_tile else take):
+            item = longs(e.items + 48 * count, 6)
+            item[0], item[1], item[2], item[3], item[4] = family, expert, place, take if is_tile else 1, is_tile
+            count += 1
+            place += TILE if is_tile else 1
+        tokens -= take
+    return count, place
+
+
+@jit(**HELP)
+def _item_in(r, m, e, item):
+    """What is inside of an expert for one tile or token, quantised."""
+    f, single = _family(e.families, item[0]), item[4] == 0
+    T, tokens = 1 if single else TILE, item[3]
+    places, shares = longs(e.places + 8 * item[2], tokens), floats(e.shares, item[2], tokens)
+    form = f.gate_form_one if single else f.gate_form
+    other = f.up_form_one if single else f.up_form
+    n_blocks = (r.width + BLOCK - 1) // BLOCK
+    tile = m.own + m.scratch
+    second = tile + n_blocks * T * _size(form) if other != form else tile
+    gate = tile + 2 * n_blocks * TILE * 128
+    for t in range(T):
+        x = r.input + places[min(t, tokens - 1)] * r.input_stride
+        factor = root_mean_square(x, r.width, r.epsilon) if t < tokens else f4(0)
+        _into(form, x, n_blocks, r.norm, factor, tile, T, t)
+        if other != form:
+            _into(other, x, n_blocks, r.norm, factor, second, T, t)
+    down = f.down_form_one if single else f.down_form
+    h = f.hidden + item[2] * f.hidden_stride
+    for p in range(f.inside // BLOCK):
+        _through(f, item[1], p, tile, second, single, gate)
+        for t in range(T):
+            weight = shares[t] if t < tokens else f4(0)
+            _into(down, gate + 128 * t, 1, r.ones, weight, h + p * T * _size(down), T, t)
+
+
+@jit(**HELP)
+def _item_out(r, m, e, item, first, end):
+    """x += the columns of panels first to end of one item's results."""
+    f, tokens = _family(e.families, item[0]), item[3]
+    places, shares = longs(e.places + 8 * item[2], tokens), floats(e.shares, item[2], tokens)
+    down, h, space = longs(f.where + 24 * item[1], 3)[2], f.hidden + item[2] * f.hidden_stride, m.own + m.scratch
+    for p in range(first, end):
+        weight = down + p * f.down_panel_bytes
+        if item[4] == 0:
+            call_tile(f.down_kernel_one, weight, h, r.input + places[0] * r.input_stride + 64 * p, f.down_blocks, 64, 1)
+            continue
+        call_tile(f.down_kernel, weight, h, space, f.down_blocks, 64, 0)
+        for t in range(tokens):
+            out, more = floats(r.input + places[t] * r.input_stride, ROWS * p, ROWS), floats(space, ROWS * t, ROWS)
+            for i in range(ROWS):
+                out[i] += more[i]
+    if f.down_bias:
+        for t in range(tokens):
+            _add_bias(f, item[1], shares[t], r.input + places[t] * r.input_stride, first, end)
+
+
+@jit(**HELP)
+def _many(r, m, e):
+    width = e.used + 1
+    first, end = share(m.n, m)
+    for t in range(first, end):
+        _route(e, t, e.chosen + 8 * width * t, e.weights + 4 * width * t)
+    barrier(m)
+    if m.thread == 0:
+        count = _sort(e, m.n)
+        longs(e.tally, e.experts + 1)[e.experts] = count
+    barrier(m)
+    count = longs(e.tally, e.experts + 1)[e.experts]
+    first, end = share(count, m)
+    for i in range(first, end):
+        _item_in(r, m, e, longs(e.items + 48 * i, 6))
+    barrier(m)
+    first, end = share(e.panels, m)
+    for i in range(count):
+        _item_out(r, m, e, longs(e.items + 48 * i, 6), first, end)
+
+
+@operation
+def experts(r, m):
+    """input [n, width] += Σ weight · expert(norm(input)) over the chosen experts, and the shared one's."""
+    e = _mixture(r.more)
+    if m.n == 1:
+        _one(r, m, e)
+    else:
+        _many(r, m, e)
+
+
+# --- Recording. ---
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A mixture, as the metadata says."""
+
+    experts: int
+    used: int
+    inside: int
+    shared: int  # numbers inside of the shared expert
+    normalised: bool
+    scale: float
+
+    @classmethod
+    def of(cls, file: GGUFFile, shape: Shape, normalised: bool) -> Sizes:
+        """Raises GGUFError for what is missing or impossible. normalised: what holds where the file does not say."""
+        number = lambda key, default=None: file.get(f"{shape.architecture}.{key}", int, default)
+        experts, used = number("expert_count"), number("expert_used_count")
+        if not 0 < used <= min(experts, MOST_USED):
+            raise GGUFError(f"{file.path}: {used} of {experts} experts are used; that makes no model")
+        inside = number("expert_feed_forward_length", shape.hidden)
+        shared = number("expert_shared_feed_forward_length", inside)
+        if inside < 1 or shared < 1 or experts > 1 << 16:
+            raise GGUFError(f"{file.path}: {experts} experts of {inside} numbers, shared {shared}: that makes no model")
+        scale = file.get(f"{shape.architecture}.expert_weights_scale", float, 1.0)
+        normalised = file.get(f"{shape.architecture}.expert_weights_norm", bool, normalised)
+        return cls(experts, used, inside, shared, normalised, scale if scale else 1.0)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One way of a family: a matrix for each expert, packed."""
+
+    matrix: Matrix  # the first, which speaks for all
+    addresses: np.ndarray  # int64 [experts]
+
+
+def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL, activation: int = SILU,
+                 norm: str = "ffn_norm") -> None:  # fmt: skip
+    """x += the mixture of norm(x): with a shared expert, a fused gate and up, and biases where the file has them."""
+    s, block = r.shape, f"blk.{layer}."
+    sizes = Sizes.of(r.file, s, normalised)
+    weights = r.keep(r.vector(f"{block}{norm}.weight", s.width))
+    router = r.matrix(block + "ffn_gate_inp.weight", sizes.experts, s.width)
+    routed = _stacks(r, block, "exps", sizes.experts, sizes.inside)
+    has_shared = r.has(block + "ffn_gate_shexp.weight")
+    if not has_shared and any(r.has(f"{block}ffn_{n}_shexp.weight") for n in ("up", "down")):
+        raise GGUFError(f"{r.file.path}: of {block}'s shared expert only a part is there")
+    shared = _stacks(r, block, "shexp", 0, sizes.shared) if has_shared else None
+    shared_gate = None
+    if r.has(block + "ffn_gate_inp_shexp.weight"):
+        shared_gate = r.matrix(block + "ffn_gate_inp_shexp.weight", 1, s.width)
+    inputs = [router, *(w.matrix for w in routed[:2]), *(w.matrix for w in (shared or [])[:2])]
+    a = r.quantise("x", (r.x, r.x_stride), s.width, [*inputs, *([shared_gate] if shared_gate else [])], weights)
+    logits = r.buffered("logits of experts", -(-sizes.experts // ROWS) * ROWS + ROWS)
+    r.product(a, router, logits, barrier=0 if shared_gate else 1)
+    gate_at = 0
+    if shared_gate:
+        gate_at = logits[0] + 4 * -(-sizes.experts // ROWS) * ROWS
+        r.product(a, shared_gate, (gate_at, logits[1]), barrier=1)
+    families = np.zeros(2, FAMILY)
+    most = 2 * (r.chunk + TILE) + 2 * r.chunk * sizes.used  # places: tiles are at least half full, but one of the shared expert
+    _fill(r, families[0], a, routed, sizes.inside, activation, most, block, "exps")
+    if shared:
+        _fill(r, families[1], a, shared, sizes.shared, activation, r.chunk + TILE, block, "shexp")
+    e = np.zeros(1, MIXTURE)
+    width = sizes.used + 1
+    rooms = dict(chosen=8 * r.chunk * width, weights=4 * r.chunk * width, items=48 * most, places=8 * most, shares=4 * most,
+                 tally=8 * (sizes.experts + 1))  # fmt: skip
+    facts = dict(experts=sizes.experts, used=sizes.used, gating=gating, normalised=sizes.normalised, logits=logits[0],
+                 logits_stride=logits[1], shared_logit=gate_at, families=r.keep(families), layer=layer, scale=sizes.scale,
+                 panels=-(-s.width // ROWS), trouble=r.trouble.ctypes.data, most_places=most,
+                 **{name: r.room("experts " + name, size) for name, size in rooms.items()})  # fmt: skip
+    if r.has(block + "ffn_gate_inp.bias"):
+        facts["bias"] = r.keep(r.vector(block + "ffn_gate_inp.bias", sizes.experts))
+    for name, value in facts.items():
+        e[0][name] = value
+    n_blocks = -(-s.width // BLOCK)
+    r.need(12 * MOST_USED + 64 + 2 * n_blocks * TILE * BYTES["plain"] + 256 * TILE + 64 * TILE)
+    r.row("experts", input=r.x, input_stride=r.x_stride, width=s.width, norm=weights, ones=r.ones, epsilon=s.epsilon,
+          more=r.keep(e), barrier=1)  # fmt: skip
+
+
+def _stacks(r: Recorder, block: str, suffix: str, experts: int, inside: int) -> list[Stack]:
+    """Gate, up and down of a family; experts: 0 for a single one, whose tensors are matrices."""
+    width, many = r.shape.width, max(experts, 1)
+    shape = lambda rows, columns: (experts, rows, columns) if experts else (rows, columns)
+    fused = f"{block}ffn_gate_up_{suffix}.weight"
+    names = {way: f"{block}ffn_{way}_{suffix}.weight" for way in ("gate", "up", "down")}
+    if r.has(fused):
+        halves = [r.stack(fused, shape(2 * inside, width), range(first, first + inside), BLOCK) for first in (0, inside)]
+    else:
+        halves = [r.stack(names[way], shape(inside, width), range(inside), BLOCK) for way in ("gate", "up")]
+    stacks = [*halves, r.stack(names["down"], shape(width, inside), range(width), ROWS)]
+    return [Stack(first, np.array([first.data.ctypes.data + i * size for i in range(many)], np.int64))
+            for first, size in stacks]  # fmt: skip
+
+
+def _fill(r: Recorder, f: np.void, a, stacks: list[Stack], inside: int, activation: int, places: int, block: str,
+          suffix: str) -> None:  # fmt: skip
+    """A FAMILY record of a family's matrices; a: the activations of a single token."""
+    inside = -(-inside // BLOCK) * BLOCK
+    many = len(stacks[0].addresses)
+    f["experts"], f["inside"], f["activation"] = many, inside, activation
+    f["where"] = r.keep(np.ascontiguousarray(np.stack([s.addresses for s in stacks], 1)))
+    gate, up, down = (s.matrix for s in stacks)
+    size = max(BYTES[r.form(down)], BYTES[r.form_of_one(down)])
+    f["hidden_stride"] = inside // BLOCK * size
+    f["hidden"] = r.room(f"experts inside {suffix}", places * int(f["hidden_stride"]))
+    f["single_gate"], f["single_up"] = a.one[r.form_of_one(gate)], a.one[r.form_of_one(up)]
+    for way, matrix in (("gate", gate), ("up", up), ("down", down)):
+        kernels = r.kernels(matrix)
+        f[f"{way}_kernel"], f[f"{way}_kernel_one"] = kernels["kernel"], kernels["kernel_one"]
+        f[f"{way}_blocks"], f[f"{way}_panel_bytes"] = matrix.blocks, matrix.panel_bytes
+        f[f"{way}_form"], f[f"{way}_form_one"] = FORMS.index(r.form(matrix)), FORMS.index(r.form_of_one(matrix))
+        name = f"{block}ffn_{way}_{suffix}.bias"
+        if r.has(name):
+            numbers = -(-matrix.rows // BLOCK) * BLOCK
+            bias = np.zeros((many, numbers), np.float32)
+            bias[:, : matrix.rows] = r.array(name, (many, matrix.rows) if suffix == "exps" else (matrix.rows,)).reshape(many, -1)
+            f[f"{way}_bias"], f[f"{way}_bias_stride"] = r.keep(bias), 4 * numbers
+    if bool(f["gate_bias"]) != bool(f["up_bias"]):
+        raise GGUFError(f"{r.file.path}: in {block} gate and up have not both a bias, or none")
