@@ -348,7 +348,7 @@ def _tensors(folder: Path, config: dict[str, Any], architecture: str, neighbours
             continue
         if bare.startswith(("model.visual.", "visual.")):
             continue
-        new = names.get_name(bare, try_suffixes=(".weight", ".bias")) or convert_experts.predictor_name(bare)
+        new = names.get_name(bare, try_suffixes=(".weight", ".bias")) or convert_experts.further_name(bare)
         if new is None:
             raise OrganismError(
                 f"{folder} holds the tensor {name!r}, which a model of the kind {architecture} does not have."

@@ -68,7 +68,7 @@ def _gathered(begin: str, way: str, members: dict[int, Any], config: dict[str, A
     count = int(config.get("num_local_experts") or config.get("num_experts") or len(members))
     missing = set(range(count)) - set(members)
     if missing or len(members) != count:
-        raise OrganismError(f"{begin}experts: {len(members)} of {count} experts have a {way}; expert {min(missing or {count})} has none.")
+        raise OrganismError(f"{begin}experts: {len(members)} of {count} experts have their {way}; expert {min(missing or {count})} has none.")
     shapes = {m.shape for m in members.values()}
     if len(shapes) > 1:
         raise OrganismError(f"{begin}experts: the experts' {way} have different shapes: {sorted(shapes)}.")
@@ -87,10 +87,13 @@ def _mtp_name(name: str, config: dict[str, Any]) -> str:
     return f"model.layers.{first}.{_MTP.get(parts[1], parts[1])}.{parts[2]}"
 
 
-def predictor_name(name: str) -> str | None:
-    """GGUF's name of a tensor that only a layer of multi-token prediction has, which gguf's table lacks for these models."""
-    found = re.match(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm|shared_head\.norm)\.weight$", name)
-    return f"blk.{found.group(1)}.nextn.{found.group(2).replace('.', '_')}.weight" if found else None
+def further_name(name: str) -> str | None:
+    """GGUF's name of a tensor that gguf's table lacks for these models: of layers without experts, and of prediction (MTP)."""
+    if found := re.match(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm|shared_head\.norm)\.weight$", name):
+        return f"blk.{found.group(1)}.nextn.{found.group(2).replace('.', '_')}.weight"
+    if found := re.match(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight$", name):
+        return f"blk.{found.group(1)}.ffn_{found.group(2)}.weight"
+    return None
 
 
 def mtp_layers(names: Iterable[str]) -> int:

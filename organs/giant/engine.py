@@ -496,21 +496,27 @@ def _head(x, out, step, r, bias, norm, turn, factor):
     """out[:: step] = factor · rotated (norm (x + bias)): one head of queries or keys, float32 [head]."""
     n = r.head
     source, target, scale = floats(x, 0, n), floats(out, 0, (n - 1) * step + 1), f4(factor)
+    # The source stays as it is: with chunks, several threads take the same query.
+    for i in range(n):
+        target[i * step] = source[i]
     if bias:
         added = floats(bias, 0, n)
         for i in range(n):
-            source[i] += added[i]
+            target[i * step] += added[i]
     if norm:
-        weights, root = floats(norm, 0, n), _root_mean_square(x, n, r.epsilon)
+        weights, total = floats(norm, 0, n), f4(0)
         for i in range(n):
-            source[i] *= root * weights[i]
+            total += target[i * step] * target[i * step]
+        root = f4(1) / f4(math.sqrt(total / f4(n) + f4(r.epsilon)))
+        for i in range(n):
+            target[i * step] *= root * weights[i]
     for i in range(r.rotated, n):
-        target[i * step] = source[i] * scale
+        target[i * step] *= scale
     half, turned = r.rotated // 2, floats(turn, 0, r.rotated)
     for i in range(half):
         a, b = (i, i + half) if r.split else (2 * i, 2 * i + 1)
         c, s = turned[2 * i], turned[2 * i + 1]
-        x0, x1 = source[a], source[b]
+        x0, x1 = target[a * step], target[b * step]
         target[a * step] = (x0 * c - x1 * s) * scale
         target[b * step] = (x1 * c + x0 * s) * scale
 

@@ -92,7 +92,7 @@ def _route(e, t, chosen, weights):
         v = x[i]
         if e.bias and e.gating == CHOSEN:
             v += floats(e.bias, i, 1)[0]
-        if not abs(v) < f4(3e38):
+        if ground.as_int(v) & 0x7F800000 == 0x7F800000:  # by its bits: fast mathematics knows no NaN
             sound = False
         if v > lowest or (i < k and ids[k - 1] < 0):
             j = k - 1

@@ -41,7 +41,7 @@ class Giant:
         threads: int | None = None,
         offload: str | None = None,
         exact: bool = False,
-        prefix_bytes: int = PREFIX_BYTES,
+        prefix_bytes: int | None = None,
         prefix_folder: str | os.PathLike | None = None,
         say: Callable[[str], None] | None = None,
     ) -> Giant:
@@ -52,7 +52,8 @@ class Giant:
         threads: None: the CPUs that this process may use, at most eight.
         offload: None; what else there will be arrives with EXPERTS.
         exact: prompts are read with 16-bit activations, as single tokens always are; slower, and closer to float32.
-        prefix_bytes, prefix_folder: what the prefix cache may hold in memory, and where it keeps a copy on disk.
+        prefix_bytes, prefix_folder: what the prefix cache may hold in memory (None: 128 MB, and a dozen recurrent states of
+        models that have one), and where it keeps a copy on disk.
         say: hears one sentence when kernels have to be compiled first.
         Raises GGUFError for a file that is damaged or not supported, ValueError for settings that are impossible.
         """
@@ -68,7 +69,10 @@ class Giant:
             giant = cls.__new__(cls)
             giant._set_up(file, context, kv_cache, threads or default_threads(), exact, say)
             folder = Path(prefix_folder) if prefix_folder else None
-            giant.prefixes = PrefixCache(giant._page_bytes, prefix_bytes, folder, giant._identity(kv_cache, exact))
+            limit = PREFIX_BYTES + 12 * giant._memory_bytes if prefix_bytes is None else prefix_bytes
+            giant.prefixes = PrefixCache(
+                giant._page_bytes, limit, folder, giant._identity(kv_cache, exact), memory_bytes=giant._memory_bytes
+            )
         except BaseException:
             file.close()
             raise
@@ -96,6 +100,7 @@ class Giant:
         self.file, self.shape, self.threads, self._kept = file, recorder.shape, threads, recorder.kept
         self.vocab_size = recorder.shape.vocabulary
         self.context = min(context or recorder.shape.context, 1 << 24)
+        self._memory_bytes = recorder.memory_bytes
         self._page_bytes, self._chunk, self._tile = recorder.page_bytes, recorder.chunk, products.TILE
         self._logits_width = recorder.logits_width
         self._logits = products.aligned(4 * self._logits_width * products.TILE, np.float32)
@@ -109,8 +114,8 @@ class Giant:
         self._machines["own"] = [a.ctypes.data for a in own]
         self._machines["scratch"] = recorder.own_bytes
         self._machines["parts"], self._machines["parts_stride"] = parts.ctypes.data, stride
-        self._inputs = np.zeros((3, self._chunk), np.int64)  # tokens, positions, tables
-        for row, name in zip(self._inputs, ("tokens", "positions", "tables"), strict=True):
+        self._inputs = np.zeros((4, self._chunk), np.int64)
+        for row, name in zip(self._inputs, ("tokens", "positions", "tables", "memories"), strict=True):
             self._machines[name] = row.ctypes.data
         self._team = engine.Team(program, self._machines)
         self._pace = engine.Pace()
@@ -120,14 +125,19 @@ class Giant:
         path = self.file.path
         return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kind} {exact}"
 
+    def _sequence(self) -> Pages:
+        """Room for a new sequence."""
+        return Pages(self._page_bytes, self._memory_bytes)
+
     # --- Steps. ---
 
-    def _step(self, tokens: np.ndarray, positions: np.ndarray, tables: Sequence[np.ndarray], *, together: bool,
+    def _step(self, tokens: np.ndarray, positions: np.ndarray, sequences: Sequence[Pages], *, together: bool,
               logits: np.ndarray, is_all: bool = False, states: np.ndarray | None = None) -> None:  # fmt: skip
-        """Run tokens [n] at their positions; tables: one for all, or one for each. logits: where rows go."""
+        """Run tokens [n] at their positions; sequences: one for all, or one for each. logits: where rows go."""
         n, m, inputs = len(tokens), self._machines, self._inputs
         inputs[0, :n], inputs[1, :n] = tokens, positions
-        inputs[2, :n] = [t.ctypes.data for t in tables] if len(tables) == n else tables[0].ctypes.data
+        inputs[2, :n] = [s.table.ctypes.data for s in sequences]
+        inputs[3, :n] = [s.memory.ctypes.data for s in sequences]
         m["n"], m["together"], m["all"] = n, together, is_all
         heads = self.shape.heads
         m["chunks"] = self.threads // int(np.gcd(heads, self.threads)) if n == 1 and positions[0] >= 32 else 1
@@ -158,15 +168,26 @@ class Giant:
         with self._lock:
             done = 0
             while done < len(tokens):
-                piece = tokens[done : done + self._chunk]
                 at = start + done
+                piece = tokens[done : done + self._piece(at, len(tokens) - done)]
                 pages.own(at)
                 pages.reserve(at + len(piece))
                 target = self._logits if out is None else out[done:]
-                self._step(piece, np.arange(at, at + len(piece)), [pages.table], together=len(piece) > 1, logits=target,
+                self._step(piece, np.arange(at, at + len(piece)), [pages], together=len(piece) > 1, logits=target,
                            is_all=out is not None, states=None if states is None else states[done:])  # fmt: skip
                 done += len(piece)
+                if self._memory_bytes and (at + len(piece)) % PAGE == 0:
+                    pages.snapshot(at + len(piece), is_lasting=len(piece) > 1)
             return self._logits[: self.vocab_size].copy()
+
+    def _piece(self, at: int, left: int) -> int:
+        """How many of the tokens that are left are read next: where the model has a recurrent state, so that a snapshot of it
+        can be taken at whole multiples of a chunk, and at the last full page."""
+        if not self._memory_bytes or left == 1:
+            return min(left, self._chunk)
+        end = at + left
+        stops = [at + self._chunk - at % self._chunk if self._chunk % PAGE == 0 else at + self._chunk, end - end % PAGE, end]
+        return min(stop for stop in stops if stop > at) - at
 
     def _ids(self, tokens: Sequence[int]) -> np.ndarray:
         """int64 [n]. Raises ValueError for an empty sequence or an id outside of the vocabulary."""
@@ -193,7 +214,7 @@ class Giant:
         ids = self._ids(tokens)
         self._room(0, len(ids))
         out = np.empty((len(ids) + self._tile, self._logits_width), np.float32)
-        self._read(Pages(self._page_bytes), 0, ids, out)
+        self._read(self._sequence(), 0, ids, out)
         return out[: len(ids), : self.vocab_size]
 
     def session(self) -> Session:
@@ -232,11 +253,13 @@ class Giant:
                     session._pages.own(len(session.tokens))
                     session._pages.reserve(len(session.tokens) + 1)
                 positions = np.array([len(session.tokens) for session in some])
-                tables = [session._pages.table for session in some]
+                sequences = [session._pages for session in some]
                 self._step(
-                    ids[first : first + len(some)], positions, tables, together=False, logits=out[first:], is_all=True
+                    ids[first : first + len(some)], positions, sequences, together=False, logits=out[first:], is_all=True
                 )
         for session, token in zip(sessions, ids.tolist(), strict=True):
+            if self._memory_bytes and (len(session.tokens) + 1) % PAGE == 0:
+                session._pages.snapshot(len(session.tokens) + 1, is_lasting=False)
             session._joined([token])
         return out[: len(ids), : self.vocab_size]
 
@@ -245,7 +268,7 @@ class Giant:
         ids = self._ids(tokens)
         self._room(0, len(ids))
         states = np.empty((len(ids), self.shape.width), np.float32)
-        self._read(Pages(self._page_bytes), 0, ids, states=states)
+        self._read(self._sequence(), 0, ids, states=states)
         mean = states.mean(0)
         return mean / max(float(np.linalg.norm(mean)), 1e-12)
 
@@ -264,7 +287,7 @@ class Session:
 
     def __init__(self, giant: Giant):
         self.giant, self.tokens = giant, []
-        self._pages = Pages(giant._page_bytes)
+        self._pages = giant._sequence()
 
     giant: Giant
     tokens: list[int]
@@ -280,26 +303,40 @@ class Session:
         giant._room(len(self.tokens), len(ids))
         start, skipped = len(self.tokens), 0
         if start == 0 and len(ids) > PAGE:
-            found = giant.prefixes.find(ids[:-1].tolist())
-            self._pages.adopt(found)
-            skipped = len(found) * PAGE
+            skipped = self._begin(ids[:-1])
         logits = giant._read(self._pages, start + skipped, ids[skipped:])
         self._joined(ids.tolist())
         return logits
+
+    def _begin(self, ids: np.ndarray) -> int:
+        """Take what is known of a beginning from the prefix cache; how many tokens that is."""
+        found, memory = self.giant.prefixes.resume(ids.tolist())
+        self._pages.adopt(found, memory)
+        return len(found) * PAGE
 
     def _joined(self, ids: list[int]) -> None:
         before = len(self.tokens) // PAGE
         self.tokens += ids
         if len(self.tokens) // PAGE > before:
-            kept = self.giant.prefixes.keep(self.tokens, self._pages.pages)
+            kept = self.giant.prefixes.keep(self.tokens, self._pages.pages, self._pages.take_snapshots())
             self._pages.shared = max(self._pages.shared, kept)
 
     def rewind(self, n: int) -> None:
-        """Keep the first n tokens only. Raises ValueError unless 0 <= n <= len(tokens)."""
+        """Keep the first n tokens only. Raises ValueError unless 0 <= n <= len(tokens).
+
+        A recurrent state cannot be undone: it comes back from the nearest snapshot before, and tokens since then are read again.
+        """
         if not 0 <= n <= len(self.tokens):
             raise ValueError(f"a session of {len(self.tokens)} tokens cannot be rewound to {n}")
+        if self.giant._memory_bytes and 0 < n < len(self.tokens):
+            ids = np.array(self.tokens[:n])
+            self._pages = self.giant._sequence()
+            begin = self._begin(ids)
+            if begin < n:
+                self.giant._read(self._pages, begin, ids[begin:])
+        elif n < len(self.tokens):
+            self._pages.truncate(n)
         del self.tokens[n:]
-        self._pages.truncate(n)
 
     def fork(self) -> Session:
         """A second session with the same context; what they share is held once."""

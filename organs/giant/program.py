@@ -132,7 +132,8 @@ class Recorder:
         self.qkv, self.qkv_stride = self.buffer(self.joined + ROWS)
         self.out, self.out_stride = self.buffer(self.attention_width)
         self.spare: tuple[int, int] | None = None  # for norms behind, when one is asked for
-        self.ones = self.keep(np.ones(max(s.width, s.hidden, self.attention_width) + BLOCK, np.float32))
+        self.n_ones = 0
+        self.wide(max(s.width, s.hidden, self.attention_width))
         self.own_bytes = 0
         self.left: np.ndarray | None = None  # of the stretch for matrices
         self.activations: dict[tuple[str, int], Activations] = {}
@@ -164,6 +165,12 @@ class Recorder:
             have = self.rooms[use] = products.aligned(nbytes)
             self.kept.append(have)
         return have.ctypes.data
+
+    def wide(self, numbers: int) -> None:
+        """Have as many ones as this: factors of what is quantised without a norm."""
+        if numbers + BLOCK > self.n_ones:
+            self.n_ones = numbers + BLOCK
+            self.ones = self.keep(np.ones(self.n_ones, np.float32))
 
     def buffered(self, use: str, numbers: int) -> tuple[int, int]:
         """As `buffer`, but shared by all layers that name this use."""

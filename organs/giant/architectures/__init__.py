@@ -10,7 +10,7 @@ from organs.giant.program import Recorder
 FILES = {  # general.architecture: file
     "llama": "llama", "mistral": "llama", "smollm3": "smollm3", "qwen2": "qwen", "qwen3": "qwen",
     "gemma2": "gemma", "gemma3": "gemma", "qwen2moe": "qwen_moe", "qwen3moe": "qwen_moe", "olmoe": "qwen_moe",
-    "gpt-oss": "gpt_oss",
+    "gpt-oss": "gpt_oss", "qwen3next": "qwen_next", "qwen35": "qwen_next", "qwen35moe": "qwen_next",
 }  # fmt: skip
 
 
