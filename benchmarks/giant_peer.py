@@ -1,7 +1,7 @@
 """llama.cpp as the giant's peer: a worker that measures on request. Run by giant_speed.py with the peer's own Python.
 
 Usage: python benchmarks/giant_peer.py MODEL.gguf
-Reads a JSON object a line from stdin, {"prompt", "generate", "threads"}, and writes {"prefill_s", "token_s": [...]}.
+Reads a JSON object a line from stdin, {"prompt", "generate", "threads", "tokens"?} (tokens: which ones), and writes {"prefill_s", "token_s": [...]}.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ def main(model_path: str) -> None:
                 assert L.llama_decode(ctx, L.llama_batch_get_one(array, len(piece))) == 0
             L.llama_synchronize(ctx)
 
+        given = wish.get("tokens") or [100 + i % 5000 for i in range(prompt)] + [700 + i for i in range(generate)]
         began = time.perf_counter()
-        feed([100 + i % 5000 for i in range(prompt)])
+        feed(given[:prompt])
         took, each = time.perf_counter() - began, []
         for i in range(generate):
             began = time.perf_counter()
-            feed([700 + i])
+            feed([given[prompt + i]])
             each.append(time.perf_counter() - began)
         print(json.dumps({"prefill_s": took, "token_s": each}), flush=True)
 

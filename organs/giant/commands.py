@@ -454,7 +454,7 @@ def _measured(asking: Any, giant: Giant, n: int, m: int, rounds: int) -> dict[st
     from organs.giant.roofs import read_roof
 
     tokens = [1 + i * 7919 % (giant.vocab_size - 1) for i in range(n)]
-    giant.prefixes.capacity = 0  # each round reads the whole prompt
+    giant.prefixes.limit = 0  # each round reads the whole prompt
     best_prefill = best_decode = math.inf
     for number in range(rounds + 1):  # the first warms up
         session = giant.session()

@@ -68,7 +68,8 @@ def _gathered(begin: str, way: str, members: dict[int, Any], config: dict[str, A
     count = int(config.get("num_local_experts") or config.get("num_experts") or len(members))
     missing = set(range(count)) - set(members)
     if missing or len(members) != count:
-        raise OrganismError(f"{begin}experts: {len(members)} of {count} experts have their {way}; expert {min(missing or {count})} has none.")
+        which = min(missing or {count})
+        raise OrganismError(f"{begin}experts: {len(members)} of {count} experts have their {way}; expert {which} has none.")
     shapes = {m.shape for m in members.values()}
     if len(shapes) > 1:
         raise OrganismError(f"{begin}experts: the experts' {way} have different shapes: {sorted(shapes)}.")

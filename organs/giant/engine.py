@@ -120,6 +120,7 @@ TEAM_WORDS = 64
 POSTED, ARRIVED, ROUND, SLEEPERS, STOP, PATIENCE, NAPS = (
     64 * i for i in range(7)
 )  # bytes; each on a cache line of its own
+NEAR = 160 << 10  # bytes of activations that a core's second cache holds beside a panel
 IDLE_NS = 1_500_000  # how long a helper spins between two steps
 _FUTEX = {"x86_64": 202, "AMD64": 202, "aarch64": 98}.get(platform.machine(), 0)
 _system_call = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
@@ -390,10 +391,12 @@ def product(r, m):
             _call_tile(r.kernel_one, r.weight + p * r.panel_bytes, x, out + 64 * p, r.blocks, stride, r.add)
         return
     n_tiles = _tiles(m)
-    for p in range(first, end):
-        for i in range(n_tiles):
-            _call_tile(r.kernel, r.weight + p * r.panel_bytes, r.tiles + i * r.tile_bytes,
-                       out + i * TILE * stride + 64 * p, r.blocks, stride, r.add)  # fmt: skip
+    some = max(1, NEAR // r.tile_bytes)  # tiles that stay near while all panels pass
+    for begin in range(0, n_tiles, some):
+        for p in range(first, end):
+            for i in range(begin, min(begin + some, n_tiles)):
+                _call_tile(r.kernel, r.weight + p * r.panel_bytes, r.tiles + i * r.tile_bytes,
+                           out + i * TILE * stride + 64 * p, r.blocks, stride, r.add)  # fmt: skip
 
 
 @jit(**HELP)

@@ -2,8 +2,9 @@
 
 One operation does all of it. A single token: every thread finds the chosen experts by itself, then takes its share of their
 panels, all experts together; the router's weight rides on the activations inside, so that the way back only adds up. A
-prompt: tokens are sorted by expert, each expert's tokens become tiles (or, where they are few, single ones), threads share
-first the tiles, then the columns of the output, so that nothing is added to by two of them and the order of sums is fixed.
+prompt: tokens are sorted by expert, each expert's tokens become tiles (or, where they are few, single ones) that pass a panel
+together; threads share first the experts, then the columns of the output, so that nothing is added to by two of them and the
+order of sums is fixed.
 
 A shared expert, which every token passes, is a family of its own with one member. Where an expert's panels are is read from
 a table at every step: so an expert may be elsewhere in the next one, or not in memory at all (organs/giant/residency.py).
@@ -19,7 +20,7 @@ import numpy as np
 from numba import carray, types
 
 from organs.giant import engine
-from organs.giant.engine import BLOCK, HELP, TILE, barrier, exp, f4, floats, ground, i8, jit, longs, operation
+from organs.giant.engine import BLOCK, HELP, TILE, atomic_add, barrier, exp, f4, floats, ground, i8, jit, longs, operation
 from organs.giant.engine import _call_tile as call_tile
 from organs.giant.engine import _gate as gate_by
 from organs.giant.engine import _root_mean_square as root_mean_square
@@ -38,6 +39,7 @@ from organs.giant.program import Matrix, Recorder, Shape
 
 FORMS = ("narrow", "wide", "double", "plain")  # numbers of forms in records
 FEW = max(1, TILE // 2)  # an expert's last tokens are a tile if there are at least so many, else single ones
+GROUP = 32  # tokens of an expert that pass its panels together
 SILU, GELU, CLAMPED = range(3)  # activations; the last is gpt-oss's
 ALL, CHOSEN, APART = range(3)  # softmax over all experts, or over the chosen ones; a sigmoid each
 CLAMP, SLOPE = f4(7.0), f4(1.702)  # of gpt-oss's activation
@@ -59,8 +61,9 @@ MIXTURE = np.dtype(
                        "residency")] + [("scale", np.float64)], align=True,
 )  # fmt: skip
 """A layer's mixture. `logits`: float32 [n, …], the router's; `shared_logit`: the shared expert's gate, likewise, 0 for none;
-`families`: the address of two FAMILY records; `chosen` int64 and `weights` float32 [n, used + 1]; of a prompt: `items` [.., 6]
-(family, expert, first place, tokens, whether a tile), `places` (token) and `shares` (weight); `trouble`: where the number of
+`families`: the address of two FAMILY records; `chosen` int64 and `weights` float32 [n, used + 1]; those stay until the
+layer's next step, so that they can be looked at; of a prompt: `items` [.., 4]
+(family, expert, first place, tokens), `places` (token) and `shares` (weight); `trouble`: where the number of
 a layer is put whose router gave no numbers; `residency`: see residency.py, 0 where all experts are in memory."""
 
 _bytes_at = function(types.voidptr(types.int64), lambda b, x: b.inttoptr(x, engine.ir.IntType(8).as_pointer()))
@@ -200,6 +203,8 @@ def _one(r, m, e):
     k, space = e.used, m.own + m.scratch
     chosen, weights = longs(space, k), floats(space + 8 * MOST_USED, 0, k + 1)
     _route(e, 0, space, space + 8 * MOST_USED)
+    if m.thread == 0:
+        longs(e.chosen, k)[:] = chosen
     gate = space + 12 * MOST_USED + 64
     routed, shared = _family(e.families, 0), _family(e.families, 1)
     pairs = routed.inside // BLOCK
@@ -245,7 +250,7 @@ def _sort(e, n):
     width = e.used + 1
     chosen, weights = longs(e.chosen, n * width), floats(e.weights, 0, n * width)
     shared = _family(e.families, 1)
-    tally = longs(e.tally, e.experts + 1)
+    tally = longs(e.tally, e.experts)
     tally[:] = 0
     for t in range(n):
         for j in range(e.used):
@@ -270,44 +275,70 @@ def _sort(e, n):
 
 @jit(**HELP)
 def _cut(e, family, expert, tokens, count, place):
-    """Items of one expert's tokens: tiles, and singles for a few last ones. A tile takes TILE places, filled or not."""
+    """Items of one expert's tokens, at most GROUP each."""
     while tokens > 0:
-        take = min(TILE, tokens)
-        is_tile = take >= FEW and TILE > 1
-        for _ in range(1 if is_tile else take):
-            item = longs(e.items + 48 * count, 6)
-            item[0], item[1], item[2], item[3], item[4] = family, expert, place, take if is_tile else 1, is_tile
-            count += 1
-            place += TILE if is_tile else 1
-        tokens -= take
+        take = min(GROUP, tokens)
+        item = longs(e.items + 32 * count, 4)
+        item[0], item[1], item[2], item[3] = family, expert, place, take
+        tiles, singles = _parts(take)
+        count, place, tokens = count + 1, place + tiles * TILE + singles, tokens - take
     return count, place
 
 
 @jit(**HELP)
+def _parts(tokens):
+    """(tiles, single tokens behind them): a tile that is not full takes as many places as a full one."""
+    rest = tokens % TILE
+    if rest >= FEW and TILE > 1:
+        return tokens // TILE + 1, 0
+    return tokens // TILE, rest
+
+
+@jit(**HELP)
+def _fetch(r, e, form, item, space):
+    """The tokens of an item, normed and quantised: tiles, then singles."""
+    tiles, singles = _parts(item[3])
+    places, n_blocks = longs(e.places + 8 * item[2], item[3]), (r.width + BLOCK - 1) // BLOCK
+    for t in range(tiles * TILE):
+        x = r.input + places[min(t, item[3] - 1)] * r.input_stride
+        factor = root_mean_square(x, r.width, r.epsilon) if t < item[3] else f4(0)
+        tile = space + t // TILE * n_blocks * TILE * _size(form[0])
+        _into(form[0], x, n_blocks, r.norm, factor, tile, TILE, t % TILE)
+    space += tiles * n_blocks * TILE * _size(form[0])
+    for t in range(tiles * TILE, item[3]):
+        x = r.input + places[t] * r.input_stride
+        _into(form[1], x, n_blocks, r.norm, root_mean_square(x, r.width, r.epsilon), space, 1, 0)
+        space += n_blocks * _size(form[1])
+    return space
+
+
+@jit(**HELP)
 def _item_in(r, m, e, item):
-    """What is inside of an expert for one tile or token, quantised."""
-    f, single = _family(e.families, item[0]), item[4] == 0
-    T, tokens = 1 if single else TILE, item[3]
-    places, shares = longs(e.places + 8 * item[2], tokens), floats(e.shares, item[2], tokens)
-    form = f.gate_form_one if single else f.gate_form
-    other = f.up_form_one if single else f.up_form
-    n_blocks = (r.width + BLOCK - 1) // BLOCK
-    tile = m.own + m.scratch
-    second = tile + n_blocks * T * _size(form) if other != form else tile
-    gate = tile + 2 * n_blocks * TILE * 128
-    for t in range(T):
-        x = r.input + places[min(t, tokens - 1)] * r.input_stride
-        factor = root_mean_square(x, r.width, r.epsilon) if t < tokens else f4(0)
-        _into(form, x, n_blocks, r.norm, factor, tile, T, t)
-        if other != form:
-            _into(other, x, n_blocks, r.norm, factor, second, T, t)
-    down = f.down_form_one if single else f.down_form
-    h = f.hidden + item[2] * f.hidden_stride
+    """What is inside of an expert for the tokens of an item, quantised."""
+    f, tokens = _family(e.families, item[0]), item[3]
+    shares, n_blocks = floats(e.shares, item[2], tokens), (r.width + BLOCK - 1) // BLOCK
+    tiles, singles = _parts(tokens)
+    first = m.own + m.scratch
+    forms, others = (f.gate_form, f.gate_form_one), (f.up_form, f.up_form_one)
+    gate = _fetch(r, e, forms, item, first)
+    second = first
+    if others != forms:
+        second, gate = gate, _fetch(r, e, others, item, gate)
+    gate = (gate + 63) // 64 * 64
     for p in range(f.inside // BLOCK):
-        _through(f, item[1], p, tile, second, single, gate)
-        for t in range(T):
-            weight = shares[t] if t < tokens else f4(0)
-            _into(down, gate + 128 * t, 1, r.ones, weight, h + p * T * _size(down), T, t)
+        x1, x2, h = first, second, f.hidden + item[2] * f.hidden_stride
+        for i in range(tiles):
+            _through(f, item[1], p, x1, x2, False, gate)
+            for t in range(TILE):
+                weight = shares[i * TILE + t] if i * TILE + t < tokens else f4(0)
+                _into(f.down_form, gate + 128 * t, 1, r.ones, weight, h + p * TILE * _size(f.down_form), TILE, t)
+            x1, x2 = x1 + n_blocks * TILE * _size(forms[0]), x2 + n_blocks * TILE * _size(others[0])
+            h += TILE * f.hidden_stride
+        for i in range(singles):
+            _through(f, item[1], p, x1, x2, True, gate)
+            weight = shares[tiles * TILE + i]
+            _into(f.down_form_one, gate, 1, r.ones, weight, h + p * _size(f.down_form_one), 1, 0)
+            x1, x2, h = x1 + n_blocks * _size(forms[1]), x2 + n_blocks * _size(others[1]), h + f.hidden_stride
 
 
 @jit(**HELP)
@@ -315,17 +346,22 @@ def _item_out(r, m, e, item, first, end):
     """x += the columns of panels first to end of one item's results."""
     f, tokens = _family(e.families, item[0]), item[3]
     places, shares = longs(e.places + 8 * item[2], tokens), floats(e.shares, item[2], tokens)
-    down, h, space = longs(f.where + 24 * item[1], 3)[2], f.hidden + item[2] * f.hidden_stride, m.own + m.scratch
+    tiles, singles = _parts(tokens)
+    down, space = longs(f.where + 24 * item[1], 3)[2], m.own + m.scratch
     for p in range(first, end):
-        weight = down + p * f.down_panel_bytes
-        if item[4] == 0:
-            call_tile(f.down_kernel_one, weight, h, r.input + places[0] * r.input_stride + 64 * p, f.down_blocks, 64, 1)
-            continue
-        call_tile(f.down_kernel, weight, h, space, f.down_blocks, 64, 0)
-        for t in range(tokens):
-            out, more = floats(r.input + places[t] * r.input_stride, ROWS * p, ROWS), floats(space, ROWS * t, ROWS)
-            for i in range(ROWS):
-                out[i] += more[i]
+        weight, h = down + p * f.down_panel_bytes, f.hidden + item[2] * f.hidden_stride
+        for i in range(tiles):
+            call_tile(f.down_kernel, weight, h, space, f.down_blocks, 64, 0)
+            for t in range(min(TILE, tokens - i * TILE)):
+                at = r.input + places[i * TILE + t] * r.input_stride
+                out, more = floats(at, ROWS * p, ROWS), floats(space, ROWS * t, ROWS)
+                for j in range(ROWS):
+                    out[j] += more[j]
+            h += TILE * f.hidden_stride
+        for i in range(singles):
+            at = r.input + places[tiles * TILE + i] * r.input_stride
+            call_tile(f.down_kernel_one, weight, h, at + 64 * p, f.down_blocks, 64, 1)
+            h += f.hidden_stride
     if f.down_bias:
         for t in range(tokens):
             _add_bias(f, item[1], shares[t], r.input + places[t] * r.input_stride, first, end)
@@ -338,18 +374,20 @@ def _many(r, m, e):
     for t in range(first, end):
         _route(e, t, e.chosen + 8 * width * t, e.weights + 4 * width * t)
     barrier(m)
+    tally = longs(e.tally, e.experts + 2)
     if m.thread == 0:
-        count = _sort(e, m.n)
-        longs(e.tally, e.experts + 1)[e.experts] = count
+        tally[e.experts] = _sort(e, m.n)
+        tally[e.experts + 1] = 0
     barrier(m)
-    count = longs(e.tally, e.experts + 1)[e.experts]
-    first, end = share(count, m)
-    for i in range(first, end):
-        _item_in(r, m, e, longs(e.items + 48 * i, 6))
+    count, turn = tally[e.experts], e.tally + 8 * (e.experts + 1)
+    i = atomic_add(turn, 1)
+    while i < count:
+        _item_in(r, m, e, longs(e.items + 32 * i, 4))
+        i = atomic_add(turn, 1)
     barrier(m)
     first, end = share(e.panels, m)
     for i in range(count):
-        _item_out(r, m, e, longs(e.items + 48 * i, 6), first, end)
+        _item_out(r, m, e, longs(e.items + 32 * i, 4), first, end)
 
 
 @operation
@@ -430,18 +468,20 @@ def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL
         _fill(r, families[1], a, shared, sizes.shared, activation, r.chunk + TILE, block, "shexp")
     e = np.zeros(1, MIXTURE)
     width = sizes.used + 1
-    rooms = dict(chosen=8 * r.chunk * width, weights=4 * r.chunk * width, items=48 * most, places=8 * most, shares=4 * most,
-                 tally=8 * (sizes.experts + 1))  # fmt: skip
+    chosen = np.zeros((r.chunk, width), np.int64)
+    r.routes[layer] = chosen
+    rooms = dict(weights=4 * r.chunk * width, items=32 * most, places=8 * most, shares=4 * most,
+                 tally=8 * (sizes.experts + 2))  # fmt: skip
     facts = dict(experts=sizes.experts, used=sizes.used, gating=gating, normalised=sizes.normalised, logits=logits[0],
                  logits_stride=logits[1], shared_logit=gate_at, families=r.keep(families), layer=layer, scale=sizes.scale,
-                 panels=-(-s.width // ROWS), trouble=r.trouble.ctypes.data, most_places=most,
+                 panels=-(-s.width // ROWS), trouble=r.trouble.ctypes.data, most_places=most, chosen=r.keep(chosen),
                  **{name: r.room("experts " + name, size) for name, size in rooms.items()})  # fmt: skip
     if r.has(block + "ffn_gate_inp.bias"):
         facts["bias"] = r.keep(r.vector(block + "ffn_gate_inp.bias", sizes.experts))
     for name, value in facts.items():
         e[0][name] = value
     n_blocks = -(-s.width // BLOCK)
-    r.need(12 * MOST_USED + 64 + 2 * n_blocks * TILE * BYTES["plain"] + 256 * TILE + 64 * TILE)
+    r.need(12 * MOST_USED + 64 + 2 * n_blocks * (GROUP + TILE) * BYTES["plain"] + 256 * TILE + 64 * TILE)
     r.row("experts", input=r.x, input_stride=r.x_stride, width=s.width, norm=weights, ones=r.ones, epsilon=s.epsilon,
           more=r.keep(e), barrier=1)  # fmt: skip
 

@@ -110,7 +110,7 @@ class Giant:
         own = [products.aligned(recorder.own_bytes + recorder.scratch + 4096) for _ in range(threads)]
         parts = products.aligned(4 * stride * shape.queries * threads)
         self._kept += [*own, parts]
-        self._trouble = recorder.trouble
+        self._trouble, self._routes = recorder.trouble, recorder.routes
         self._machines["own"] = [a.ctypes.data for a in own]
         self._machines["scratch"] = recorder.own_bytes
         self._machines["parts"], self._machines["parts_stride"] = parts.ctypes.data, stride
@@ -216,6 +216,13 @@ class Giant:
         out = np.empty((len(ids) + self._tile, self._logits_width), np.float32)
         self._read(self._sequence(), 0, ids, out)
         return out[: len(ids), : self.vocab_size]
+
+    def routes(self, n: int) -> np.ndarray:
+        """int64 [layers with experts, n, used]: what experts the n tokens of the last step chose, best first.
+
+        A step is one token, or one piece of a prompt.
+        """
+        return np.stack([chosen.reshape(-1)[: n * chosen.shape[1]].reshape(n, -1)[:, :-1] for chosen in self._routes.values()])
 
     def session(self) -> Session:
         """A fresh context of this model."""

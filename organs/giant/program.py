@@ -143,6 +143,7 @@ class Recorder:
         self.rooms: dict[str, np.ndarray] = {}
         self.page_bytes = 0  # of a page of keys and values; grows with each layer of attention
         self.memory_bytes = 0  # of a sequence's recurrent state; grows with each layer that has one
+        self.routes: dict[int, np.ndarray] = {}  # by layer: the experts that the last step's tokens chose, int64 [chunk, used + 1]
         self.trouble = np.zeros(1, np.int64)  # the number, from 1, of a layer whose router gave no numbers
 
     # --- Memory. ---

@@ -201,7 +201,7 @@ def test_fused_tensors_of_a_file_are_read_as_split_ones_are(tmp_path):
     """Old files of Qwen3-Next have ssm_in, sorted by head; others gate and up of experts in one tensor."""
     _, path = converted("qwen3next", tmp_path)
     file = open_gguf(path)
-    nk, nv, dk, dv = 2, 4, 16, 16
+    nk, dk = 2, 16
 
     def changed(name: str, array: np.ndarray):
         block = name.rpartition(".attn_qkv")[0] or name.rpartition(".ffn_gate_exps")[0]

@@ -1,0 +1,304 @@
+"""A big mixture of experts on this machine: the giant against llama.cpp, in memory, and held to a half and a quarter of it.
+
+Usage: python benchmarks/giant_experts.py --make FILE.gguf          (writes a Qwen3-Next with true widths and 8 layers, 7.9 GB)
+       python benchmarks/giant_experts.py FILE.gguf [--peer PYTHON]  (the table; PYTHON has llama-cpp-python)
+       python benchmarks/giant_experts.py FILE.gguf --routes         (how its routing is distributed)
+
+The file's weights are random, made to route like text: a constant number in every embedding gives each layer's experts
+popularities p ∝ rank^-0.8 by a random permutation (seed 0); the rest of the router sees the token. Tokens belong to topics
+of 64 that share most of their embedding, and the text stays in its topic with probability 0.95: so experts stick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import table
+
+WIDTH, VOCABULARY, EXPERTS, USED, INSIDE = 2048, 151_936, 512, 10, 512
+KEY_HEADS, VALUE_HEADS, HEAD, KERNEL = 16, 32, 128, 4
+QUERIES, KV_HEADS, ATTENTION_HEAD = 16, 2, 256
+LEAN = 0.44  # with normal noise, logits -0.44 ln(rank) make the best ten of 512 as popular as rank^-0.8 (by simulation)
+CONSTANT, TOPIC, STAY = 8.0, 64, 0.95
+EMBEDDED = 0.8  # share of a topic in a token's embedding, as a length (0.8² + 0.6² = 1)
+LOUD = 0.35  # how much a layer adds to the stream, beside what is in it
+NOISE = 1.28  # standard deviation of the logits that the token decides: that of a Gumbel distribution
+
+
+# --- Making the file. ---
+
+
+def random_q4(rng: np.random.Generator, rows: int, columns: int, size: float) -> np.ndarray:
+    """uint8 [rows, bytes]: a Q4_K matrix of independent numbers, uniform, mean 0, standard deviation `size`."""
+    n = rows * columns // 256
+    blocks = rng.integers(0, 256, (n, 144), np.uint8)
+    step = size / (32 * math.sqrt((16**2 - 1) / 12))  # all scales and minima are 32, the codes 0 to 15
+    blocks[:, 0:2] = np.full((n, 1), step, np.float16).view(np.uint8)
+    blocks[:, 2:4] = np.full((n, 1), 7.5 * step, np.float16).view(np.uint8)
+    blocks[:, 4:12], blocks[:, 12:16] = 32, 0  # six-bit fields: the first four scales and minima are 32 …
+    blocks[:, 4:12] |= 0x80  # … and the top bits of the others, whose low ones are zero, too
+    return blocks.reshape(rows, -1)
+
+
+def tensors(layers: int, experts: int, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...], str, Any]]:
+    """(name, shape, format, what makes the bytes) in the order of the file."""
+    from organs.giant.quantise import quantise
+
+    rng = np.random.default_rng(0)
+    pool = random_q4(rng, 4096, WIDTH, 1.0)  # matrices are cut out of it, at random places, with their own size
+
+    def q4(*shape: int, size: float = 1.0):
+        blocks = math.prod(shape) // 256
+
+        def make() -> np.ndarray:
+            flat, out = pool.reshape(-1, 144), np.empty((blocks, 144), np.uint8)
+            at = 0
+            while at < blocks:
+                begin = int(rng.integers(0, len(flat) // 2))
+                n = min(blocks - at, len(flat) - begin)
+                out[at : at + n] = flat[begin : begin + n]
+                at += n
+            step = size / math.sqrt(shape[-1]) / (32 * math.sqrt((16**2 - 1) / 12))
+            out[:, 0:2] = np.full((1, 1), step, np.float16).view(np.uint8)
+            out[:, 2:4] = np.full((1, 1), 7.5 * step, np.float16).view(np.uint8)
+            return out
+
+        return shape, "Q4_K", make
+
+    def f32(array: np.ndarray):
+        return array.shape, "F32", lambda: np.ascontiguousarray(array, np.float32).view(np.uint8)
+
+    def embedding() -> np.ndarray:
+        topics = rng.standard_normal((-(-vocabulary // TOPIC), WIDTH), np.float32)
+        out = []
+        for first in range(0, vocabulary, 8192):
+            ids = np.arange(first, min(first + 8192, vocabulary))
+            rows = EMBEDDED * topics[ids // TOPIC] + math.sqrt(1 - EMBEDDED**2) * rng.standard_normal((len(ids), WIDTH), np.float32)
+            rows[:, 0] = CONSTANT
+            out.append(quantise(rows, "Q4_K"))
+        return np.concatenate(out)
+
+    def router(layer: int) -> np.ndarray:
+        weights = NOISE / math.sqrt(WIDTH) * rng.standard_normal((experts, WIDTH), np.float32)
+        ranks = 1 + np.random.default_rng((0, layer)).permutation(experts)
+        loudness = math.sqrt(1 + LOUD**2 * (2 * layer + 1))  # of the stream by then; the norm divides by it
+        weights[:, 0] = -LEAN * np.log(ranks) * loudness / CONSTANT
+        return weights
+
+    yield "token_embd.weight", (vocabulary, WIDTH), "Q4_K", embedding
+    yield "output_norm.weight", *f32(np.ones(WIDTH))
+    yield "output.weight", *q4(vocabulary, WIDTH)
+    channels, values = 2 * KEY_HEADS * HEAD + VALUE_HEADS * HEAD, VALUE_HEADS * HEAD
+    for layer in range(layers):
+        block = f"blk.{layer}."
+        yield block + "attn_norm.weight", *f32(np.ones(WIDTH))
+        if (layer + 1) % 4:
+            yield block + "attn_qkv.weight", *q4(channels, WIDTH)
+            yield block + "attn_gate.weight", *q4(values, WIDTH)
+            yield block + "ssm_ba.weight", *q4(2 * VALUE_HEADS, WIDTH)
+            yield block + "ssm_conv1d.weight", *f32(rng.standard_normal((channels, KERNEL)) / 2)
+            yield block + "ssm_dt.bias", *f32(rng.uniform(-4, 0, VALUE_HEADS))
+            yield block + "ssm_a", *f32(-rng.uniform(0.05, 1, VALUE_HEADS))
+            yield block + "ssm_norm.weight", *f32(np.ones(HEAD))
+            yield block + "ssm_out.weight", *q4(WIDTH, values, size=2 * LOUD)
+        else:
+            yield block + "attn_q.weight", *q4(2 * QUERIES * ATTENTION_HEAD, WIDTH)
+            yield block + "attn_k.weight", *q4(KV_HEADS * ATTENTION_HEAD, WIDTH)
+            yield block + "attn_v.weight", *q4(KV_HEADS * ATTENTION_HEAD, WIDTH)
+            yield block + "attn_q_norm.weight", *f32(np.ones(ATTENTION_HEAD))
+            yield block + "attn_k_norm.weight", *f32(np.ones(ATTENTION_HEAD))
+            yield block + "attn_output.weight", *q4(WIDTH, QUERIES * ATTENTION_HEAD, size=8 * LOUD)
+        yield block + "post_attention_norm.weight", *f32(np.ones(WIDTH))
+        yield block + "ffn_gate_inp.weight", *f32(router(layer))
+        for name, shape in (("gate", (INSIDE, WIDTH)), ("up", (INSIDE, WIDTH)), ("down", (WIDTH, INSIDE))):
+            size = 3 * LOUD if name == "down" else 1.0
+            yield f"{block}ffn_{name}_exps.weight", *q4(experts, *shape, size=size)
+            yield f"{block}ffn_{name}_shexp.weight", *q4(*shape, size=size)
+        yield block + "ffn_gate_inp_shexp.weight", *f32(rng.standard_normal(WIDTH) / math.sqrt(WIDTH))
+
+
+def make(path: Path, layers: int = 8, experts: int = EXPERTS, vocabulary: int = VOCABULARY) -> None:
+    """Write the file."""
+    import gguf
+    from organs.giant.convert import _add
+    from organs.giant.formats import FORMATS
+
+    name = "qwen3next"
+    part = path.with_name(f".{path.name}.part")
+    writer = gguf.GGUFWriter(part, name)
+    facts: dict[str, Any] = {
+        "block_count": layers, "context_length": 32768, "embedding_length": WIDTH, "feed_forward_length": 5632,
+        "attention.head_count": QUERIES, "attention.head_count_kv": KV_HEADS, "attention.key_length": ATTENTION_HEAD,
+        "attention.value_length": ATTENTION_HEAD, "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 1e7,
+        "rope.dimension_count": ATTENTION_HEAD // 4, "expert_count": experts, "expert_used_count": min(USED, experts),
+        "expert_feed_forward_length": INSIDE, "expert_shared_feed_forward_length": INSIDE, "ssm.conv_kernel": KERNEL,
+        "ssm.state_size": HEAD, "ssm.group_count": KEY_HEADS, "ssm.time_step_rank": VALUE_HEADS,
+        "ssm.inner_size": VALUE_HEADS * HEAD, "full_attention_interval": 4, "vocab_size": vocabulary,
+    }  # fmt: skip
+    tokens = [f"<{i}>" for i in range(vocabulary)]
+    tokens[: len(BYTES)] = BYTES
+    facts = {f"{name}.{key}": value for key, value in facts.items()} | {
+        "general.name": "Random Qwen3-Next", "general.file_type": 15, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * vocabulary, "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.add_bos_token": False,
+    }  # fmt: skip
+    tokens[300] = "ab"
+    for key, value in facts.items():
+        _add(writer, key, value)
+    todo = list(tensors(layers, experts, vocabulary))
+    for key, shape, form, _ in todo:
+        f = FORMATS[form]
+        writer.add_tensor_info(key, (*shape[:-1], shape[-1] // f.block * f.nbytes), np.dtype(np.uint8),
+                               math.prod(shape) // f.block * f.nbytes, gguf.GGMLQuantizationType[form])  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, _, _, data in todo:
+        writer.write_tensor_data(data().reshape(-1))
+    writer.close()
+    part.replace(path)
+
+
+def _byte_tokens() -> list[str]:
+    """GPT-2's printable stand-ins of the 256 bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [n for n in range(256) if n not in plain]
+    return [chr(n) for n in plain] + [chr(256 + i) for i in range(len(others))]
+
+
+BYTES = _byte_tokens()
+
+
+def text(n: int, vocabulary: int, seed: int = 1) -> list[int]:
+    """Tokens that stay in a topic for a while."""
+    rng, out, topic = np.random.default_rng(seed), [], 0
+    for _ in range(n):
+        if rng.random() > STAY or not out:
+            topic = int(rng.integers(0, vocabulary // TOPIC))
+        out.append(topic * TOPIC + int(rng.integers(0, TOPIC)))
+    return out
+
+
+# --- Measuring. ---
+
+
+def routes(path: Path, n: int = 512) -> None:
+    """How the file routes: the exponent of popularity, how many experts two tokens in a row share, how far it can be foretold."""
+    from organs.giant import Giant
+
+    giant = Giant.load(path)
+    giant.session().feed(text(n, giant.vocab_size))
+    chosen = giant.routes(n)
+    giant.close()
+    rows = []
+    for layer, some in enumerate(chosen):
+        counts = np.sort(np.bincount(some.reshape(-1), minlength=int(chosen.max()) + 1))[::-1]
+        used = counts[counts > 0]
+        ranks = np.arange(1, len(used) + 1)
+        half = slice(0, max(2, len(used) // 2))
+        slope = -np.polyfit(np.log(ranks[half]), np.log(used[half]), 1)[0]
+        shared = np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(some[:-1], some[1:])])
+        rows.append([layer, len(used), float(slope), float(counts[: len(counts) // 2].sum() / counts.sum()), float(shared)])
+    print(table(f"Routing of {n} tokens", ["layer", "experts used", "p ∝ rank^-…", "share of the upper half", "kept from token to token"], rows))
+
+
+class Peer:
+    """llama.cpp in a process of its own Python."""
+
+    def __init__(self, python: str, model: Path):
+        script = Path(__file__).with_name("giant_peer.py")
+        self.process = subprocess.Popen([python, str(script), str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+
+    def measure(self, tokens: list[int], prompt: int, threads: int) -> tuple[float, float]:
+        """(seconds of the prompt, median seconds of a token behind it)."""
+        assert self.process.stdin and self.process.stdout
+        wish = dict(prompt=prompt, generate=len(tokens) - prompt, threads=threads, tokens=tokens)
+        self.process.stdin.write(json.dumps(wish) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        return answer["prefill_s"], float(np.median(answer["token_s"]))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def ours(giant: Any, tokens: list[int], prompt: int) -> tuple[float, float]:
+    """As Peer.measure."""
+    giant.prefixes.clear()
+    session, each = giant.session(), []
+    began = time.perf_counter()
+    session.feed(tokens[:prompt])
+    first = time.perf_counter() - began
+    for token in tokens[prompt:]:
+        began = time.perf_counter()
+        session.feed([token])
+        each.append(time.perf_counter() - began)
+    return first, float(np.median(each))
+
+
+def active_bytes(giant: Any) -> int:
+    """What one token reads: everything but the table of embeddings, and of the experts those that are used."""
+    get = lambda key: giant.file.get(f"{giant.file.architecture}.{key}", int)
+    share = get("expert_used_count") / get("expert_count")
+    sizes = {name: info.nbytes for name, info in giant.file.tensors.items()}
+    return int(sum(size * (share if "_exps" in name else 1) for name, size in sizes.items() if name != "token_embd.weight"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", type=Path, help="the file that --make wrote")
+    parser.add_argument("--make", type=Path, metavar="FILE", help="write the model and stop")
+    parser.add_argument("--layers", type=int, default=8, help="of the model that is made")
+    parser.add_argument("--routes", action="store_true", help="show how the file routes, and stop")
+    parser.add_argument("--peer", metavar="PYTHON", help="a Python with llama-cpp-python")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--generate", type=int, default=32, help="tokens of a round")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--rounds", type=int, default=2)
+    asked = parser.parse_args()
+    if asked.make:
+        make(asked.make, asked.layers)
+        return 0
+    if asked.model is None:
+        parser.error("give the model's file, or --make FILE")
+    if asked.routes:
+        routes(asked.model)
+        return 0
+    from organs.giant import Giant
+    from organs.giant.roofs import read_roof
+
+    giant = Giant.load(asked.model, threads=asked.threads)
+    tokens = text(asked.prompt + asked.generate, giant.vocab_size)
+    mine = [ours(giant, tokens, asked.prompt) for _ in range(asked.rounds + 1)][1:]
+    roof = read_roof(1 << 30, asked.threads)
+    active = active_bytes(giant)
+    giant.close()
+    rows, theirs = [], []
+    if asked.peer:
+        peer = Peer(asked.peer, asked.model)
+        theirs = [peer.measure(tokens, asked.prompt, asked.threads) for _ in range(asked.rounds + 1)][1:]
+        peer.close()
+    for i, (what, count) in enumerate((("prefill", asked.prompt), ("decode", 1))):
+        own = count / min(m[i] for m in mine)
+        other = count / min(t[i] for t in theirs) if theirs else math.nan
+        rows.append([f"{what}, tokens/s", own, other, own / other])
+    rows.append(["read while decoding, GB/s", active / min(m[1] for m in mine) / 1e9, "", ""])
+    rows.append(["of the bandwidth here", active / min(m[1] for m in mine) / 1e9 / roof, "", ""])
+    print(table(f"{asked.model.name}, all in memory, prompt {asked.prompt}, {asked.threads} threads; bandwidth {roof:.1f} GB/s",
+                ["measure", "giant", "llama.cpp", "ratio"], rows))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
