@@ -18,13 +18,13 @@ help:  ## this list
 chat: .venv/warm.stamp  ## talk with the organism; also when you only want to see whether it runs
 	@$(BIN)/organism
 
-test: .venv/dev.stamp .venv/warm.stamp  ## the default tests, under 8 minutes; before every commit
+test: .venv/dev.stamp .venv/warm.stamp .venv/model.stamp  ## the default tests, under 8 minutes; before every commit
 	@$(BIN)/python -m pytest
 
 bench: .venv/dev.stamp .venv/warm.stamp  ## print every benchmark's table; when a change should be faster or predict better
 	@for file in $(BENCHMARKS); do echo "== $$file" >&2; $(BIN)/python "$$file" || exit 1; done
 
-soak: .venv/dev.stamp .venv/warm.stamp  ## the slow and torture tests, an hour or so; before a release
+soak: .venv/dev.stamp .venv/warm.stamp .venv/model.stamp  ## the slow and torture tests, an hour or so; before a release
 	@$(BIN)/python -m pytest -n 0 -m "slow or soak"
 	@$(BIN)/python -m pytest --reference tests/test_organism.py tests/test_learning.py tests/test_cli.py tests/test_voice.py tests/test_compress.py
 
@@ -63,3 +63,9 @@ clean:  ## remove .venv and what tools left behind; homes under checkpoints/ are
 	@$(BIN)/python organism.py doctor --warm < /dev/null >&2 || $(BIN)/python -m organs.kernels warm < /dev/null >&2 \
 		|| echo "The kernels could not be compiled now; the organism starts all the same." >&2
 	@touch $@
+
+# Tests of the giant read a real model where one can be had; without it they skip, and say so.
+.venv/model.stamp: .venv/dev.stamp
+	@echo "A small model for the tests of the giant (94 MB, once)" >&2
+	@$(BIN)/python organism.py giant pull smollm2 < /dev/null >&2 && touch $@ \
+		|| echo "It could not be fetched: those tests are skipped." >&2

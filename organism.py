@@ -2453,9 +2453,15 @@ class Field(_FieldBase):
 
     def copy(self) -> Field:
         """An independent field that has learned the same; the tree, and domains that rest, are shared."""
+        twin = self.reader()
+        twin.arrays, twin._borrowed = _own_field_state(self.arrays), False
+        return twin
+
+    def reader(self) -> Field:
+        """A copy that borrows the tables, as long as this one learns nothing; it copies them when it learns itself."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.arrays, twin._borrowed = _own_field_state(self.arrays), False
+        twin.arrays, twin._borrowed = _borrowed_field_state(self.arrays), True
         twin.resting, twin.paid, twin.boosts = list(self.resting), self.paid.copy(), self.boosts.copy()
         return twin
 
@@ -2665,6 +2671,10 @@ class CooccurField(_FieldBase):
         twin.near, twin.near_totals, twin.boosts = self.near.copy(), self.near_totals.copy(), self.boosts.copy()
         twin.recent, twin.last_costs = list(self.recent), list(self.last_costs)
         return twin
+
+    def reader(self) -> CooccurField:
+        """A copy to read with; see Field."""
+        return self.copy()
 
     def state(self) -> dict[str, np.ndarray]:
         """All that `from_state` needs."""
@@ -3999,7 +4009,7 @@ class Voice:
 
     def __init__(self, snapshot: Snapshot, config: Config, rng: np.random.Generator):
         self.snapshot, self.config, self.rng = snapshot, config, rng
-        self.field = snapshot.field.copy()  # the overlay: hears this conversation, is thrown away with it
+        self.field = snapshot.field.reader()  # the overlay: hears this conversation, is thrown away with it
 
     @property
     def _speaks_from_field(self) -> bool:
@@ -5173,33 +5183,101 @@ def gram_hashes(codes: np.ndarray, orders: Sequence[int]) -> dict[int, np.ndarra
 # --- Acquaintance, which is what the rules know of the life: which n-grams it has read, and what it holds for certain. ---
 
 
+class GramSet:
+    """A set of 64-bit hashes as a bit table without a check: what was added is always found, what was not seldom is.
+
+    The table doubles when one bit in 64 is set, up to LARGEST bits; each bit then becomes two, since the next bit of the
+    hash is not known any more. So a newborn pays for what it has read, not for what it may.
+    """
+
+    SMALLEST, LARGEST = 17, 24  # logarithms of the bits of a table
+
+    def __init__(self) -> None:
+        self.bits, self.table, self.size = self.SMALLEST, np.zeros(1 << (self.SMALLEST - 3), np.uint8), 0
+
+    def add(self, hashes: np.ndarray) -> None:
+        fresh = np.unique(hashes[~self.holds(hashes)])
+        while self.bits < self.LARGEST and (self.size + len(fresh)) << 6 > 1 << self.bits:
+            twice = np.repeat(np.unpackbits(self.table, bitorder="little"), 2)
+            self.table, self.bits = np.packbits(twice, bitorder="little"), self.bits + 1
+        at = self._place(fresh)
+        np.bitwise_or.at(self.table, at >> 3, (1 << (at & 7)).astype(np.uint8))
+        self.size += len(fresh)
+
+    def holds(self, hashes: np.ndarray) -> np.ndarray:
+        """Which of the hashes were added, bool [N]."""
+        at = self._place(hashes)
+        return (self.table[at >> 3] >> (at & 7)) & 1 > 0
+
+    def _place(self, hashes: np.ndarray) -> np.ndarray:
+        return (hashes >> np.uint64(64 - self.bits)).astype(np.int64)
+
+
+class Facts:
+    """What always came next after the same words, in texts that were read at different times.
+
+    A table of (words, what came next, how often, how often something else did), by the hash of the words. It doubles when a
+    quarter is taken, up to LARGEST entries; from then on who came first stays.
+    """
+
+    SMALLEST, LARGEST = 12, 20  # logarithms of the entries
+
+    def __init__(self) -> None:
+        self._make(self.SMALLEST)
+
+    def _make(self, bits: int) -> None:
+        self.bits, size = bits, 1 << bits
+        self.key, self.value = np.zeros(size, np.uint64), np.zeros(size, np.uint32)
+        self.times, self.against = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+
+    def place(self, keys: np.ndarray) -> np.ndarray:
+        """Where the facts of these hashes uint64 [N] lie, or would."""
+        return (keys >> np.uint64(64 - self.bits)).astype(np.int64)
+
+    def read(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """Learn the claims of one text, which speaks once, however often it repeats itself."""
+        while self.bits < self.LARGEST and (np.count_nonzero(self.times) + len(keys)) * 4 > len(self.times):
+            self._double()
+        place, first = np.unique(self.place(keys), return_index=True)
+        keys, values = keys[first], values[first]
+        fresh = self.times[place] == 0
+        new = place[fresh]
+        self.key[new], self.value[new], self.times[new] = keys[fresh], values[fresh], 1
+        same = ~fresh & (self.key[place] == keys)
+        says = self.value[place] == values
+        for counts, which in ((self.times, same & says), (self.against, same & ~says)):
+            counts[place[which]] = np.minimum(counts[place[which]], 249) + 1
+
+    def _double(self) -> None:
+        old = self.times.nonzero()[0]
+        kept = [array[old] for array in (self.key, self.value, self.times, self.against)]
+        self._make(self.bits + 1)
+        place = self.place(kept[0])
+        for array, was in zip((self.key, self.value, self.times, self.against), kept, strict=True):
+            array[place] = was
+
+
 class Acquaintance:
     """A function of the texts that it has read, in order: n-grams of characters and words, known words, and firm facts.
 
-    Sets of n-grams are bit tables that hash without a check: what was read is always found, what was not seldom is. A
-    fact is what always came next after the same SPAN words, in texts that were read at different times.
+    A fact is what always came next after the same SPAN words.
     """
 
     LETTERS, WORDS, SPAN = (4, 6), (2, 3, 4, 5), 6
-    BITS, FACT_BITS = 24, 20  # logarithm of the bits of a table, and of the facts
     MOST = 1 << 21  # bytes of the newest lived text that are worth reading again after waking
 
     def __init__(self) -> None:
         keys = [("letters", n) for n in self.LETTERS] + [("words", n) for n in self.WORDS]
-        self.tables = {key: np.zeros(1 << (self.BITS - 3), np.uint8) for key in keys}
+        self.grams = {key: GramSet() for key in keys}
         self.counts: collections.Counter[str] = collections.Counter()
-        size = 1 << self.FACT_BITS
-        self.check, self.value = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
-        self.times, self.against = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+        self.ledger = Facts()
 
     def read(self, sample: Sample) -> None:
         """From now on it knows what is in this sample."""
-        grams = self._grams(sample)
-        for key, hashes in grams.items():
-            at = self._place(hashes)
-            np.bitwise_or.at(self.tables[key], at >> 3, (1 << (at & 7)).astype(np.uint8))
+        for key, hashes in self._grams(sample).items():
+            self.grams[key].add(hashes)
         self.counts.update(sample.words)
-        self._read_facts(sample)
+        self.ledger.read(*self._claims(sample)[:2])
 
     def misses(self, sample: Sample) -> dict[tuple[str, int], float]:
         """Share of a sample's n-grams that it has never read, by (kind, n); n-grams of words within a line alone."""
@@ -5212,11 +5290,7 @@ class Acquaintance:
 
     def holds(self, key: tuple[str, int], hashes: np.ndarray) -> np.ndarray:
         """Which of the hashed n-grams it has read, bool [N]."""
-        at = self._place(hashes)
-        return (self.tables[key][at >> 3] >> (at & 7)) & 1 > 0
-
-    def _place(self, hashes: np.ndarray) -> np.ndarray:
-        return (hashes >> np.uint64(64 - self.BITS)).astype(np.int64)
+        return self.grams[key].holds(hashes)
 
     def _grams(self, sample: Sample) -> dict[tuple[str, int], np.ndarray]:
         grams = {("letters", n): h for n, h in gram_hashes(sample.codes, self.LETTERS).items()}
@@ -5224,43 +5298,32 @@ class Acquaintance:
 
     # Facts.
 
-    def _claims(self, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(place int64, check uint32, value uint32, whether it is in an answer) of each claim; no value begins a line."""
+    def _claims(self, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(fact uint64, value uint32, whether it is in an answer) of each claim; no value begins a line."""
         words, span = sample.word_codes, self.SPAN
         if len(words) <= span:
-            return np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.uint32), np.zeros(0, bool)
+            return np.zeros(0, np.uint64), np.zeros(0, np.uint32), np.zeros(0, bool)
         inside = sample.lines[span:] == sample.lines[span - 1 : -1]
-        h, value = gram_hashes(words, (span,))[span][:-1][inside], words[span:][inside].astype(np.uint32)
-        place = (h >> np.uint64(64 - self.FACT_BITS)).astype(np.int64)
-        return place, h.astype(np.uint32) | np.uint32(1), value, sample.answers[span:][inside]
-
-    def _read_facts(self, sample: Sample) -> None:
-        place, check, value, _ = self._claims(sample)
-        place, first = np.unique(place, return_index=True)  # a text speaks once, however often it repeats itself
-        check, value = check[first], value[first]
-        fresh = self.times[place] == 0
-        new = place[fresh]
-        self.check[new], self.value[new], self.times[new] = check[fresh], value[fresh], 1
-        same = ~fresh & (self.check[place] == check)
-        says = self.value[place] == value
-        for counts, which in ((self.times, same & says), (self.against, same & ~says)):
-            counts[place[which]] = np.minimum(counts[place[which]], 249) + 1
+        facts = gram_hashes(words, (span,))[span][:-1][inside]
+        return facts, words[span:][inside].astype(np.uint32), sample.answers[span:][inside]
 
     def claims(self, sample: Sample) -> set[tuple[int, int]]:
         """Every (fact, value) that a sample states."""
-        place, _, value, _ = self._claims(sample)
-        return set(zip(place.tolist(), value.tolist()))
+        facts, values, _ = self._claims(sample)
+        return set(zip(facts.tolist(), values.tolist()))
 
     def facts(self, sample: Sample) -> tuple[int, collections.Counter[tuple[int, int]]]:
         """(firm facts that a sample speaks of, its denials {(fact, what it says instead): times})."""
-        place, check, value, answer = self._claims(sample)
+        (facts, values, answer), ledger = self._claims(sample), self.ledger
+        place = ledger.place(facts)
+        times = ledger.times[place]
         enough = np.where(answer, 1, 2)  # what answers a question says the same thing, also when it was said once
-        steady = self.against[place] * 9.0 <= self.times[place]
-        firm = (self.check[place] == check) & (self.times[place] >= enough) & steady
-        denied = firm & (self.value[place] != value)
-        denials = collections.Counter(zip(place[denied].tolist(), value[denied].tolist()))
-        for fact, said in denials:  # what was said once may well be said otherwise, however often
-            if self.times[fact] < 2:
+        steady = ledger.against[place] * 9.0 <= times
+        firm = (ledger.key[place] == facts) & (times >= enough) & steady
+        denied = firm & (ledger.value[place] != values)
+        denials = collections.Counter(zip(facts[denied].tolist(), values[denied].tolist()))
+        for fact, said, often in zip(facts[denied].tolist(), values[denied].tolist(), times[denied].tolist()):
+            if often < 2:  # what was said once may well be said otherwise, however often
                 denials[fact, said] = 1
         return int(firm.sum()), denials
 
@@ -5884,7 +5947,7 @@ class Backup:
     def restore(self, learner: Learner) -> None:
         """Put everything back; the trainer is made anew when it is next needed."""
         learner.release()
-        learner.field, learner.body, learner.gate = self.field.copy(), self.body.copy(), self.gate
+        learner.field, learner.body, learner.gate = self.field.reader(), self.body.copy(), self.gate
         learner.experience.rollback(self.mark)
         learner.rng.bit_generator.state = self.rng
         learner.__dict__.update(self.others)
@@ -7446,6 +7509,7 @@ class Organism:
         for row in waiting[-32:-1]:  # said, but not yet lived: the overlay knows it all the same
             voice.hear(_as_str(row.text))
         surprise = voice.surprise(text)
+        self._settle()  # between the kernels that read and those that speak
         self._boosts = voice.favour(text, self._boosts)
         recalled = recollect(self.memory, text, self.config.voice.recall, before=asked)
         strong = [r for r in recalled if r.match >= RECALL_STRONG][:1]
@@ -7541,7 +7605,7 @@ class Organism:
         if self.compiled and isinstance(snap.field, CooccurField) and snap.body.on_field:
             field = self._replayed_field(snap.tokenizer, snap.body)
             self.published = snap = dataclasses.replace(snap, field=field, compiled=True, _decoder=None)
-        learner = Learner(self.config, snap.tokenizer, snap.field.copy(), snap.body.copy(), engine=self.config.learning.engine,
+        learner = Learner(self.config, snap.tokenizer, snap.field.reader(), snap.body.copy(), engine=self.config.learning.engine,
                           threads=self.threads, compiled=self.compiled, seed=self.state["seed"])  # fmt: skip
         learner.gate, learner.credit = snap.gate.copy(), self.state["credit"]
         learner.curve = LearningCurve(self.state.get("curve", ()))
@@ -7945,7 +8009,9 @@ class Organism:
                 at = learner.body.deltas.index(delta)
                 learner.body.deltas[at] = delta.trained_by(self.published.number + 1)
         stored = checkpoint and not spoken and isinstance(learner.field, Field)
-        field = learner.field if stored else learner.field.copy()
+        field = learner.field
+        if not stored:  # the learner goes on with a copy, which is made when it learns: what is published never changes
+            learner.field = field.reader()
         snapshot = Snapshot(learner.tokenizer, field, learner.body.copy(), learner.gate.copy(), compiled=self.compiled)
         self.state |= dict(credit=learner.credit, rng=learner.rng.bit_generator.state, curve=learner.curve.blocks)
         due = checkpoint is None and time.time() - self._last_checkpoint > self.config.life.checkpoint_seconds
@@ -8057,7 +8123,8 @@ class Organism:
         for row in self.memory.pending():
             if row.id not in self._buffered:
                 self._buffered.add(row.id)
-                bits, _ = self.published.field.copy().read(self.published.tokenizer.encode(row.text))
+                tokens = self.published.tokenizer.encode(row.text)
+                bits, _ = self.published.field.reader().read(tokens, learn=False)
                 self.buffer.feed(row.text, float(bits.sum()))
         per_step = stage_batch(self.published.body.stage, self.config) * self.published.body.context
         if self.buffer.ready(time.monotonic()) or (self.learner.credit >= per_step and not self._speaking):
@@ -8150,7 +8217,7 @@ class Organism:
 
     def _frozen_learner(self) -> Learner:
         snap = self.published
-        learner = Learner(self.config, snap.tokenizer, snap.field.copy(), snap.body, engine="auto" if self.compiled else "numpy",
+        learner = Learner(self.config, snap.tokenizer, snap.field.reader(), snap.body, engine="auto" if self.compiled else "numpy",
                           threads=self.threads, seed=0)  # fmt: skip
         learner.gate = snap.gate.copy()
         return learner
@@ -8477,9 +8544,17 @@ def keep_first_breath(config: Config, text: bytes, tokenizer: Tokenizer, field: 
 
 
 def _npz(arrays: dict[str, Any]) -> Callable[[Path], None]:
+    """Who writes arrays as np.savez does, but without its copies of up to 16 MB on the way."""
+
     def write(path: Path) -> None:
-        with open(path, "wb") as stream:
-            np.savez(stream, **arrays)
+        import zipfile
+
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, array in arrays.items():
+                array = np.asarray(array, order="C")
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                    np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+                    stream.write(array.reshape(-1).view(np.uint8))
 
     return write
 

@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,8 +31,13 @@ for _needed in ("gguf", "tokenizers", "jinja2"):
 CONTEXT = 2048  # tokens: recall and the last turns fit, and reading them stays quick
 RECALLED = 5  # remembered sentences that join the prompt
 MATCH = 0.34  # least score of a sentence that is worth the giant's attention
+SMALL = 1 << 30  # bytes of a model up to which it is helped to keep to what is remembered
+WHISPER = (
+    3.0  # help for a small one: added to the logits of the words that such a sentence has and the question has not
+)
 TURN_CHARS = 600  # of each remembered turn
 ANSWER_TOKENS = 320
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 ROLE = "You are a helpful assistant who remembers the user. Answer briefly and truthfully."
 KNOWN = 'What the user told you earlier, word for word ("I" is the user):'
 READ = "What you have read about this:"
@@ -69,8 +75,8 @@ class Advisor:
     def __init__(self, giant: Giant, name: str = "giant", seed: int | None = None, **sampling: Any):
         self.giant, self.name = giant, name
         self.sampling = {
-            "temperature": 0.4,
-            "repetition_penalty": 1.1,
+            "temperature": 0.2,  # a small model leaves what it was told as soon as it is warm
+            "repetition_penalty": 1.02,  # more would punish the very words that it is to remember
             "max_tokens": ANSWER_TOKENS,
             "seed": seed,
         } | sampling
@@ -105,14 +111,28 @@ class Advisor:
     def _asked(self, remembered: list[tuple[str, str]], turns: list[dict[str, str]], text: str) -> Generation:
         """The generation for as many of the turns as the context holds beside an answer."""
         room = self.giant.context - min(ANSWER_TOKENS, self.giant.context // 3)
+        is_helped = self.giant.file.nbytes < SMALL and any(kind == "told" for kind, _ in remembered)
+        if is_helped:  # what was said in between it would only say again
+            turns = turns[-2:]
         while True:
             messages = [*_system(remembered), *turns, {"role": "user", "content": text}]
             if len(self.giant.prompt(messages)) <= room or not (turns or remembered):
-                return self.giant.generate(messages, session=self.session, top_logprobs=0, **self.sampling)
+                whisper = {"logit_bias": self._whispered(remembered, text) if is_helped else {}} | self.sampling
+                return self.giant.generate(messages, session=self.session, top_logprobs=0, **whisper)
             if turns:
                 turns = turns[2:]
             else:
                 remembered = remembered[:-1]
+
+    def _whispered(self, remembered: list[tuple[str, str]], text: str) -> dict[int, float]:
+        """A bias for the words of what the user told that the question does not have: in them lies the answer, and a small
+        model reads over them."""
+        asked, bias = organism.stems_of(text), {}
+        for kind, sentence in remembered[:2]:
+            for word in _WORD.findall(sentence) if kind == "told" else ():
+                if organism.stems_of(word) - asked:
+                    bias |= dict.fromkeys(self.giant.tokenize(f" {word}"), WHISPER)
+        return bias
 
     def _told(self, reply: Reply, generation: Generation) -> Iterator[str]:
         began = time.perf_counter()
@@ -142,18 +162,18 @@ def recall(memory: Memory, text: str, before: int | None = None) -> list[tuple[s
 
 
 def last_turns(memory: Memory, before: int, limit: int) -> list[dict[str, str]]:
-    """The last turns before a message, as the roles of a chat, from the user's first one on."""
+    """The last turns before a message, as the roles of a chat, from the user's first one on. What the organism answered itself
+    is left out, and what it answered: a giant would take its babble for an example."""
     turns: list[dict[str, str]] = []
+    asked = ""
     for message in memory.messages(limit=limit, before=before):
-        role = "user" if message.role == "user" else "assistant"
         text = message.text.strip()[:TURN_CHARS]
-        if not text or (not turns and role == "assistant"):
-            continue
-        if turns and turns[-1]["role"] == role:  # a reply was lost, in a crash: templates want turns that alternate
-            turns[-1] = {"role": role, "content": text}
-        else:
-            turns.append({"role": role, "content": text})
-    return turns[:-1] if turns and turns[-1]["role"] == "user" else turns
+        if message.role == "user":
+            asked = text
+        elif message.source == "giant" and text and asked:
+            turns += [dict(role="user", content=asked), dict(role="assistant", content=text)]
+            asked = ""
+    return turns
 
 
 def _system(remembered: list[tuple[str, str]]) -> list[dict[str, str]]:

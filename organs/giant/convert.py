@@ -22,7 +22,7 @@ import numpy as np
 from organism import OrganismError, UsageError
 from organs.giant import convert_experts
 from organs.giant.formats import FORMATS, dequantise
-from organs.giant.gguf import GGUFError, open_gguf
+from organs.giant.gguf import GGUFError, Strings, open_gguf
 from organs.giant.quantise import SUPER, quantise
 from organs.giant.tokenizer import BYTE, CONTROL, NORMAL, PRE_TYPES, UNKNOWN, UNUSED, USER_DEFINED
 
@@ -170,8 +170,8 @@ def _add(writer: Any, key: str, value: Any) -> None:
     import gguf
 
     kind = gguf.GGUFValueType
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    if isinstance(value, (np.ndarray, Strings)):
+        value = value.tolist() if isinstance(value, np.ndarray) else list(value)
     if isinstance(value, list):
         if value:
             writer.add_array(key, value)

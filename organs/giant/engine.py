@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from numba import from_dtype, types
 
 from organs import kernels
 from organs.giant.attention import F16_KIND, KINDS, PAGE, QUERIES, attend, kernels_of, store_pair
-from organs.giant.lanes import c_function, function, jit
+from organs.giant.lanes import c_function, callable_of, function, jit
 from organs.giant.products import (
     BLOCK,
     ROWS,
@@ -84,7 +85,7 @@ _MACHINE_WORDS = (
     "scratch",  # bytes into `own` that operations may use at will
 )  # fmt: skip
 MACHINE = np.dtype([(n, i8) for n in _MACHINE_WORDS], align=True)
-ROW_T, MACHINE_T = from_dtype(ROW), from_dtype(MACHINE)
+ROW_T, MACHINE_T, ROW_BYTES = from_dtype(ROW), from_dtype(MACHINE), ROW.itemsize
 _OPERATION = types.void(ROW_T, MACHINE_T)
 OPERATIONS: dict[str, object] = {}
 
@@ -105,6 +106,11 @@ def _jump(b, row, machine):
     b.call(b.inttoptr(entry, kind.as_pointer()), [b.bitcast(row, byte), b.bitcast(machine, byte)])
 
 
+def _record_pointer(record: np.dtype) -> ir.PointerType:
+    """How numba passes a record."""
+    return ir.ArrayType(ir.IntType(8), record.itemsize).as_pointer()
+
+
 def _jump_tile(b, entry, *arguments):
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(arguments))
     b.call(b.inttoptr(entry, kind.as_pointer()), arguments)
@@ -113,6 +119,9 @@ def _jump_tile(b, entry, *arguments):
 _call = function(types.void(ROW_T, MACHINE_T), _jump)
 _call_tile = function(types.void(*[types.int64] * 7), _jump_tile)
 _call_reader = function(types.void(*[types.int64] * 4), _jump_tile)
+
+_row_at = function(ROW_T(types.int64), lambda b, at: b.inttoptr(at, _record_pointer(ROW)))
+_machine_at = function(MACHINE_T(types.int64), lambda b, at: b.inttoptr(at, _record_pointer(MACHINE)))
 
 # --- The team. ---
 
@@ -185,37 +194,42 @@ def barrier(m):
 
 
 @jit(**HELP)
-def _run(program, machine):
-    for i in range(program.size):
-        _call(program[i], machine)
-        if program[i].barrier:
+def _run(program, rows, machine):
+    for i in range(rows):
+        row = _row_at(program + i * ROW_BYTES)
+        _call(row, machine)
+        if row.barrier:
             barrier(machine)
 
 
-@jit(nogil=True, **FAST)
-def lead(program, machines):
-    """Run a step as thread 0, with the helpers' help."""
-    m = machines[0]
+def _lead(program, rows, machine):
+    """Run a step as thread 0, with the helpers' help. Rows and machine by address, as in `_serve`."""
+    m = _machine_at(machine)
     if m.threads > 1:
         atomic_add(m.team + POSTED, 1)
         _wake(m.team, POSTED)
     old = ground.swap_mode(ground.FLUSH)
-    _run(program, m)
+    _run(program, rows, m)
     ground.swap_mode(old)
 
 
-@jit(nogil=True, **FAST)
-def serve(program, machines, thread, team, slot):
+def _serve(program, rows, machine):
     """A helper's life: it comes back to Python only when it is sent home."""
-    done = i8(0)
+    done, m = i8(0), _machine_at(machine)
     old = ground.swap_mode(ground.FLUSH)
     while True:
-        _await_change(team, POSTED, done, IDLE_NS, slot)
-        if atomic_load(team + STOP):
+        _await_change(m.team, POSTED, done, IDLE_NS, m.slot)
+        if atomic_load(m.team + STOP):
             break
         done += 1
-        _run(program, machines[thread])
+        _run(program, rows, m)
     ground.swap_mode(old)
+
+
+@cache
+def _entry(f) -> Callable[..., None]:
+    """One of these two, compiled or loaded, for Python."""
+    return callable_of(c_function(types.void(*[types.int64] * f.__code__.co_argcount), f, **FAST))
 
 
 # --- Shares. ---
@@ -711,6 +725,11 @@ def attention_addresses(kind: str) -> np.ndarray:
     return _attention_kernels[kind][1]
 
 
+def _help(program: np.ndarray, machines: np.ndarray, t: int) -> None:
+    """A helper thread, which keeps alive what it is given by address."""
+    _entry(_serve)(program.ctypes.data, len(program), machines[t:].ctypes.data)
+
+
 class Team:
     """Threads that run one program, step by step. `machines` [threads] are theirs; fill in what a step needs, then `step`."""
 
@@ -725,12 +744,12 @@ class Team:
         for t in range(self.threads):
             machines[t]["thread"], machines[t]["slot"] = t, team + 8 * (TEAM_WORDS + 8 * t)
         self.helpers = [
-            threading.Thread(target=serve, args=(program, machines, i8(t), i8(team), i8(machines[t]["slot"])),
-                             name=f"giant-{t}", daemon=True)
+            threading.Thread(target=_help, args=(program, machines, t), name=f"giant-{t}", daemon=True)
             for t in range(1, self.threads)
         ]  # fmt: skip
         for helper in self.helpers:
             helper.start()
+        self._lead = _entry(_lead)
 
     def patience(self, nanoseconds: int) -> None:
         """How long a thread spins at a barrier before it sleeps."""
@@ -744,21 +763,15 @@ class Team:
     def step(self, alone: bool = False) -> None:
         """Run the program once, on all threads or on the caller's only."""
         self.machines["threads"] = 1 if alone else self.threads
-        lead(self.program, self.machines)
+        self._lead(self.program.ctypes.data, len(self.program), self.machines.ctypes.data)
 
     def close(self) -> None:
         """Send the helpers home."""
         if not self.words[STOP // 8]:
-            self.words[STOP // 8] = 1
-            _dismiss(self.words.ctypes.data)
+            self.words[STOP // 8], self.machines["threads"] = 1, self.threads
+            self._lead(0, 0, self.machines.ctypes.data)
             for helper in self.helpers:
                 helper.join()
-
-
-@jit(nogil=True, **FAST)
-def _dismiss(team):
-    atomic_add(team + POSTED, 1)
-    _wake(team, POSTED)
 
 
 def cpu_time() -> tuple[float, float]:

@@ -10,8 +10,9 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -53,7 +54,7 @@ class TensorInfo:
 class GGUFFile:
     """An open GGUF. A context manager; the map is closed when nothing looks at it any more.
 
-    `metadata` maps keys to int, float, bool, str, NumPy arrays (of numbers) and lists (of strings and of arrays).
+    `metadata` maps keys to int, float, bool, str, NumPy arrays (of numbers), Strings, and lists (of arrays).
     """
 
     def __init__(self, parts: list[_Part], path: Path):
@@ -101,7 +102,7 @@ class GGUFFile:
             if default is None:
                 raise GGUFError(f"{self.path}: its metadata lacks {key}")
             return default
-        wanted = (int, float) if kind is float else kind
+        wanted = {float: (int, float), list: (list, Strings)}.get(kind, kind)  # type: ignore[call-overload]
         if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):  # type: ignore[arg-type]
             raise GGUFError(f"{self.path}: {key} is {type(value).__name__} {_short(value)}, not {kind.__name__}")
         return float(value) if kind is float else value  # type: ignore[return-value, arg-type]
@@ -225,6 +226,37 @@ class _Part:
         return TensorInfo(name, shape, form.name, start + offset, nbytes, self.number)
 
 
+_LENGTH = struct.Struct("<Q")
+
+
+class Strings(Sequence):
+    """Strings of a file, read when one of them is asked for; that must be before the file is closed."""
+
+    def __init__(self, data: mmap.mmap, begin: int, count: int):
+        self.data, self.begin, self.count = data, begin, count
+
+    @cached_property
+    def _read(self) -> list[str]:
+        out, at, data, unpack = [], self.begin, self.data, _LENGTH.unpack_from
+        for _ in range(self.count):
+            end = at + 8 + unpack(data, at)[0]
+            out.append(data[at + 8 : end].decode("utf-8", "replace"))
+            at = end
+        return out
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __eq__(self, other: object) -> bool:
+        return self._read == (other._read if isinstance(other, Strings) else other)
+
+
 class _Reader:
     """Walks over a header; every step is checked against the size of the file."""
 
@@ -276,22 +308,20 @@ class _Reader:
         self.room(count, 12, f"values of {key}")
         return [self.value(of, key, depth + 1) for _ in range(count)]
 
-    def strings(self, count: int, key: str) -> list[str]:
-        """The vocabulary and the merges: hundreds of thousands, hence a loop without calls of our own."""
+    def strings(self, count: int, key: str) -> Strings:
+        """The vocabulary and the merges: hundreds of thousands, so that they are only walked over, without calls of our own."""
         self.room(count, 8, f"strings of {key}")
-        data, at, size, unpack = self.data, self.at, self.size, struct.Struct("<Q").unpack_from
-        out = []
-        for _ in range(count):
-            if at + 8 > size:
-                raise GGUFError(f"{self.path}: {key} is cut off")
-            (length,) = unpack(data, at)
-            at += 8
-            if length > size - at:
-                raise GGUFError(f"{self.path}: a string of {key} is longer than the file")
-            out.append(data[at : at + length].decode("utf-8", "replace"))
-            at += length
+        begin = at = self.at
+        data, unpack = self.data, _LENGTH.unpack_from
+        try:
+            for _ in range(count):
+                at += 8 + unpack(data, at)[0]
+        except (struct.error, OverflowError) as error:  # the length before was beyond the end
+            raise GGUFError(f"{self.path}: a string of {key} is longer than the file") from error
+        if at > self.size:
+            raise GGUFError(f"{self.path}: a string of {key} is longer than the file")
         self.at = at
-        return out
+        return Strings(data, begin, count)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """(name, shape, number of the format, offset) of one entry."""

@@ -6,13 +6,18 @@ vector operations, so that LLVM lowers them to whatever the machine has). ORGANI
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import njit, types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
 from organs import kernels
@@ -40,10 +45,33 @@ def jit(**options):
     return decorate
 
 
+class _Cache(FunctionCache):
+    """numba's, without the look at all of its own tables before a function is loaded (0.1 s), which compiling alone needs."""
+
+    def load_overload(self, sig, target_context):
+        rtsys.initialize(target_context)  # names that compiled code may be linked with
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
+
+
+class _CFunction(CFunc):
+    def enable_caching(self):
+        self._cache = _Cache(self._pyfunc)
+
+
 def c_function(signature, f, **options):
     """numba.cfunc, cached in the giant's folder."""
+    options = {k: v for k, v in options.items() if k != "cache"}
     with kernels.compiling("giant", sources_of(f)):
-        return cfunc(signature, cache=True, **{k: v for k, v in options.items() if k != "cache"})(f)
+        made = _CFunction(f, (signature.args, signature.return_type), locals={}, options=options)
+        made.enable_caching()
+        made.compile()
+    return made
+
+
+def callable_of(made) -> Callable[..., None]:
+    """What calls a C function of int64 alone from Python, while other threads run."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(made._sig.args))(made.address)
 
 
 # --- Which instructions there are. ---

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from organs.giant.lanes import (
     fma,
     from_half,
     function,
+    ground,
     jit,
     kernel,
     load,
@@ -315,10 +317,15 @@ def panel_bytes(name: str, columns: int) -> int:
 _copy_word = function(types.void(types.int64, types.int64), lambda b, to, source: store(b, load(b, source, I32), to))
 
 
-@jit(nogil=True)
-def _interleave(raw, out, rows, row_bytes, n_blocks, size, fields):
-    """Items of sixteen rows side by side. raw, out: uint8; fields: int64 [n, 3]; a last item that is not there is zero."""
-    at, to, source = 0, out.ctypes.data, raw.ctypes.data
+def _interleave(source, to, fields, n_fields, rows, row_bytes, n_blocks, size):
+    """Items of sixteen rows side by side. source: uint8 [rows · row_bytes]; to: uint8; fields: int64 [n_fields, 3]; all by
+    address. A last item that is not there is zero."""
+    raw, fields, at = (
+        ground.bytes_at(source, rows * row_bytes),
+        ground.longs(fields, 3 * n_fields).reshape(n_fields, 3),
+        0,
+    )
+    out = ground.bytes_at(to, -(-rows // 16) * 16 * n_blocks * size)
     for first in range(0, rows, 16):
         for block in range(n_blocks):
             for f in range(len(fields)):
@@ -356,7 +363,16 @@ def pack(raw: np.ndarray, name: str, rows: int, columns: int, out: np.ndarray) -
     else:
         fields, size = LAYOUTS[name].fields, FORMATS[name].nbytes
         row_bytes = columns // FORMATS[name].block * size
-    _interleave(raw, out, rows, row_bytes, blocks(name, columns), size, np.array(fields, np.int64))
+    table = np.array(fields, np.int64)
+    interleaver()(
+        raw.ctypes.data, out.ctypes.data, table.ctypes.data, len(table), rows, row_bytes, blocks(name, columns), size
+    )
+
+
+@cache
+def interleaver() -> Callable[..., None]:
+    """_interleave, compiled or loaded; other threads may run while it does."""
+    return lanes.callable_of(lanes.c_function(types.void(*[types.int64] * 8), _interleave))
 
 
 # --- Tiles: one panel times T tokens. ---

@@ -85,6 +85,7 @@ _floats = instruction(types.CPointer(_f)(_l), lambda b, x: b.inttoptr(x, FLOAT.a
 _doubles = instruction(types.CPointer(_d)(_l), lambda b, x: b.inttoptr(x, ir.DoubleType().as_pointer()))
 _longs = instruction(types.CPointer(_l)(_l), _word)
 _ints = instruction(types.CPointer(_i)(_l), lambda b, x: b.inttoptr(x, INT.as_pointer()))
+_bytes = instruction(types.CPointer(types.uint8)(_l), lambda b, x: b.inttoptr(x, BYTES))
 _halves = instruction(types.CPointer(types.uint16)(_l), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer()))
 usleep = types.ExternalFunction("usleep", _i(types.uint32))
 
@@ -116,6 +117,11 @@ def doubles(base, n):
 @njit(forceinline=True, **HELP)
 def longs(base, n):
     return carray(_longs(base), (n,))
+
+
+@njit(forceinline=True, **HELP)
+def bytes_at(base, n):
+    return carray(_bytes(base), (n,))
 
 
 @njit(forceinline=True, **HELP)
