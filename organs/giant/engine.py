@@ -27,7 +27,7 @@ from llvmlite import ir
 from numba import from_dtype, types
 
 from organs import kernels
-from organs.giant.attention import F16_KIND, KINDS, PAGE, QUERIES, attend, kernels_of, store_pair
+from organs.giant.attention import PAGE, Q4_KIND, QUERIES, attend, hadamard, kernels_of, store_pair
 from organs.giant.lanes import c_function, callable_of, function, jit
 from organs.giant.products import (
     BLOCK,
@@ -45,7 +45,6 @@ ground = kernels.ground
 floats, longs, doubles = ground.floats, ground.longs, ground.doubles
 atomic_add, atomic_load, pause, exp = ground.atomic_add, ground.atomic_load, ground.pause, ground.exp
 f4, i8, HELP, FAST = np.float32, np.int64, ground.HELP, ground.FAST
-assert F16_KIND == list(KINDS).index("f16")
 
 # --- A row of a program, and what a thread knows. All addresses are absolute. ---
 
@@ -68,7 +67,8 @@ _ROW_WORDS = (
     "is_gelu", "merge",
     "queries", "heads", "head", "head_width", "rotated", "split", "angles",  # attention
     "inside", "stretch", "window", "bias", "query_norm", "key_norm",
-    "kind", "size", "attention_kernels",
+    "key_kind", "value_kind", "key_panel", "value_row", "values_at", "key_scales_at", "value_scales_at",  # in a stretch
+    "attention_kernels",
     "frequencies", "count",
     "gate", "gate_stride", "sinks",  # of attention: what its output is multiplied by (sigmoid), and a score that each query has besides
     "more",  # address of a record that only this operation knows
@@ -111,6 +111,11 @@ def _record_pointer(record: np.dtype) -> ir.PointerType:
     return ir.ArrayType(ir.IntType(8), record.itemsize).as_pointer()
 
 
+def record_at(record: np.dtype):
+    """A function of an address: the record that lies there, for compiled code."""
+    return function(from_dtype(record)(types.int64), lambda b, at: b.inttoptr(at, _record_pointer(record)))
+
+
 def _jump_tile(b, entry, *arguments):
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(arguments))
     b.call(b.inttoptr(entry, kind.as_pointer()), arguments)
@@ -120,8 +125,7 @@ _call = function(types.void(ROW_T, MACHINE_T), _jump)
 _call_tile = function(types.void(*[types.int64] * 7), _jump_tile)
 _call_reader = function(types.void(*[types.int64] * 4), _jump_tile)
 
-_row_at = function(ROW_T(types.int64), lambda b, at: b.inttoptr(at, _record_pointer(ROW)))
-_machine_at = function(MACHINE_T(types.int64), lambda b, at: b.inttoptr(at, _record_pointer(MACHINE)))
+_row_at, _machine_at = record_at(ROW), record_at(MACHINE)
 
 # --- The team. ---
 
@@ -315,6 +319,8 @@ def _merge(r, m, out):
         total = f4(1) / total
         for i in range(r.head):
             result[i] *= total
+        if r.value_kind == Q4_KIND:
+            hadamard(out + 4 * q * r.head, r.head, 1)
 
 
 @jit(**HELP)
@@ -553,7 +559,7 @@ def _remember(r, m, t, h, space):
         for i in range(r.head):
             v[i] += added[i]
     stretch = longs(table + 8 * (position // PAGE), 1)[0] + r.inside + h * r.stretch
-    store_pair(r.kind, r.size, stretch, position, floats(space, 0, r.head), v, r.head, r.head_width)
+    store_pair(r, stretch, position, space, value)
 
 
 @jit(**HELP)
@@ -561,6 +567,8 @@ def _query(r, m, t, q, out, step):
     bias = r.bias + 4 * q * r.head if r.bias else 0
     x = r.input + t * r.input_stride + 4 * q * r.head
     _head(x, out, step, r, bias, r.query_norm, r.angles + 4 * t * r.rotated, r.factor)
+    if r.key_kind == Q4_KIND:
+        hadamard(out, r.head, step)
 
 
 @jit(**HELP)
@@ -610,8 +618,8 @@ def _attention_space(r, m, groups):
 
 @jit(**HELP)
 def _attend(r, table, h, groups, M, first, end, limits, q, work, out, state):
-    attend(longs(r.attention_kernels, 2 * QUERIES), r.kind, r.size, table, r.inside + h * r.stretch, r.head, r.head_width,
-           groups, M, q, first, end, limits, r.window, f4(r.cap), work, out, state)  # fmt: skip
+    attend(r, longs(r.attention_kernels, 2 * QUERIES), table, r.inside + h * r.stretch, groups, M, q, first, end, limits, work,
+           out, state)  # fmt: skip
 
 
 @jit(**HELP)
@@ -631,6 +639,8 @@ def _deliver(r, m, t, query, part, sums, state):
             inverse = exp(s[0] - best) / (s[1] * exp(s[0] - best) + exp(sink - best))
         for k in range(r.head):
             out[k] = x[k] * inverse
+        if r.value_kind == Q4_KIND:
+            hadamard(r.output + t * r.output_stride + 4 * query * r.head, r.head, 1)
 
 
 @jit(**HELP)
@@ -702,7 +712,7 @@ LONGEST = "attention"  # takes as long to compile as all other operations of a m
 COMMON = ("angles", "embed", "quantise", "product", "gated", "states")  # operations of every model
 
 
-def compile_beside(kind: str) -> None:
+def compile_beside(kinds: tuple[str, str]) -> None:
     """Fill an empty cache on two cores: a child compiles LONGEST (numba compiles one thing at a time), we what is common."""
     code = f"from organs.giant import engine; engine.address({LONGEST!r})"
     environment = kernels.cache.environment()
@@ -710,17 +720,18 @@ def compile_beside(kind: str) -> None:
                              stderr=subprocess.DEVNULL, env=environment, cwd=kernels.cache.ROOT)  # fmt: skip
     for name in COMMON:
         address(name)
-    attention_addresses(kind)
+    attention_addresses(*kinds)
     child.wait()  # if it failed, we shall compile that too
 
 
-_attention_kernels: dict[str, tuple[list, np.ndarray]] = {}
+_attention_kernels: dict[tuple[str, str], tuple[list, np.ndarray]] = {}
 
 
-def attention_addresses(kind: str) -> np.ndarray:
-    """int64 [2 · QUERIES], kept alive here."""
+def attention_addresses(keys: str, values: str) -> np.ndarray:
+    """int64 [2 · QUERIES], for keys and values of these kinds; kept alive here."""
+    kind = keys, values
     if kind not in _attention_kernels:
-        made = kernels_of(kind)
+        made = kernels_of(keys, values)
         _attention_kernels[kind] = made, np.array([f.address for f in made], np.int64)
     return _attention_kernels[kind][1]
 

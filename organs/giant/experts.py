@@ -17,16 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import carray, types
 
-from organs.giant import engine
-from organs.giant.engine import BLOCK, HELP, TILE, atomic_add, barrier, exp, f4, floats, ground, i8, jit, longs, operation
+from organs.giant.engine import BLOCK, HELP, TILE, atomic_add, barrier, exp, f4, floats, ground, i8, jit, longs, operation, record_at
 from organs.giant.engine import _call_tile as call_tile
 from organs.giant.engine import _gate as gate_by
 from organs.giant.engine import _root_mean_square as root_mean_square
 from organs.giant.engine import _share as share
 from organs.giant.gguf import GGUFError, GGUFFile
-from organs.giant.lanes import function
 from organs.giant.products import (
     BYTES,
     ROWS,
@@ -66,17 +63,14 @@ layer's next step, so that they can be looked at; of a prompt: `items` [.., 4]
 (family, expert, first place, tokens), `places` (token) and `shares` (weight); `trouble`: where the number of
 a layer is put whose router gave no numbers; `residency`: see residency.py, 0 where all experts are in memory."""
 
-_bytes_at = function(types.voidptr(types.int64), lambda b, x: b.inttoptr(x, engine.ir.IntType(8).as_pointer()))
-
-
-@jit(forceinline=True, **HELP)
-def _mixture(address):
-    return carray(_bytes_at(address), (1,), MIXTURE)[0]
+FAMILY_BYTES = FAMILY.itemsize
+_mixture = record_at(MIXTURE)
+_family_at = record_at(FAMILY)
 
 
 @jit(forceinline=True, **HELP)
 def _family(address, number):
-    return carray(_bytes_at(address), (2,), FAMILY)[number]
+    return _family_at(address + number * FAMILY_BYTES)
 
 
 # --- Routing. ---

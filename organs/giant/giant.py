@@ -16,7 +16,17 @@ from organs.giant.gguf import GGUFError, GGUFFile, open_gguf
 
 PREFIX_BYTES = 128 << 20  # what the prefix cache may hold
 MOST_THREADS = 8
-KV_CACHES = ("f32", "f16", "bf16", "q8")
+KV_CACHES = ("f32", "f16", "bf16", "q8", "q4")
+_ALIASES = {"fp16": "f16", "bfloat16": "bf16", "q8_0": "q8", "q4k": "q4", "q4_k": "q4", "q4_0": "q4"}
+
+
+def kinds_of(kv_cache: str) -> tuple[str, str]:
+    """(keys, values) of "f16", or of "q8/q4" for different ones. Raises ValueError for what there is not."""
+    keys, _, values = kv_cache.lower().partition("/")
+    kinds = tuple(_ALIASES.get(kind, kind) for kind in (keys, values or keys))
+    if any(kind not in KV_CACHES for kind in kinds):
+        raise ValueError(f"kv_cache is {kv_cache!r}; it can be {', '.join(KV_CACHES)}, or two for keys and values, such as q8/q4")
+    return kinds
 
 
 class ContextFull(ValueError):
@@ -48,7 +58,7 @@ class Giant:
         """Read a GGUF and make it ready.
 
         context: tokens a session holds at most; None: what the model was trained for.
-        kv_cache: "f32", "f16", "bf16" or "q8".
+        kv_cache: "f32", "f16", "bf16", "q8" or "q4", or two for keys and values: "q8/q4".
         threads: None: the CPUs that this process may use, at most eight.
         offload: None; what else there will be arrives with EXPERTS.
         exact: prompts are read with 16-bit activations, as single tokens always are; slower, and closer to float32.
@@ -57,8 +67,7 @@ class Giant:
         say: hears one sentence when kernels have to be compiled first.
         Raises GGUFError for a file that is damaged or not supported, ValueError for settings that are impossible.
         """
-        if kv_cache not in KV_CACHES:
-            raise ValueError(f"kv_cache is {kv_cache!r}; it can be {', '.join(KV_CACHES)}")
+        kinds = kinds_of(kv_cache)
         if offload is not None:
             raise ValueError(f"offload is {offload!r}; only None is supported")
         for name, value in (("context", context), ("threads", threads)):
@@ -67,11 +76,11 @@ class Giant:
         file = open_gguf(path)
         try:
             giant = cls.__new__(cls)
-            giant._set_up(file, context, kv_cache, threads or default_threads(), exact, say)
+            giant._set_up(file, context, kinds, threads or default_threads(), exact, say)
             folder = Path(prefix_folder) if prefix_folder else None
             limit = PREFIX_BYTES + 12 * giant._memory_bytes if prefix_bytes is None else prefix_bytes
             giant.prefixes = PrefixCache(
-                giant._page_bytes, limit, folder, giant._identity(kv_cache, exact), memory_bytes=giant._memory_bytes
+                giant._page_bytes, limit, folder, giant._identity(kinds, exact), memory_bytes=giant._memory_bytes
             )
         except BaseException:
             file.close()
@@ -79,7 +88,7 @@ class Giant:
         return giant
 
     def _set_up(
-        self, file: GGUFFile, context: int | None, kind: str, threads: int, exact: bool, say: Callable | None
+        self, file: GGUFFile, context: int | None, kinds: tuple[str, str], threads: int, exact: bool, say: Callable | None
     ) -> None:
         is_cold = not _has_kernels()
         if is_cold and say is not None:
@@ -89,8 +98,8 @@ class Giant:
 
         architectures.check(file)
         if is_cold:
-            engine.compile_beside(kind)
-        recorder = Recorder(file, kv_cache=kind, threads=threads, exact=exact)
+            engine.compile_beside(kinds)
+        recorder = Recorder(file, kv_cache=kinds, threads=threads, exact=exact)
         try:
             architectures.record(recorder)
         except BaseException:
@@ -121,9 +130,9 @@ class Giant:
         self._pace = engine.Pace()
         self._lock = threading.Lock()
 
-    def _identity(self, kind: str, exact: bool) -> str:
+    def _identity(self, kinds: tuple[str, str], exact: bool) -> str:
         path = self.file.path
-        return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kind} {exact}"
+        return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kinds} {exact}"
 
     def _sequence(self) -> Pages:
         """Room for a new sequence."""

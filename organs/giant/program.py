@@ -113,9 +113,9 @@ class Recorder:
     """Collects rows, matrices and memory of a model; `program()` is the result."""
 
     def __init__(
-        self, file: GGUFFile, *, kv_cache: str, threads: int, exact: bool, say: Callable[[str], None] | None = None
+        self, file: GGUFFile, *, kv_cache: tuple[str, str], threads: int, exact: bool, say: Callable[[str], None] | None = None
     ):
-        self.file, self.shape, self.kind, self.threads, self.exact = file, Shape.of(file), kv_cache, threads, exact
+        self.file, self.shape, self.kinds, self.threads, self.exact = file, Shape.of(file), kv_cache, threads, exact
         s = self.shape
         self.rows: list[dict] = []
         self.kept: list[np.ndarray] = []  # whatever rows point to
@@ -416,22 +416,21 @@ class Recorder:
         sinks = 0
         if self.has(block + "attn_sinks.weight"):
             sinks = self.keep(self.vector(block + "attn_sinks.weight", s.queries))
-        width, kinds = attention.width_of(s.head), list(attention.KINDS)
-        stretch = attention.stretch_bytes(self.kind, s.head)
+        width, layout = attention.width_of(s.head), attention.layout_of(*self.kinds, s.head)
         groups = s.queries // s.heads
         self.need(64 + 4 * attention.QUERIES * (groups * (s.head + width + 2) + attention.PAGE) + 4 * s.head)
         self.row("attention", input=self.qkv, input_stride=self.qkv_stride, output=self.out, output_stride=self.out_stride,
                  queries=s.queries, heads=s.heads, head=s.head, head_width=width, inside=self.page_bytes, sinks=sinks,
-                 stretch=stretch, window=window, bias=bias, query_norm=norms["q"], key_norm=norms["k"],
-                 kind=kinds.index(self.kind), size=attention.KINDS[self.kind], epsilon=s.epsilon, cap=cap,
+                 window=window, bias=bias, query_norm=norms["q"], key_norm=norms["k"],
+                 epsilon=s.epsilon, cap=cap, **layout,
                  factor=scale if scale is not None else 1 / math.sqrt(s.head),
-                 attention_kernels=engine.attention_addresses(self.kind).ctypes.data, barrier=1, **self.turns(rope))  # fmt: skip
-        self.page_bytes += s.heads * stretch
+                 attention_kernels=engine.attention_addresses(*self.kinds).ctypes.data, barrier=1, **self.turns(rope))  # fmt: skip
+        self.page_bytes += s.heads * layout["stretch"]
         matrix = self.matrix(block + "attn_output.weight", s.width, self.attention_width)
         self.need(4 * self.attention_width + 4 * BLOCK)
         a = self.quantise("attention", (self.out, self.out_stride), self.attention_width, [matrix], merge=1,
                           queries=s.queries, heads=s.heads, head=s.head, head_width=width, sinks=sinks, gate=gate[0],
-                          gate_stride=gate[1])  # fmt: skip
+                          gate_stride=gate[1], value_kind=layout["value_kind"])  # fmt: skip
         self._back(a, matrix, block + "attn_output.bias", f"{block}{behind}.weight")
 
     def feed_forward(self, layer: int, is_gelu: bool = False, norm: str = "ffn_norm") -> None:

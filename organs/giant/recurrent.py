@@ -16,10 +16,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import carray, types
+from numba import types
 
-from organs.giant import engine
-from organs.giant.engine import HELP, barrier, exp, f4, floats, ground, i8, jit, longs, operation
+from organs.giant.engine import HELP, barrier, exp, f4, floats, ground, i8, jit, longs, operation, record_at
 from organs.giant.engine import _root_mean_square as root_mean_square
 from organs.giant.engine import _share as share
 from organs.giant.gguf import GGUFError
@@ -44,12 +43,7 @@ _WORDS = (
 DELTA = np.dtype([(n, i8) for n in _WORDS] + [("epsilon", np.float64)], align=True)
 """A layer of Gated DeltaNet. Channels are those of all queries, then keys, then values."""
 
-_bytes_at = function(types.voidptr(types.int64), lambda b, x: b.inttoptr(x, engine.ir.IntType(8).as_pointer()))
-
-
-@jit(forceinline=True, **HELP)
-def _delta(address):
-    return carray(_bytes_at(address), (1,), DELTA)[0]
+_delta = record_at(DELTA)
 
 
 def _sweep(b, state, before, key, query, rows, gain, space):
