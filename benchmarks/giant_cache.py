@@ -22,10 +22,12 @@ def measured(model: Path, kind: str, text: str, length: int, window: int, genera
 
     giant = Giant.load(model, kv_cache=kind, threads=threads, prefix_bytes=0)
     tokens = giant.tokenize(text)
-    nll, counted = giant.score(tokens[: 8 * window], window)
-    session, each = giant.session(), []
-    session.feed((tokens * (length // len(tokens) + 1))[:length])
-    for token in tokens[:generate]:
+    nll, counted = giant.score(tokens[: 4 * window], window)
+    session, each = giant.session(), [math.nan]
+    if length:
+        each.clear()
+        session.feed((tokens * (length // len(tokens) + 1))[:length])
+    for token in tokens[: generate if length else 0]:
         began = time.perf_counter()
         session.feed([token])
         each.append(time.perf_counter() - began)
@@ -38,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="a GGUF")
     parser.add_argument("texts", nargs="*", help="NAME=PATH; without any, Python's own library")
-    parser.add_argument("--length", type=int, default=8000, help="tokens before those that are timed")
+    parser.add_argument("--length", type=int, default=8000, help="tokens before those that are timed; 0: nothing is timed")
     parser.add_argument("--window", type=int, default=2048, help="tokens of context for the perplexity")
     parser.add_argument("--generate", type=int, default=32, help="tokens that are timed")
     parser.add_argument("--threads", type=int, default=2)

@@ -18,7 +18,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from organs.giant.engine import BLOCK, HELP, TILE, atomic_add, barrier, exp, f4, floats, ground, i8, jit, longs, operation, record_at
+from organs.giant.engine import (
+    BLOCK,
+    HELP,
+    TILE,
+    atomic_add,
+    barrier,
+    exp,
+    f4,
+    floats,
+    ground,
+    i8,
+    jit,
+    longs,
+    operation,
+    record_at,
+)
 from organs.giant.engine import _call_tile as call_tile
 from organs.giant.engine import _gate as gate_by
 from organs.giant.engine import _root_mean_square as root_mean_square
@@ -33,6 +48,7 @@ from organs.giant.products import (
     quantise_wide,
 )
 from organs.giant.program import Matrix, Recorder, Shape
+from organs.giant.residency import Residency, await_expert, desk, publish
 
 FORMS = ("narrow", "wide", "double", "plain")  # numbers of forms in records
 FEW = max(1, TILE // 2)  # an expert's last tokens are a tile if there are at least so many, else single ones
@@ -55,13 +71,15 @@ that those take, float32 biases [experts, …] or 0."""
 MIXTURE = np.dtype(
     [(n, i8) for n in ("experts", "used", "gating", "normalised", "logits", "logits_stride", "bias", "shared_logit",
                        "families", "chosen", "weights", "items", "places", "shares", "most_places", "tally", "trouble", "layer", "panels",
-                       "residency")] + [("scale", np.float64)], align=True,
+                       "desk", "uses", "kept")] + [("scale", np.float64)], align=True,
 )  # fmt: skip
 """A layer's mixture. `logits`: float32 [n, …], the router's; `shared_logit`: the shared expert's gate, likewise, 0 for none;
 `families`: the address of two FAMILY records; `chosen` int64 and `weights` float32 [n, used + 1]; those stay until the
 layer's next step, so that they can be looked at; of a prompt: `items` [.., 4]
 (family, expert, first place, tokens), `places` (token) and `shares` (weight); `trouble`: where the number of
-a layer is put whose router gave no numbers; `residency`: see residency.py, 0 where all experts are in memory."""
+a layer is put whose router gave no numbers; `desk`, `uses`: see residency.py, 0 where
+all experts are in memory; `kept`: room for a copy of the input, which experts of a later wave take too, after the first ones
+have added to it."""
 
 FAMILY_BYTES = FAMILY.itemsize
 _mixture = record_at(MIXTURE)
@@ -200,6 +218,13 @@ def _one(r, m, e):
     if m.thread == 0:
         longs(e.chosen, k)[:] = chosen
     gate = space + 12 * MOST_USED + 64
+    if e.desk:
+        if m.thread == 0:
+            d = desk(e.desk)
+            d.count = k
+            longs(d.wanted, k)[:] = chosen
+            publish(d, e.layer, e.experts, e.uses, _family(e.families, 0).where, r.input)
+        barrier(m)
     routed, shared = _family(e.families, 0), _family(e.families, 1)
     pairs = routed.inside // BLOCK
     own = k * pairs
@@ -211,6 +236,8 @@ def _one(r, m, e):
         else:
             slot, p, f = k, item - own, shared
             expert, place = i8(0), i8(0)
+        if not _is_there(m, e, f, item >= own, expert):
+            continue
         _through(f, expert, p, m.own + f.single_gate, m.own + f.single_up, True, gate)
         h = f.hidden + place * f.hidden_stride + p * _size(f.down_form_one)
         _into(f.down_form_one, gate, 1, r.ones, weights[slot], h, 1, 0)
@@ -220,10 +247,18 @@ def _one(r, m, e):
         f = routed if slot < k else shared
         expert, place = (chosen[slot], slot) if slot < k else (i8(0), i8(0))
         down, h = longs(f.where + 24 * expert, 3)[2], f.hidden + place * f.hidden_stride
+        if not _is_there(m, e, f, slot >= k, expert):
+            continue
         for p in range(first, end):
             call_tile(f.down_kernel_one, down + p * f.down_panel_bytes, h, r.input + 64 * p, f.down_blocks, 64, 1)
         if f.down_bias:
             _add_bias(f, expert, weights[slot], r.input, first, end)
+
+
+@jit(**HELP)
+def _is_there(m, e, f, is_shared, expert):
+    """Whether an expert is in memory, after waiting for it; if reading failed, it is not, and the step ends with an error."""
+    return e.desk == 0 or is_shared or await_expert(desk(e.desk), f.where + 24 * expert, m.thread == 0)
 
 
 @jit(**HELP)
@@ -293,14 +328,15 @@ def _fetch(r, e, form, item, space):
     """The tokens of an item, normed and quantised: tiles, then singles."""
     tiles, singles = _parts(item[3])
     places, n_blocks = longs(e.places + 8 * item[2], item[3]), (r.width + BLOCK - 1) // BLOCK
+    base = e.kept if e.desk else r.input
     for t in range(tiles * TILE):
-        x = r.input + places[min(t, item[3] - 1)] * r.input_stride
+        x = base + places[min(t, item[3] - 1)] * r.input_stride
         factor = root_mean_square(x, r.width, r.epsilon) if t < item[3] else f4(0)
         tile = space + t // TILE * n_blocks * TILE * _size(form[0])
         _into(form[0], x, n_blocks, r.norm, factor, tile, TILE, t % TILE)
     space += tiles * n_blocks * TILE * _size(form[0])
     for t in range(tiles * TILE, item[3]):
-        x = r.input + places[t] * r.input_stride
+        x = base + places[t] * r.input_stride
         _into(form[1], x, n_blocks, r.norm, root_mean_square(x, r.width, r.epsilon), space, 1, 0)
         space += n_blocks * _size(form[1])
     return space
@@ -367,6 +403,10 @@ def _many(r, m, e):
     first, end = share(m.n, m)
     for t in range(first, end):
         _route(e, t, e.chosen + 8 * width * t, e.weights + 4 * width * t)
+        if e.desk:
+            kept, x = floats(e.kept + t * r.input_stride, 0, r.width), floats(r.input + t * r.input_stride, 0, r.width)
+            for i in range(r.width):
+                kept[i] = x[i]
     barrier(m)
     tally = longs(e.tally, e.experts + 2)
     if m.thread == 0:
@@ -374,14 +414,48 @@ def _many(r, m, e):
         tally[e.experts + 1] = 0
     barrier(m)
     count, turn = tally[e.experts], e.tally + 8 * (e.experts + 1)
-    i = atomic_add(turn, 1)
-    while i < count:
-        _item_in(r, m, e, longs(e.items + 32 * i, 4))
-        i = atomic_add(turn, 1)
+    begin = i8(0)
+    while begin < count:
+        end = _wave(r, m, e, begin, count)
+        i = begin + atomic_add(turn, 1)
+        while i < end:
+            item = longs(e.items + 32 * i, 4)
+            if _is_there(m, e, _family(e.families, item[0]), item[0] == 1, item[1]):
+                _item_in(r, m, e, item)
+            i = begin + atomic_add(turn, 1)
+        barrier(m)
+        if m.thread == 0:
+            tally[e.experts + 1] = 0
+        first, last = share(e.panels, m)
+        for i in range(begin, end):
+            item = longs(e.items + 32 * i, 4)
+            if _is_there(m, e, _family(e.families, item[0]), item[0] == 1, item[1]):
+                _item_out(r, m, e, item, first, last)
+        begin = end
+        if begin < count:
+            barrier(m)
+
+
+@jit(**HELP)
+def _wave(r, m, e, begin, count):
+    """The end of the items that are done together: all, or those of as many experts as there is room for, which are asked for."""
+    if e.desk == 0:
+        return count
+    d = desk(e.desk)
+    end, distinct, before = begin, 0, i8(-1)
+    for i in range(begin, count):
+        item = longs(e.items + 32 * i, 4)
+        if item[0] == 0 and item[1] != before:
+            distinct, before = distinct + 1, item[1]
+            if m.thread == 0:
+                longs(d.wanted, distinct)[distinct - 1] = before
+        if distinct <= d.wave:
+            end = i + 1
+    if m.thread == 0:
+        d.count = distinct
+        publish(d, e.layer, e.experts, e.uses, _family(e.families, 0).where, r.input + (m.n - 1) * r.input_stride)
     barrier(m)
-    first, end = share(e.panels, m)
-    for i in range(count):
-        _item_out(r, m, e, longs(e.items + 32 * i, 4), first, end)
+    return end
 
 
 @operation
@@ -439,7 +513,7 @@ def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL
     sizes = Sizes.of(r.file, s, normalised)
     weights = r.keep(r.vector(f"{block}{norm}.weight", s.width))
     router = r.matrix(block + "ffn_gate_inp.weight", sizes.experts, s.width)
-    routed = _stacks(r, block, "exps", sizes.experts, sizes.inside)
+    routed = _stacks(r, block, "exps", sizes.experts, sizes.inside, layer if r.is_on_disk else None, sizes.used)
     has_shared = r.has(block + "ffn_gate_shexp.weight")
     if not has_shared and any(r.has(f"{block}ffn_{n}_shexp.weight") for n in ("up", "down")):
         raise GGUFError(f"{r.file.path}: of {block}'s shared expert only a part is there")
@@ -461,6 +535,10 @@ def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL
     if shared:
         _fill(r, families[1], a, shared, sizes.shared, activation, r.chunk + TILE, block, "shexp")
     e = np.zeros(1, MIXTURE)
+    if r.residency is not None:
+        r.residency.learn(layer, block + "ffn_gate_inp.weight", r.vector(f"{block}{norm}.weight", s.width))
+        e[0]["kept"] = r.room("experts' input", r.x_stride * r.chunk)
+        e[0]["desk"], e[0]["uses"] = r.residency.desk.ctypes.data, r.residency.uses[layer].ctypes.data
     width = sizes.used + 1
     chosen = np.zeros((r.chunk, width), np.int64)
     r.routes[layer] = chosen
@@ -480,12 +558,15 @@ def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL
           more=r.keep(e), barrier=1)  # fmt: skip
 
 
-def _stacks(r: Recorder, block: str, suffix: str, experts: int, inside: int) -> list[Stack]:
-    """Gate, up and down of a family; experts: 0 for a single one, whose tensors are matrices."""
+def _stacks(r: Recorder, block: str, suffix: str, experts: int, inside: int, layer: int | None = None,
+            used: int = 0) -> list[Stack]:  # fmt: skip
+    """Gate, up and down of a family; experts: 0 for a single one, whose tensors are matrices; layer: where they stay on disk."""
     width, many = r.shape.width, max(experts, 1)
     shape = lambda rows, columns: (experts, rows, columns) if experts else (rows, columns)
     fused = f"{block}ffn_gate_up_{suffix}.weight"
     names = {way: f"{block}ffn_{way}_{suffix}.weight" for way in ("gate", "up", "down")}
+    if layer is not None:
+        return _stacks_on_disk(r, layer, fused, names, experts, inside, used)
     if r.has(fused):
         halves = [r.stack(fused, shape(2 * inside, width), range(first, first + inside), BLOCK) for first in (0, inside)]
     else:
@@ -495,13 +576,31 @@ def _stacks(r: Recorder, block: str, suffix: str, experts: int, inside: int) -> 
             for first, size in stacks]  # fmt: skip
 
 
+def _stacks_on_disk(r: Recorder, layer: int, fused: str, names: dict[str, str], experts: int, inside: int,
+                    used: int) -> list[Stack]:  # fmt: skip
+    """As _stacks, of experts that residency.py brings when they are wanted."""
+    width = r.shape.width
+    if r.residency is None:
+        r.residency = Residency(r.file, width, experts, used, r.shape.layers)
+    if r.has(fused):
+        info = r.info(fused, (experts, 2 * inside, width))
+        parts = [(info, inside, width, first, 2 * inside) for first in (0, inside)]
+    else:
+        parts = [(r.info(names[way], (experts, inside, width)), inside, width, 0, inside) for way in ("gate", "up")]
+    parts.append((r.info(names["down"], (experts, width, inside)), width, inside, 0, width))
+    where = r.residency.add(layer, parts)
+    nothing = np.empty(0, np.uint8)
+    return [Stack(Matrix(info.format, rows, columns, nothing), where[:, i]) for i, (info, rows, columns, _, _) in enumerate(parts)]
+
+
 def _fill(r: Recorder, f: np.void, a, stacks: list[Stack], inside: int, activation: int, places: int, block: str,
           suffix: str) -> None:  # fmt: skip
     """A FAMILY record of a family's matrices; a: the activations of a single token."""
     inside = -(-inside // BLOCK) * BLOCK
     many = len(stacks[0].addresses)
     f["experts"], f["inside"], f["activation"] = many, inside, activation
-    f["where"] = r.keep(np.ascontiguousarray(np.stack([s.addresses for s in stacks], 1)))
+    table = stacks[0].addresses.base  # of experts on disk, which changes; else a new one
+    f["where"] = r.keep(table if table is not None else np.ascontiguousarray(np.stack([s.addresses for s in stacks], 1)))
     gate, up, down = (s.matrix for s in stacks)
     size = max(BYTES[r.form(down)], BYTES[r.form_of_one(down)])
     f["hidden_stride"] = inside // BLOCK * size

@@ -14,6 +14,7 @@ import numpy as np
 from organs.giant.cache import PAGE, Pages, PrefixCache
 from organs.giant.gguf import GGUFError, GGUFFile, open_gguf
 
+INTERPRETER = 200 << 20  # bytes that Python, NumPy and compiled code take
 PREFIX_BYTES = 128 << 20  # what the prefix cache may hold
 MOST_THREADS = 8
 KV_CACHES = ("f32", "f16", "bf16", "q8", "q4")
@@ -50,6 +51,8 @@ class Giant:
         kv_cache: str = "f16",
         threads: int | None = None,
         offload: str | None = None,
+        ram: float | None = None,
+        prefetch: bool = True,
         exact: bool = False,
         prefix_bytes: int | None = None,
         prefix_folder: str | os.PathLike | None = None,
@@ -60,7 +63,9 @@ class Giant:
         context: tokens a session holds at most; None: what the model was trained for.
         kv_cache: "f32", "f16", "bf16", "q8" or "q4", or two for keys and values: "q8/q4".
         threads: None: the CPUs that this process may use, at most eight.
-        offload: None; what else there will be arrives with EXPERTS.
+        offload: None: everything is in memory. "disk": experts stay in the file and are read when they are wanted.
+        ram, prefetch: with "disk": GB that the process may take (None: half of what the machine has free), and whether experts
+        are read before they are wanted.
         exact: prompts are read with 16-bit activations, as single tokens always are; slower, and closer to float32.
         prefix_bytes, prefix_folder: what the prefix cache may hold in memory (None: 128 MB, and a dozen recurrent states of
         models that have one), and where it keeps a copy on disk.
@@ -68,15 +73,22 @@ class Giant:
         Raises GGUFError for a file that is damaged or not supported, ValueError for settings that are impossible.
         """
         kinds = kinds_of(kv_cache)
-        if offload is not None:
-            raise ValueError(f"offload is {offload!r}; only None is supported")
+        if offload not in (None, "none", "disk"):
+            raise ValueError(f"offload is {offload!r}; it can be none or disk")
+        if ram is not None and offload != "disk":
+            raise ValueError("ram is for offload='disk', where experts stay in the file")
+        if ram is not None and not ram > 0:
+            raise ValueError(f"ram is {ram}; it is a number of GB")
         for name, value in (("context", context), ("threads", threads)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         file = open_gguf(path)
         try:
             giant = cls.__new__(cls)
-            giant._set_up(file, context, kinds, threads or default_threads(), exact, say)
+            giant._set_up(file, context, kinds, threads or default_threads(), exact, say, offload == "disk")
+            if giant.residency is not None:
+                giant.residency.is_prefetching = prefetch
+                giant.residency.start(int(1e9 * (ram or free_memory() / 2e9)) - giant._fixed_bytes())
             folder = Path(prefix_folder) if prefix_folder else None
             limit = PREFIX_BYTES + 12 * giant._memory_bytes if prefix_bytes is None else prefix_bytes
             giant.prefixes = PrefixCache(
@@ -88,8 +100,9 @@ class Giant:
         return giant
 
     def _set_up(
-        self, file: GGUFFile, context: int | None, kinds: tuple[str, str], threads: int, exact: bool, say: Callable | None
-    ) -> None:
+        self, file: GGUFFile, context: int | None, kinds: tuple[str, str], threads: int, exact: bool, say: Callable | None,
+        is_on_disk: bool = False,
+    ) -> None:  # fmt: skip
         is_cold = not _has_kernels()
         if is_cold and say is not None:
             say("compiling kernels for this model, once for this machine…")
@@ -99,7 +112,7 @@ class Giant:
         architectures.check(file)
         if is_cold:
             engine.compile_beside(kinds)
-        recorder = Recorder(file, kv_cache=kinds, threads=threads, exact=exact)
+        recorder = Recorder(file, kv_cache=kinds, threads=threads, exact=exact, is_on_disk=is_on_disk)
         try:
             architectures.record(recorder)
         except BaseException:
@@ -119,7 +132,7 @@ class Giant:
         own = [products.aligned(recorder.own_bytes + recorder.scratch + 4096) for _ in range(threads)]
         parts = products.aligned(4 * stride * shape.queries * threads)
         self._kept += [*own, parts]
-        self._trouble, self._routes = recorder.trouble, recorder.routes
+        self._trouble, self._routes, self.residency = recorder.trouble, recorder.routes, recorder.residency
         self._machines["own"] = [a.ctypes.data for a in own]
         self._machines["scratch"] = recorder.own_bytes
         self._machines["parts"], self._machines["parts_stride"] = parts.ctypes.data, stride
@@ -133,6 +146,12 @@ class Giant:
     def _identity(self, kinds: tuple[str, str], exact: bool) -> str:
         path = self.file.path
         return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kinds} {exact}"
+
+    def _fixed_bytes(self) -> int:
+        """What the process takes besides experts: matrices, room for activations, and about as much again as an interpreter."""
+        stretch = max((a.nbytes for a in self._kept), default=0)  # of matrices, which it may not fill
+        dense = sum(i.nbytes for n, i in self.file.tensors.items() if "_exps." not in n)
+        return dense + sum(a.nbytes for a in self._kept) - stretch + INTERPRETER
 
     def _sequence(self) -> Pages:
         """Room for a new sequence."""
@@ -164,7 +183,9 @@ class Giant:
         self._check()
 
     def _check(self) -> None:
-        """Raise GGUFError where a router of the last step gave no numbers."""
+        """Raise GGUFError where a router of the last step gave no numbers, or an expert could not be read."""
+        if self.residency is not None:
+            self.residency.check()
         if self._trouble[0]:
             layer, self._trouble[0] = int(self._trouble[0]) - 1, 0
             raise GGUFError(
@@ -291,6 +312,8 @@ class Giant:
     def close(self) -> None:
         """Send the threads home and close the file."""
         self._team.close()
+        if self.residency is not None:
+            self.residency.close()
         self.file.close()
 
     def __del__(self) -> None:
@@ -363,6 +386,15 @@ class Session:
     def close(self) -> None:
         """Give the memory back; the prefix cache may keep what it likes."""
         self.rewind(0)
+
+
+def free_memory() -> int:
+    """Bytes that programs can still have (Linux; elsewhere 8 GB are assumed)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 8 << 30
 
 
 def default_threads() -> int:

@@ -113,8 +113,9 @@ class Recorder:
     """Collects rows, matrices and memory of a model; `program()` is the result."""
 
     def __init__(
-        self, file: GGUFFile, *, kv_cache: tuple[str, str], threads: int, exact: bool, say: Callable[[str], None] | None = None
-    ):
+        self, file: GGUFFile, *, kv_cache: tuple[str, str], threads: int, exact: bool, say: Callable[[str], None] | None = None,
+        is_on_disk: bool = False,
+    ):  # fmt: skip
         self.file, self.shape, self.kinds, self.threads, self.exact = file, Shape.of(file), kv_cache, threads, exact
         s = self.shape
         self.rows: list[dict] = []
@@ -142,6 +143,7 @@ class Recorder:
         self.token_table: Matrix | None = None
         self.rooms: dict[str, np.ndarray] = {}
         self.page_bytes = 0  # of a page of keys and values; grows with each layer of attention
+        self.is_on_disk, self.residency = is_on_disk, None  # whether experts stay in the file, and who brings them
         self.memory_bytes = 0  # of a sequence's recurrent state; grows with each layer that has one
         self.routes: dict[int, np.ndarray] = {}  # by layer: the experts that the last step's tokens chose, int64 [chunk, used + 1]
         self.trouble = np.zeros(1, np.int64)  # the number, from 1, of a layer whose router gave no numbers
@@ -203,7 +205,9 @@ class Recorder:
         """
         nbytes = -(-nbytes // 64) * 64
         if self.left is None or len(self.left) < nbytes:
-            wanted = sum(info.nbytes for info in self.file.tensors.values()) if self.left is None else 0
+            stay = lambda name: self.is_on_disk and "_exps." in name
+            sizes = [info.nbytes for name, info in self.file.tensors.items() if not stay(name)]
+            wanted = sum(sizes) if self.left is None else 0
             self.left = products.aligned(max(nbytes, wanted))
             self.kept.append(self.left)
         space, self.left = self.left[:nbytes], self.left[nbytes:]
@@ -216,7 +220,7 @@ class Recorder:
 
     def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """float32 of a small tensor. Raises GGUFError where it is missing or has another shape."""
-        info = self._info(name, shape)
+        info = self.info(name, shape)
         from organs.giant.formats import dequantise
 
         raw = np.empty(info.nbytes, np.uint8)
@@ -229,7 +233,8 @@ class Recorder:
         out[:numbers] = self.array(name, (numbers,))
         return out[:numbers]
 
-    def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        """A tensor's. Raises GGUFError where it is missing or has another shape."""
         info = self.file.tensors.get(name)
         if info is None:
             raise GGUFError(f"{self.file.path}: it lacks the tensor {name}")
@@ -245,7 +250,7 @@ class Recorder:
 
         order: int64 [rows], which rows of a tensor that has `of` rows, and in what order; None: all of them as they come.
         """
-        info = self._info(name, (of or rows, columns))
+        info = self.info(name, (of or rows, columns))
         panels, size = -(-rows // multiple) * multiple // ROWS, products.panel_bytes(info.format, columns)
         data = self.space(panels * size)[: panels * size]
         self._pack(info, rows, columns, np.arange(rows) if order is None else order, data)
@@ -256,7 +261,7 @@ class Recorder:
 
         Returns the first expert's matrix, and how many bytes behind it the next one's is.
         """
-        info = self._info(name, shape)
+        info = self.info(name, shape)
         experts, height, columns = (1, *shape)[-3:]
         panels = -(-len(rows) // multiple) * multiple // ROWS
         size = panels * products.panel_bytes(info.format, columns)
