@@ -2,6 +2,7 @@
 
 Usage: python benchmarks/giant_experts.py --make FILE.gguf          (writes a Qwen3-Next with true widths and 8 layers, 7.9 GB)
        python benchmarks/giant_experts.py FILE.gguf [--peer PYTHON]  (the table; PYTHON has llama-cpp-python)
+       python benchmarks/giant_experts.py FILE.gguf --ram 0.5 [--peer PYTHON]  (held to half of the file's size)
        python benchmarks/giant_experts.py FILE.gguf --routes         (how its routing is distributed)
 
 The file's weights are random, made to route like text: a constant number in every embedding gives each layer's experts
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import table
+from common import resident_mb, table
 
 WIDTH, VOCABULARY, EXPERTS, USED, INSIDE = 2048, 151_936, 512, 10, 512
 KEY_HEADS, VALUE_HEADS, HEAD, KERNEL = 16, 32, 128, 4
@@ -211,12 +212,113 @@ def routes(path: Path, n: int = 512) -> None:
     print(table(f"Routing of {n} tokens", ["layer", "experts used", "p ∝ rank^-…", "share of the upper half", "kept from token to token"], rows))
 
 
-class Peer:
-    """llama.cpp in a process of its own Python."""
+def replay(routes: list[np.ndarray], slots: int, warm: int) -> dict[str, float]:
+    """Misses a token, behind the first `warm` ones, of LRU and of Belady's optimum with so many slots for all layers.
 
-    def __init__(self, python: str, model: Path):
+    routes: of every token int64 [layers, used].
+    """
+    order = [(layer, int(e)) for route in routes for layer, some in enumerate(route) for e in some]
+    later: list[int] = [0] * len(order)
+    last: dict[tuple[int, int], int] = {}
+    for i in range(len(order) - 1, -1, -1):
+        later[i] = last.get(order[i], 1 << 60)
+        last[order[i]] = i
+    begin, out = warm * routes[0].size, {}
+    for policy in ("LRU", "Belady"):
+        held: dict[tuple[int, int], int] = {}  # what decides: the last use, or minus the next one
+        misses = 0
+        for i, key in enumerate(order):
+            if key not in held:
+                misses += i >= begin
+                if len(held) >= slots:
+                    del held[min(held, key=held.__getitem__)]
+            held[key] = i if policy == "LRU" else -later[i]
+        out[policy] = misses / (len(routes) - warm)
+    return out
+
+
+def disk_speed(path: Path, nbytes: int, seconds: float = 4.0) -> float:
+    """Bytes a second of reading pieces of an expert's size at random places, around the page cache, four at a time."""
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    size, rng, piece = path.stat().st_size, np.random.default_rng(2), -(-nbytes // 3 // 4096) * 4096
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    end, done = time.perf_counter() + seconds, []
+
+    def read(_: int) -> None:
+        import mmap
+
+        buffer = mmap.mmap(-1, piece)
+        while time.perf_counter() < end:
+            done.append(os.preadv(handle, [buffer], int(rng.integers(0, (size - piece) // 4096)) * 4096))
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
+    os.close(handle)
+    return sum(done) / (time.perf_counter() - began)
+
+
+def held(asked: argparse.Namespace) -> None:
+    """Writing with experts on disk: what of the roof is reached, how good the choice of what to keep is, llama.cpp beside it."""
+    from organs.giant import Giant
+
+    limit = asked.ram * asked.model.stat().st_size
+    giant = Giant.load(asked.model, threads=asked.threads, offload="disk", ram=limit / 1e9, prefetch=not asked.no_prefetch)
+    tokens = text(64 + asked.warm + asked.generate, giant.vocab_size)
+    session, chosen = giant.session(), []
+    session.feed(tokens[:64])
+    for token in tokens[64 : 64 + asked.warm]:
+        session.feed([token])
+        chosen.append(giant.routes(1)[:, 0].copy())
+    before, each = giant.residency.report(), []
+    for token in tokens[64 + asked.warm :]:
+        began = time.perf_counter()
+        session.feed([token])
+        each.append(time.perf_counter() - began)
+        chosen.append(giant.routes(1)[:, 0].copy())
+    after = giant.residency.report()
+    peak = resident_mb(__import__("os").getpid())
+    giant.close()
+    n = len(each)
+    change = {key: after[key] - before[key] for key in ("wanted", "hits", "guessed", "right", "ahead", "bytes", "reading", "stall")}
+    replayed = replay(chosen, after["slots"], asked.warm)
+    speed = disk_speed(asked.model, after["slot_bytes"])
+    roof = speed / (replayed["LRU"] * after["slot_bytes"])
+    mine = n / sum(each)
+    theirs = math.nan
+    if asked.peer:
+        peer = Peer(asked.peer, asked.model, int(limit))
+        theirs = 1 / peer.measure(tokens[: 64 + asked.peer_tokens], 64, asked.threads)[1]
+        peer.close()
+    misses = (change["wanted"] - change["hits"]) / n
+    rows = [
+        ["decode, tokens/s", mine], ["llama.cpp held to the same memory", theirs], ["ratio", mine / theirs],
+        ["roof: random reads / misses of an LRU, tokens/s", roof], ["of the roof", mine / roof],
+        ["random reads, GB/s", speed / 1e9], ["hit rate", change["hits"] / change["wanted"]],
+        ["experts missed a token", misses], ["of an LRU of that size", replayed["LRU"]], ["of Belady's optimum", replayed["Belady"]],
+        ["read, MB a token", change["bytes"] / n / 1e6], ["guesses that came true", change["right"] / max(1, change["guessed"])],
+        ["reading hidden behind computing", 1 - change["stall"] / max(1e-9, change["reading"])],
+        ["experts in memory", f"{after['slots']} of {EXPERTS * len(chosen[0])}"], ["peak resident, MB", peak],
+        ["limit × 1.1 + 200 MB", 1.1 * limit / 1e6 + 200],
+    ]  # fmt: skip
+    what = "without prefetch" if asked.no_prefetch else "with prefetch"
+    print(table(f"{asked.model.name}, experts on disk, {limit / 1e9:.2f} GB, {what}", ["measure", "value"], rows))
+
+
+class Peer:
+    """llama.cpp in a process of its own Python; with a limit, in a memory cgroup (version 1) of so many bytes."""
+
+    def __init__(self, python: str, model: Path, limit: int = 0):
         script = Path(__file__).with_name("giant_peer.py")
-        self.process = subprocess.Popen([python, str(script), str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        command = [python, str(script), str(model)]
+        if limit:
+            self.group = Path("/sys/fs/cgroup/memory/giant-experts")
+            self.group.mkdir(exist_ok=True)
+            (self.group / "memory.limit_in_bytes").write_text(str(limit))
+            command = ["sh", "-c", f"echo $$ > {self.group}/cgroup.procs; exec \"$@\"", "sh", *command]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, text=True)  # fmt: skip
 
     def measure(self, tokens: list[int], prompt: int, threads: int) -> tuple[float, float]:
@@ -266,6 +368,10 @@ def main() -> int:
     parser.add_argument("--generate", type=int, default=32, help="tokens of a round")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ram", type=float, metavar="SHARE", help="experts on disk: memory as a share of the file")
+    parser.add_argument("--no-prefetch", action="store_true", help="with --ram: nothing is read before it is wanted")
+    parser.add_argument("--warm", type=int, default=64, help="with --ram: tokens written before those that are timed")
+    parser.add_argument("--peer-tokens", type=int, default=8, help="with --ram: tokens that llama.cpp writes")
     asked = parser.parse_args()
     if asked.make:
         make(asked.make, asked.layers)
@@ -274,6 +380,9 @@ def main() -> int:
         parser.error("give the model's file, or --make FILE")
     if asked.routes:
         routes(asked.model)
+        return 0
+    if asked.ram:
+        held(asked)
         return 0
     from organs.giant import Giant
     from organs.giant.roofs import read_roof

@@ -3,11 +3,14 @@
 A page holds PAGE positions of one sequence, of all layers. In it, each layer's each head of keys and values has a stretch of its own:
 the keys as panels of 16 positions, [PAGE / 16, head size, 16], so that a load brings one number of 8 or 16 positions into
 the lanes and no sum crosses lanes; the values as [PAGE, width], where width is the head size rounded up to 32. Numbers are
-float32, float16, bfloat16, or (q8, q4) integers of 8 or 4 bits with a float32 scale for each position, which stand behind the
-values. Keys and values may be of different kinds. Four bits hold a level l in 0 … 15, which means scale · (l - 7.5).
+float32, float16, bfloat16, or (q8, q4) integers of 8 or 4 bits. Keys and values may be of different kinds.
 
-Before they become four bits, keys and values are rotated by a Hadamard matrix, which spreads a few large numbers over all
-(QuaRot, arXiv 2404.00456). Scores do not change if queries are rotated too, and an output is rotated back once at its end.
+Integers of values, and keys of 8 bits, have a float32 scale for each position; a level l of 4 bits means scale · (l - 7.5), and
+before they become four bits, values are rotated by a Hadamard matrix, which spreads a few large numbers over all (QuaRot, arXiv
+2404.00456): an output is rotated back once at its end. Keys of 4 bits vary much between numbers of a head and little between
+positions: each number has a scale and a least value of its own for a whole page (KIVI, arXiv 2402.02750), both float16. So they
+become 4 bits when their page is full; until then the page's keys are float32 in the sequence's memory ("staged"), and those of a
+prompt's piece in a room that all layers share. What is read in one step is not quantised before the step ends.
 
 Queries meet a page at a time, with the running maximum and sum of an online softmax (Milakov & Gimelshein, 2018).
 """
@@ -67,7 +70,7 @@ def layout_of(keys: str, values: str, head: int) -> dict[str, int]:
     key_panel, value_row = 8 * head * KINDS[keys], width * KINDS[values] // 2
     values_at = PAGE // 16 * key_panel
     key_scales_at = values_at + PAGE * value_row
-    value_scales_at = key_scales_at + (4 * PAGE if keys in ("q8", "q4") else 0)
+    value_scales_at = key_scales_at + {"q8": 4 * PAGE, "q4": 4 * head}.get(keys, 0)
     end = value_scales_at + (4 * PAGE if values in ("q8", "q4") else 0)
     return dict(key_kind=names.index(keys), value_kind=names.index(values), key_panel=key_panel, value_row=value_row,
                 values_at=values_at, key_scales_at=key_scales_at, value_scales_at=value_scales_at, stretch=-(-end // 64) * 64)  # fmt: skip
@@ -89,10 +92,9 @@ def _numbers(b, base, kind: str, offset: int):
 
 
 def _levels(b, packed):
-    """float32 lanes of the low and of the high halves of bytes, q4's middle taken off."""
+    """float32 lanes of the low and of the high halves of bytes."""
     wide = b.zext(packed, INTS)
-    halves = b.and_(wide, const(INTS, 15)), b.lshr(wide, const(INTS, 4))
-    return [b.fsub(b.sitofp(half, FLOATS), const(FLOATS, MIDDLE)) for half in halves]
+    return [b.sitofp(half, FLOATS) for half in (b.and_(wide, const(INTS, 15)), b.lshr(wide, const(INTS, 4)))]
 
 
 def _scores(M: int, kind: str):
@@ -143,7 +145,7 @@ def _mixture(M: int, kind: str):
         at = b.add(column, b.mul(inner.i, b.sdiv(b.mul(width, word(KINDS[kind])), word(2))))
         if kind == "q4":
             pairs = [_levels(b, load(b, at, vector(I8, LANES), LANES * i)) for i in range(16 // LANES)]
-            values = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+            values = [b.fsub(v, const(FLOATS, MIDDLE)) for i in range(2) for v in (pair[i] for pair in pairs)]
         else:
             values = [_numbers(b, at, kind, LANES * i) for i in range(vectors)]
         weights = b.add(p, b.mul(inner.i, word(4)))
@@ -164,9 +166,9 @@ PAIR = types.void(*[types.int64] * 5)
 
 
 def kernels_of(keys: str, values: str) -> list:
-    """C functions: the scores for 1 to QUERIES queries, then the mixtures."""
+    """C functions: the scores for 1 to QUERIES queries, then the mixtures, then scores of staged keys where keys are q4."""
     out = []
-    for make, kind in ((_scores, keys), (_mixture, values)):
+    for make, kind in ((_scores, keys), (_mixture, values), *([(_scores, "f32")] if keys == "q4" else [])):
         for M in range(1, QUERIES + 1):
             out.append(kernel(f"{make.__name__[1:]}_{M}_{kind}", PAIR, make(M, kind)))
     return out
@@ -196,6 +198,10 @@ def _bfloat(b, at, x):
 
 _store_bfloat = function(_SCALAR, _bfloat)
 _store_byte = function(_SCALAR, lambda b, at, x: store(b, b.trunc(b.fptosi(x, I32), I8), at))
+
+
+_load_half = function(types.float32(types.int64), lambda b, at: b.extract_element(
+    from_half(b, splat(b, load(b, at, ir.HalfType(), 0, 2), LANES)), const(I32, 0)))  # fmt: skip
 
 
 @jit(**HELP)
@@ -243,40 +249,78 @@ def _level(x):
 
 
 @jit(**HELP)
-def store_pair(r, stretch, position, key, value):
-    """Write a key and a value (addresses of float32 [head]; they may change) into a stretch of a page, at position % PAGE."""
+def store_pair(r, stretch, position, key, value, staged):
+    """Write a key and a value (addresses of float32 [head]; they may change) into a stretch of a page, at position % PAGE.
+
+    A key that will have 4 bits goes to `staged`, the page's float32 keys.
+    """
     at, head = position % PAGE, r.head
-    if r.key_kind == Q4_KIND:
-        hadamard(key, head, 1)
     if r.value_kind == Q4_KIND:
         hadamard(value, head, 1)
     k, v = floats(key, 0, head), floats(value, 0, head)
-    key_scale, value_scale = _scale_of(r.key_kind, k, head), _scale_of(r.value_kind, v, head)
-    if r.key_kind >= Q8_KIND:
-        floats(stretch + r.key_scales_at, at, 1)[0] = key_scale
-    if r.value_kind >= Q8_KIND:
-        floats(stretch + r.value_scales_at, at, 1)[0] = value_scale
-    key_scale = f4(1) / key_scale if key_scale > 0 else f4(0)
-    value_scale = f4(1) / value_scale if value_scale > 0 else f4(0)
-    panel, row = stretch + at // 16 * r.key_panel, stretch + r.values_at + at * r.value_row
     if r.key_kind == Q4_KIND:
-        out = octets(panel, at % 16, 8 * head)
-        for i in range(head // 2):
-            out[16 * i] = _level(k[2 * i] * key_scale) | _level(k[2 * i + 1] * key_scale) << 4
+        out = floats(staged, at // 16 * 16 * head + at % 16, 16 * head)
+        for i in range(head):
+            out[16 * i] = k[i]
     else:
+        scale = f4(1)
+        if r.key_kind == Q8_KIND:
+            scale = _scale_of(Q8_KIND, k, head)
+            floats(stretch + r.key_scales_at, at, 1)[0] = scale
+        scale = f4(1) / scale if scale > 0 else f4(0)
         size = r.key_panel // (16 * head)
         for i in range(head):
-            _store_number(r.key_kind, panel + size * (16 * i + at % 16), k[i] * key_scale)
+            _store_number(r.key_kind, stretch + at // 16 * r.key_panel + size * (16 * i + at % 16), k[i] * scale)
+    scale, row = f4(1), stretch + r.values_at + at * r.value_row
+    if r.value_kind >= Q8_KIND:
+        scale = _scale_of(r.value_kind, v, head)
+        floats(stretch + r.value_scales_at, at, 1)[0] = scale
+    scale = f4(1) / scale if scale > 0 else f4(0)
     if r.value_kind == Q4_KIND:
         out = octets(row, 0, r.value_row)
         for i in range(r.value_row):
             low, high = 32 * (i // 16) + i % 16, 32 * (i // 16) + 16 + i % 16
-            first = _level(v[low] * value_scale) if low < head else 0
-            out[i] = first | (_level(v[high] * value_scale) << 4 if high < head else 0)
+            first = _level(v[low] * scale) if low < head else 0
+            out[i] = first | (_level(v[high] * scale) << 4 if high < head else 0)
     else:
         size = r.value_row // r.head_width
         for i in range(head):
-            _store_number(r.value_kind, row + size * i, v[i] * value_scale)
+            _store_number(r.value_kind, row + size * i, v[i] * scale)
+
+
+@jit(**HELP)
+def settle(r, stretch, staged):
+    """A page's staged keys become 4 bits: number by number of the head, a scale and a least value for all positions."""
+    for i in range(r.head):
+        low, high = f4(3e38), f4(-3e38)
+        for panel in range(PAGE // 16):
+            k = floats(staged, 16 * (panel * r.head + i), 16)
+            for at in range(16):
+                low, high = min(low, k[at]), max(high, k[at])
+        _store_half(stretch + r.key_scales_at + 2 * i, (high - low) / f4(15))
+        _store_half(stretch + r.key_scales_at + 2 * (r.head + i), low)
+        scale, low = _load_half(stretch + r.key_scales_at + 2 * i), _load_half(stretch + r.key_scales_at + 2 * (r.head + i))
+        inverse, shift = f4(1) / scale if scale > 0 else f4(0), 4 * (i % 2)
+        for panel in range(PAGE // 16):
+            k = floats(staged, 16 * (panel * r.head + i), 16)
+            out = octets(stretch + panel * r.key_panel, 16 * (i // 2), 16)
+            for at in range(16):
+                level = min(max(np.int64(ground.rint((k[at] - low) * inverse)), 0), 15)
+                out[at] = level if shift == 0 else out[at] | level << 4
+
+
+@jit(**HELP)
+def _scaled(r, q, keys, M, space):
+    """Queries q [head, M] times a page's scales, to space [head, M]; behind it, for each query, what least values add."""
+    n = r.head * M
+    source, out, more = floats(q, 0, n), floats(space, 0, n), floats(space, n, M)
+    for m in range(M):
+        more[m] = f4(0)
+    for i in range(r.head):
+        scale, low = _load_half(keys + r.key_scales_at + 2 * i), _load_half(keys + r.key_scales_at + 2 * (r.head + i))
+        for m in range(M):
+            out[i * M + m] = source[i * M + m] * scale
+            more[m] += source[i * M + m] * low
 
 
 # --- Queries over pages. ---
@@ -338,11 +382,12 @@ _soften_row = function(types.void(*[types.int64] * 7), _soften)
 
 
 @jit(**HELP)
-def attend(r, kernels, table, inside, groups, M, q, first, end, limits, work, out, state):
+def attend(r, kernels, table, inside, groups, M, q, first, end, limits, work, out, state, staged, staged_from):
     """Queries q [groups, head, M] meet positions first (a multiple of 16) to `end` of a sequence, page by page.
 
     r: the row of the operation, which says what heads and pages are like; table: addresses of pages; inside: where the head's
-    stretch lies in a page; limits [M]: the last position that each query of a group may see; work: [M, PAGE].
+    stretch lies in a page; limits [M]: the last position that each query of a group may see; work: [M, PAGE]; staged: where
+    float32 keys are of page number staged_from and those behind it (4-bit keys only), r.staged_stride bytes apart.
     out [groups, M, width] and state [groups, M, 2] become Σ exp(score - top) · value, top and Σ exp(score - top).
     """
     head, width, cap = r.head, r.head_width, f4(r.cap)
@@ -358,14 +403,23 @@ def attend(r, kernels, table, inside, groups, M, q, first, end, limits, work, ou
         stop = min(PAGE, end - page * PAGE)
         panels = (stop - begin + 15) // 16
         keys = table[page] + inside
+        settled = r.key_kind == Q4_KIND and page < staged_from
         for g in range(groups):
-            _call(kernels[M - 1], q + 4 * g * M * head, keys + begin // 16 * r.key_panel, work + 4 * begin, head, panels)
+            queries, scores, panel = q + 4 * g * M * head, kernels[M - 1], keys + begin // 16 * r.key_panel
+            if settled:
+                queries = state + 8 * groups * M
+                _scaled(r, q + 4 * g * M * head, keys, M, queries)
+            elif r.key_kind == Q4_KIND:
+                scores, panel = kernels[7 + M], staged + (page - staged_from) * r.staged_stride + 4 * begin * head
+            _call(scores, queries, panel, work + 4 * begin, head, panels)
             for m in range(M):
                 low, high, row = begin, min(stop, limits[m] + 1 - page * PAGE), work + 4 * m * PAGE
                 if r.window > 0:
                     low = max(begin, limits[m] - r.window + 1 - page * PAGE)
-                if r.key_kind >= Q8_KIND:
+                if r.key_kind == Q8_KIND:
                     _scale(row, keys + r.key_scales_at, begin, stop)
+                elif settled:
+                    _raise(row, floats(queries, head * M + m, 1)[0], begin, stop)
                 if cap > 0:
                     _cap(row, begin, stop, cap)
                 _soften_row(row + 4 * begin, panels * 16, low - begin, high - begin, out + 4 * (g * M + m) * width, width,
@@ -382,6 +436,13 @@ def _scale(row, scales, begin, end):
     s, by = floats(row, 0, PAGE), floats(scales, 0, PAGE)
     for i in range(begin, end):
         s[i] *= by[i]
+
+
+@jit(**HELP)
+def _raise(row, by, begin, end):
+    s = floats(row, 0, PAGE)
+    for i in range(begin, end):
+        s[i] += by
 
 
 @jit(**HELP)

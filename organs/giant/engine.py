@@ -27,7 +27,7 @@ from llvmlite import ir
 from numba import from_dtype, types
 
 from organs import kernels
-from organs.giant.attention import PAGE, Q4_KIND, QUERIES, attend, hadamard, kernels_of, store_pair
+from organs.giant.attention import PAGE, Q4_KIND, QUERIES, attend, hadamard, kernels_of, settle, store_pair
 from organs.giant.lanes import c_function, callable_of, function, jit
 from organs.giant.products import (
     BLOCK,
@@ -68,6 +68,7 @@ _ROW_WORDS = (
     "queries", "heads", "head", "head_width", "rotated", "split", "angles",  # attention
     "inside", "stretch", "window", "bias", "query_norm", "key_norm",
     "key_kind", "value_kind", "key_panel", "value_row", "values_at", "key_scales_at", "value_scales_at",  # in a stretch
+    "staged", "staged_stride", "staged_at",  # of 4-bit keys: room for a prompt's, from page to page, and where in a memory
     "attention_kernels",
     "frequencies", "count",
     "gate", "gate_stride", "sinks",  # of attention: what its output is multiplied by (sigmoid), and a score that each query has besides
@@ -545,8 +546,8 @@ def _head(x, out, step, r, bias, norm, turn, factor):
 
 
 @jit(**HELP)
-def _remember(r, m, t, h, space):
-    """Write the key and value of token t's head h into its sequence's page."""
+def _remember(r, m, t, h, space, staged):
+    """Write the key and value of token t's head h into its sequence's page, or the key to where the page's are staged."""
     table, position = longs(m.tables, m.n)[t], longs(m.positions, m.n)[t]
     row = r.input + t * r.input_stride
     key = row + 4 * (r.queries + h) * r.head
@@ -559,7 +560,8 @@ def _remember(r, m, t, h, space):
         for i in range(r.head):
             v[i] += added[i]
     stretch = longs(table + 8 * (position // PAGE), 1)[0] + r.inside + h * r.stretch
-    store_pair(r, stretch, position, space, value)
+    store_pair(r, stretch, position, space, value, staged)
+    return stretch
 
 
 @jit(**HELP)
@@ -567,8 +569,6 @@ def _query(r, m, t, q, out, step):
     bias = r.bias + 4 * q * r.head if r.bias else 0
     x = r.input + t * r.input_stride + 4 * q * r.head
     _head(x, out, step, r, bias, r.query_norm, r.angles + 4 * t * r.rotated, r.factor)
-    if r.key_kind == Q4_KIND:
-        hadamard(out, r.head, step)
 
 
 @jit(**HELP)
@@ -588,8 +588,11 @@ def _attend_apart(r, m):
         c, h, t = item % m.chunks, item // m.chunks % r.heads, item // (m.chunks * r.heads)
         position = longs(m.positions, m.n)[t]
         table = longs(longs(m.tables, m.n)[t], position // PAGE + 1)
+        staged = _own_staged(r, m, t, h)
         if c == m.chunks - 1:
-            _remember(r, m, t, h, q)
+            stretch = _remember(r, m, t, h, q, staged)
+            if r.key_kind == Q4_KIND and position % PAGE == PAGE - 1:
+                settle(r, stretch, staged)  # nobody reads it in this step
         start = _first_seen(r, position)
         panels = (position - start) // 16 + 1
         a, b = start + panels * c // m.chunks * 16, min(start + panels * (c + 1) // m.chunks * 16, position + 1)
@@ -599,12 +602,49 @@ def _attend_apart(r, m):
             for i in range(M):
                 _query(r, m, t, h * group + done + i, q + 4 * i, M)
                 limits[i] = position
-            _attend(r, table, h, 1, M, a, b, limits, q, work, out, state)
+            _attend(r, table, h, 1, M, a, b, limits, q, work, out, state, staged, position // PAGE)
             for i in range(M):
                 _deliver(
                     r, m, t, h * group + done + i, item * group + done + i, out + 4 * i * r.head_width, state + 8 * i
                 )
             done += M
+
+
+@jit(**HELP)
+def _own_staged(r, m, t, h):
+    """Where the keys of the page that token t's sequence is writing are staged, of head h; 0 if they are not."""
+    return longs(m.memories, m.n)[t] + r.staged_at + 4 * PAGE * r.head * h if r.key_kind == Q4_KIND else 0
+
+
+@jit(**HELP)
+def _settle_all(r, m):
+    """Of a prompt's piece: its full pages' keys become 4 bits, the last ones stay staged, in the sequence's memory."""
+    positions = longs(m.positions, m.n)
+    begin, end = positions[0], positions[m.n - 1] + 1
+    first, last = begin // PAGE, (end - 1) // PAGE
+    table = longs(longs(m.tables, m.n)[0], last + 1)
+    item, size = m.thread, 4 * PAGE * r.head
+    while item < (last - first + 1) * r.heads:
+        page, h = first + item // r.heads, item % r.heads
+        staged = r.staged + (page - first) * r.staged_stride + size * h
+        if (page + 1) * PAGE <= end:
+            settle(r, table[page] + r.inside + h * r.stretch, staged)
+        else:
+            floats(_own_staged(r, m, 0, h), 0, size // 4)[:] = floats(staged, 0, size // 4)
+        item += m.threads
+
+
+@jit(**HELP)
+def _restage(r, m):
+    """Before that: what is staged of the page that the piece begins in."""
+    known = longs(m.positions, m.n)[0] % PAGE
+    for h in range(m.thread, r.heads, m.threads):
+        source, target = _own_staged(r, m, 0, h), r.staged + 4 * PAGE * r.head * h
+        for at in range(known):
+            begin = at // 16 * 16 * r.head + at % 16
+            old, new = floats(source, begin, 16 * r.head), floats(target, begin, 16 * r.head)
+            for i in range(r.head):
+                new[16 * i] = old[16 * i]
 
 
 @jit(**HELP)
@@ -617,9 +657,9 @@ def _attention_space(r, m, groups):
 
 
 @jit(**HELP)
-def _attend(r, table, h, groups, M, first, end, limits, q, work, out, state):
-    attend(r, longs(r.attention_kernels, 2 * QUERIES), table, r.inside + h * r.stretch, groups, M, q, first, end, limits, work,
-           out, state)  # fmt: skip
+def _attend(r, table, h, groups, M, first, end, limits, q, work, out, state, staged, staged_from):
+    attend(r, longs(r.attention_kernels, 3 * QUERIES), table, r.inside + h * r.stretch, groups, M, q, first, end, limits, work,
+           out, state, staged, staged_from)  # fmt: skip
 
 
 @jit(**HELP)
@@ -648,11 +688,17 @@ def _attend_together(r, m):
     """First all keys and values; then, for a few neighbouring tokens, all queries that share a head, so that it is read once."""
     group = r.queries // r.heads
     first, end = _share(m.n, m)
-    for t in range(first, end):
-        for h in range(r.heads):
-            _remember(r, m, t, h, m.own + m.scratch)
-    barrier(m)
     positions, limits = longs(m.positions, m.n), longs(m.own + m.scratch, QUERIES)
+    staged_from = positions[0] // PAGE
+    for t in range(first, end):
+        staged = r.staged + (positions[t] // PAGE - staged_from) * r.staged_stride
+        for h in range(r.heads):
+            _remember(r, m, t, h, m.own + m.scratch, staged + 4 * PAGE * r.head * h)
+    if r.key_kind == Q4_KIND:
+        _restage(r, m)
+    barrier(m)
+    if r.key_kind == Q4_KIND:
+        _settle_all(r, m)
     q, work, out, state = _attention_space(r, m, group)
     stretches, item = (m.n + QUERIES - 1) // QUERIES, m.thread
     while item < stretches * r.heads:
@@ -663,7 +709,8 @@ def _attend_together(r, m):
             for g in range(group):
                 _query(r, m, t + i, h * group + g, q + 4 * (g * M * r.head + i), M)
         table = longs(longs(m.tables, m.n)[t], limits[M - 1] // PAGE + 1)
-        _attend(r, table, h, group, M, _first_seen(r, limits[0]), limits[M - 1] + 1, limits, q, work, out, state)
+        _attend(r, table, h, group, M, _first_seen(r, limits[0]), limits[M - 1] + 1, limits, q, work, out, state,
+                r.staged + 4 * PAGE * r.head * h, staged_from)  # fmt: skip
         for i in range(M):
             for g in range(group):
                 k = g * M + i

@@ -90,9 +90,10 @@ class Giant:
                 giant.residency.is_prefetching = prefetch
                 giant.residency.start(int(1e9 * (ram or free_memory() / 2e9)) - giant._fixed_bytes())
             folder = Path(prefix_folder) if prefix_folder else None
-            limit = PREFIX_BYTES + 12 * giant._memory_bytes if prefix_bytes is None else prefix_bytes
+            state = giant._memory_bytes if giant._has_state else 0
+            limit = PREFIX_BYTES + 12 * state if prefix_bytes is None else prefix_bytes
             giant.prefixes = PrefixCache(
-                giant._page_bytes, limit, folder, giant._identity(kinds, exact), memory_bytes=giant._memory_bytes
+                giant._page_bytes, limit, folder, giant._identity(kinds, exact), memory_bytes=state
             )
         except BaseException:
             file.close()
@@ -122,7 +123,7 @@ class Giant:
         self.file, self.shape, self.threads, self._kept = file, recorder.shape, threads, recorder.kept
         self.vocab_size = recorder.shape.vocabulary
         self.context = min(context or recorder.shape.context, 1 << 24)
-        self._memory_bytes = recorder.memory_bytes
+        self._memory_bytes, self._has_state = recorder.memory_bytes, recorder.has_state
         self._page_bytes, self._chunk, self._tile = recorder.page_bytes, recorder.chunk, products.TILE
         self._logits_width = recorder.logits_width
         self._logits = products.aligned(4 * self._logits_width * products.TILE, np.float32)
@@ -206,14 +207,14 @@ class Giant:
                 self._step(piece, np.arange(at, at + len(piece)), [pages], together=len(piece) > 1, logits=target,
                            is_all=out is not None, states=None if states is None else states[done:])  # fmt: skip
                 done += len(piece)
-                if self._memory_bytes and (at + len(piece)) % PAGE == 0:
+                if self._has_state and (at + len(piece)) % PAGE == 0:
                     pages.snapshot(at + len(piece), is_lasting=len(piece) > 1)
             return self._logits[: self.vocab_size].copy()
 
     def _piece(self, at: int, left: int) -> int:
         """How many of the tokens that are left are read next: where the model has a recurrent state, so that a snapshot of it
         can be taken at whole multiples of a chunk, and at the last full page."""
-        if not self._memory_bytes or left == 1:
+        if not self._has_state or left == 1:
             return min(left, self._chunk)
         end = at + left
         stops = [at + self._chunk - at % self._chunk if self._chunk % PAGE == 0 else at + self._chunk, end - end % PAGE, end]
@@ -295,7 +296,7 @@ class Giant:
                     ids[first : first + len(some)], positions, sequences, together=False, logits=out[first:], is_all=True
                 )
         for session, token in zip(sessions, ids.tolist(), strict=True):
-            if self._memory_bytes and (len(session.tokens) + 1) % PAGE == 0:
+            if self._has_state and (len(session.tokens) + 1) % PAGE == 0:
                 session._pages.snapshot(len(session.tokens) + 1, is_lasting=False)
             session._joined([token])
         return out[: len(ids), : self.vocab_size]
@@ -368,9 +369,13 @@ class Session:
         if not 0 <= n <= len(self.tokens):
             raise ValueError(f"a session of {len(self.tokens)} tokens cannot be rewound to {n}")
         if self.giant._memory_bytes and 0 < n < len(self.tokens):
-            ids = np.array(self.tokens[:n])
+            ids, full = np.array(self.tokens[:n]), self._pages.pages[: n // PAGE]
             self._pages = self.giant._sequence()
-            begin = self._begin(ids)
+            if self.giant._has_state:
+                begin = self._begin(ids)
+            else:  # only keys of the last page are gone
+                self._pages.adopt(full)
+                begin = len(full) * PAGE
             if begin < n:
                 self.giant._read(self._pages, begin, ids[begin:])
         elif n < len(self.tokens):

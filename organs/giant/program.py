@@ -144,7 +144,8 @@ class Recorder:
         self.rooms: dict[str, np.ndarray] = {}
         self.page_bytes = 0  # of a page of keys and values; grows with each layer of attention
         self.is_on_disk, self.residency = is_on_disk, None  # whether experts stay in the file, and who brings them
-        self.memory_bytes = 0  # of a sequence's recurrent state; grows with each layer that has one
+        self.memory_bytes = 0  # of a sequence's memory beside pages; grows with each layer that has one
+        self.has_state = False  # whether that memory is more than keys of the last page, which are read again where need be
         self.routes: dict[int, np.ndarray] = {}  # by layer: the experts that the last step's tokens chose, int64 [chunk, used + 1]
         self.trouble = np.zeros(1, np.int64)  # the number, from 1, of a layer whose router gave no numbers
 
@@ -423,7 +424,12 @@ class Recorder:
             sinks = self.keep(self.vector(block + "attn_sinks.weight", s.queries))
         width, layout = attention.width_of(s.head), attention.layout_of(*self.kinds, s.head)
         groups = s.queries // s.heads
-        self.need(64 + 4 * attention.QUERIES * (groups * (s.head + width + 2) + attention.PAGE) + 4 * s.head)
+        self.need(64 + 4 * attention.QUERIES * ((groups + 1) * (s.head + width + 3) + attention.PAGE) + 4 * s.head)
+        if self.kinds[0] == "q4":
+            size = 4 * attention.PAGE * s.head * s.heads
+            layout |= dict(staged=self.room("staged keys", size * (self.chunk // attention.PAGE + 2)), staged_stride=size,
+                           staged_at=self.memory_bytes)  # fmt: skip
+            self.memory_bytes += size
         self.row("attention", input=self.qkv, input_stride=self.qkv_stride, output=self.out, output_stride=self.out_stride,
                  queries=s.queries, heads=s.heads, head=s.head, head_width=width, inside=self.page_bytes, sinks=sinks,
                  window=window, bias=bias, query_norm=norms["q"], key_norm=norms["k"],

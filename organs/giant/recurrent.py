@@ -252,6 +252,7 @@ def mix(r: Recorder, layer: int, *, is_tiled: bool) -> None:
                  tiled=is_tiled, inputs=r.memory_bytes, states=r.memory_bytes + inputs, epsilon=s.epsilon)  # fmt: skip
     for name, value in facts.items():
         d[0][name] = value
+    r.has_state = True
     r.memory_bytes += inputs + 4 * nv * -(-dv // STRIP) * STRIP * dk
     r.need(4 * max((kernel - 1) * max(dk, dv), 3 * STRIP + dk))
     r.row("delta_net", more=r.keep(d), barrier=1)

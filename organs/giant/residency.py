@@ -58,8 +58,9 @@ HALF_LIFE = 4096  # requests after which a use counts half
 DESK = np.dtype([(n, i8) for n in ("words", "slot", "layer", "wanted", "count", "state", "width", "wave", "failed", "stall",
                                    "wants", "hits")], align=True)  # fmt: skip
 """Where compiled code and the loader meet. `words`: as those of engine.Team, POSTED is the number of the last request; `layer`,
-`wanted` int64 [count] and `state` float32 [width]: the last request; `wave`: how many experts of a prompt are wanted at a time; `failed`: address of a word that is not 0 when reading failed; `stall`: of nanoseconds that the first thread has waited;
-`wants`, `hits`: how many experts were wanted, and of them in memory at that time."""
+`wanted` int64 [count] and `state` float32 [width]: the last request; `wave`: how many experts of a prompt are wanted at a time;
+`failed`: address of a word that is not 0 when reading failed; `stall`: of nanoseconds that the first thread has waited; `wants`,
+`hits`: how many experts were wanted, and of them in memory at that time."""
 
 desk = record_at(DESK)
 _exchange = function(types.int64(types.int64, types.int64), lambda b, p, x: b.atomic_rmw(
