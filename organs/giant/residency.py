@@ -52,7 +52,8 @@ from organs.giant.lanes import c_function, callable_of, function
 from organs.giant.products import ROWS
 
 SECTOR = 4096  # bytes that direct reads are multiples of
-READERS = 4  # reads under way at a time
+READERS = 6  # reads under way at a time
+WORTH = 0.5  # a guess is read if guesses of its rank came true at least so often: a wrong one takes the disk from what is wanted
 HALF_LIFE = 4096  # requests after which a use counts half
 
 DESK = np.dtype([(n, i8) for n in ("words", "slot", "layer", "wanted", "count", "state", "width", "wave", "failed", "stall",
@@ -249,7 +250,8 @@ class Residency:
         self.slot_of: dict[tuple[int, int], int] = {}
         self.under_way: dict[tuple[int, int], Future] = {}
         self.guesses: dict[tuple[int, int], int] = {}  # experts read by a guess, not wanted yet: the request at that time
-        self.last_guess: tuple[int, set[int]] = (-1, set())
+        self.last_guess: tuple[int, list[tuple[int, bool]]] = (-1, [])  # layer; experts, best first, and whether they were away
+        self.came_true = np.ones((self.used, 2))  # by rank: guesses of experts that were away, and of them the right ones
         self.aged = 0
         self.desk[0]["wave"] = max(self.used, slots // 2)
         self.fast = {f: _compiled(f) for f in (_await_request, _withdraw, _deliver)}
@@ -318,10 +320,7 @@ class Residency:
 
     def _answer(self, layer: int, wanted: list[int], state: np.ndarray, now: int) -> None:
         count = min(len(wanted), int(self.desk[0]["wave"]))
-        if self.last_guess[0] == layer:
-            self.counters.guessed += self.used
-            self.counters.right += len(self.last_guess[1] & set(wanted[:count]))
-        self.last_guess = -1, set()
+        self._judge(layer, set(wanted[:count]))
         if now - self.aged > HALF_LIFE:
             self.aged = now
             self.uses[:, 1] >>= 1
@@ -343,12 +342,26 @@ class Residency:
             return
         logits = self.layers[following].router @ state
         best = np.argpartition(-logits, self.used - 1)[: self.used]
-        self.last_guess = following, set(best.tolist())
-        for expert in best[np.argsort(-logits[best])].tolist():
-            if int(self.words[POSTED // 8]) != now:
+        guess = [(expert, (following, expert) not in self.slot_of) for expert in best[np.argsort(-logits[best])].tolist()]
+        self.last_guess = following, guess
+        for rank, (expert, is_away) in enumerate(guess):
+            tried, right = self.came_true[rank]
+            if not is_away or right < WORTH * tried:
+                continue
+            if int(self.words[POSTED // 8]) != now or not self._fetch((following, expert), now, is_guess=True):
                 return
-            if not self._fetch((following, expert), now, is_guess=True):
-                return
+
+    def _judge(self, layer: int, wanted: set[int]) -> None:
+        """What came of the last guess; the worth of guesses is learned by their rank, of those alone that would cost a read."""
+        following, guess = self.last_guess
+        self.last_guess = -1, []
+        if following != layer:
+            return
+        self.counters.guessed += len(guess)
+        for rank, (expert, is_away) in enumerate(guess):
+            self.counters.right += expert in wanted
+            if is_away:
+                self.came_true[rank] = 0.99 * self.came_true[rank] + (1, expert in wanted)
 
     def _fetch(self, key: tuple[int, int], now: int, is_guess: bool = False) -> bool:
         """Begin to read an expert that is neither in memory nor under way. False: a guess found no room."""
@@ -368,7 +381,10 @@ class Residency:
             if self.busy == 0:
                 self.busy_since = time.perf_counter()
             self.busy += 1
-        self.under_way[key] = self.readers.submit(self._read, key, slot)
+        left, done = [len(self.layers[key[0]].ways)], Future()
+        self.under_way[key] = done
+        for way in self.layers[key[0]].ways:
+            self.readers.submit(self._read, key, slot, way, left, done)
         return True
 
     def _room(self, now: int, is_guess: bool) -> int | None:
@@ -405,29 +421,35 @@ class Residency:
             self.guesses.pop(key, None)
         return bool(self.marks[2])
 
-    def _read(self, key: tuple[int, int], slot: int) -> None:
-        """Read and pack one expert, then tell where it is; in a thread of the readers."""
+    def _read(self, key: tuple[int, int], slot: int, way: _Way, left: list[int], done: Future) -> None:
+        """Read and pack one way of an expert, in a thread of the readers; the last of them tells where the expert is."""
+        layer = self.layers[key[0]]
+        panels = self.pool[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
         try:
-            layer = self.layers[key[0]]
-            panels = self.pool[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
-            for way in layer.ways:
-                raw = self._bytes(way.info, way.first + key[1] * way.step, way.nbytes)
-                target = panels[way.at : way.at + way.size]
-                products.pack(raw, way.info.format, way.rows, way.columns, target)
-                full = -(-way.rows // ROWS) * products.panel_bytes(way.info.format, way.columns)
-                target[full:] = 0
-            begin = panels.ctypes.data
-            self.fast[_deliver](layer.where[key[1]].ctypes.data, *(begin + way.at for way in layer.ways))
+            raw = self._bytes(way.info, way.first + key[1] * way.step, way.nbytes)
+            target = panels[way.at : way.at + way.size]
+            products.pack(raw, way.info.format, way.rows, way.columns, target)
+            target[-(-way.rows // ROWS) * products.panel_bytes(way.info.format, way.columns) :] = 0
         except BaseException as error:
-            self.owner[slot] = -1
-            del self.slot_of[key]
-            self.free.append(slot)
             self._fail(error)
-        finally:
-            with self.lock:
+            left.append(0)  # it will not be delivered
+        with self.lock:
+            left[0] -= 1
+            is_last = left[0] == 0
+            if is_last:
                 self.busy -= 1
                 if self.busy == 0:
                     self.counters.reading += time.perf_counter() - self.busy_since
+        if not is_last:
+            return
+        if len(left) == 1:
+            begin = panels.ctypes.data
+            self.fast[_deliver](layer.where[key[1]].ctypes.data, *(begin + each.at for each in layer.ways))
+        else:
+            self.owner[slot] = -1
+            del self.slot_of[key]
+            self.free.append(slot)
+        done.set_result(None)
 
     def _bytes(self, info: TensorInfo, begin: int, nbytes: int) -> np.ndarray:
         """uint8 [nbytes] of a tensor, read whole sectors at a time."""
