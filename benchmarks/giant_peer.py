@@ -1,7 +1,9 @@
 """llama.cpp as the giant's peer: a worker that measures on request. Run by giant_speed.py with the peer's own Python.
 
-Usage: python benchmarks/giant_peer.py MODEL.gguf
-Reads a JSON object a line from stdin, {"prompt", "generate", "threads", "tokens"?} (tokens: which ones), and writes {"prefill_s", "token_s": [...]}.
+Usage: python benchmarks/giant_peer.py MODEL.gguf [TOKENS OUT.npy]
+With tokens (a JSON list) it writes their logits and ends. Else it
+reads a JSON object a line from stdin, {"prompt", "generate", "threads", "tokens"?} (tokens: which ones), and writes
+{"prefill_s", "token_s": [...]}.
 """
 
 from __future__ import annotations
@@ -51,5 +53,16 @@ def main(model_path: str) -> None:
         print(json.dumps({"prefill_s": took, "token_s": each}), flush=True)
 
 
+def logits(model_path: str, tokens: str, out: str) -> None:
+    """Write the logits after each of the tokens (a JSON list): float32 [n, vocabulary], as .npy."""
+    import llama_cpp
+    import numpy as np
+
+    ids = json.loads(tokens)
+    model = llama_cpp.Llama(model_path, n_ctx=512, n_batch=512, logits_all=True, verbose=False)
+    model.eval(ids)
+    np.save(out, np.array(model.scores[: len(ids)], np.float32))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    (main if len(sys.argv) == 2 else logits)(*sys.argv[1:])

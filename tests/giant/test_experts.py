@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 
-from organism import OrganismError
+from organism import OrganismError, UsageError
 from organs.giant import GGUFError, Giant, open_gguf
 from organs.giant.convert import convert
 
@@ -273,6 +273,102 @@ def test_mxfp4_experts_keep_their_bits(tmp_path):
     giant = Giant.load(tmp_path / "mx.gguf", threads=1)
     assert np.isfinite(giant.logits([1, 2, 3])).all()
     giant.close()
+
+
+# --- Experts on disk. ---
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Path of a hybrid with 64 experts in each of 8 layers."""
+    CASES["many experts"] = ("Qwen3Next", HYBRID | FEW | dict(num_experts=64, num_experts_per_tok=4, num_hidden_layers=8))
+    try:
+        return converted("many experts", tmp_path_factory.mktemp("many"))[1]
+    finally:
+        del CASES["many experts"]
+
+
+def on_disk(path, slots: int, monkeypatch, **settings) -> Giant:
+    """Loaded with room for so many experts."""
+    from organs.giant.residency import Residency
+
+    start = Residency.start
+    monkeypatch.setattr(Residency, "start", lambda self, budget: start(self, slots * self.slot_bytes))
+    return Giant.load(path, offload="disk", ram=1, **settings)
+
+
+@pytest.mark.parametrize("slots, threads, prefetch, kind", [(16, 2, True, "f32"), (16, 1, False, "q8"), (100, 2, True, "q4"),
+                                                            (400, 2, True, "f16"), (512, 1, True, "bf16")])  # fmt: skip
+def test_experts_on_disk_compute_bit_for_bit_what_those_in_memory_do(many, monkeypatch, slots, threads, prefetch, kind):
+    tokens = np.random.default_rng(5).integers(0, SIZE, 200).tolist()
+
+    def results(giant):
+        session = giant.session()
+        parts = [giant.logits(tokens), session.feed(tokens[:33]), session.feed(tokens[33:50])]
+        parts += [session.feed([token]) for token in tokens[50:90]]
+        report = giant.residency.report() if giant.residency else {}
+        giant.close()
+        return np.concatenate([part.reshape(-1) for part in parts]), report
+
+    want, _ = results(Giant.load(many, threads=threads, kv_cache=kind))
+    got, report = results(on_disk(many, slots, monkeypatch, threads=threads, kv_cache=kind, prefetch=prefetch))
+    assert np.array_equal(got, want)
+    assert report["slots"] == slots
+    assert 0 < report["hits"] <= report["wanted"]
+    assert (report["guessed"] > 0) == prefetch
+    if slots == 512:
+        assert report["bytes"] <= 2 * 512 * (report["slot_bytes"] + 3 * 8192)  # each expert once
+
+
+def test_a_file_that_is_cut_under_way_is_an_error_and_the_giant_lives_on(many, monkeypatch, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(many.read_bytes())
+    giant = on_disk(path, 16, monkeypatch, threads=2)
+    giant.session().feed([1])
+    whole = path.read_bytes()
+    with open(path, "r+b") as file:
+        file.truncate(len(whole) // 4)
+    with pytest.raises(GGUFError, match="an expert cannot be read"):
+        giant.logits(list(range(100)))
+    path.open("r+b").write(whole)
+    fresh = Giant.load(many, threads=2)
+    assert np.array_equal(giant.logits(list(range(100))), fresh.logits(list(range(100))))
+    giant.close()
+    fresh.close()
+
+
+def test_too_little_memory_is_said_before_anything_is_read(many):
+    with pytest.raises(GGUFError, match=r"GB are left for experts, which hold \d+; at least 16 \(.* GB\) are needed"):
+        Giant.load(many, offload="disk", ram=0.01)
+
+
+# --- Settings by environment. ---
+
+
+@pytest.mark.parametrize("prefix, names", [
+    ("ORGANISM_GIANT_", ("CONTEXT", "OFFLOAD", "KV_CACHE", "NO_PREFETCH", "TEMPERATURE", "TOP_P", "TOP_K", "REPEAT_PENALTY",
+                         "PRESENCE_PENALTY")),
+    ("PARAMECIA_", ("CONTEXT_LENGTH", "OFFLOAD", "KV_CACHE_QUANT", "NO_PREFETCH", "TEMPERATURE", "TOP_P", "TOP_K",
+                    "REPEAT_PENALTY", "PRESENCE_PENALTY")),
+])  # fmt: skip
+def test_the_environment_sets_what_was_not_given(many, monkeypatch, prefix, names):
+    from types import SimpleNamespace
+
+    from organs.giant import commands
+
+    for name, value in zip(names, ("99", "disk", "q8_0", "1", "0.25", "0.5", "7", "1.5", "0.75")):
+        monkeypatch.setenv(prefix + name, value)
+    asking = SimpleNamespace(threads=1, seed=None, note=lambda text: None)
+    giant = commands.load(asking, str(many))
+    assert (giant.context, giant.residency.is_prefetching) == (99, False)
+    assert giant._page_bytes < Giant.load(many, threads=1)._page_bytes * 0.6  # 8 bits
+    giant.close()
+    options = dict.fromkeys(commands.SAMPLING) | dict(top_k=3)
+    assert commands._settings(asking, options) == dict(temperature=0.25, top_p=0.5, top_k=3, repetition_penalty=1.5,
+                                                       presence_penalty=0.75)  # fmt: skip
+    monkeypatch.setenv(prefix + names[0], "many")
+    with pytest.raises(UsageError, match="should be a number"):
+        commands.load(asking, str(many))
 
 
 # --- Bad input. ---
