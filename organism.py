@@ -10032,6 +10032,16 @@ def _run_giant_bench(asking: _Asking, **options: Any) -> None:
     organ("giant.commands").bench(asking, **options)
 
 
+@_command("giant plan", ("model", "text", ""), ("--ram", "more than 0", "GB of memory to plan for (default: what is free)."),
+          _GIANT_LOADING[0], _GIANT_LOADING[1])  # fmt: skip
+def _run_giant_plan(asking: _Asking, **options: Any) -> None:
+    """Say what of a model fits into the memory, how to load it, and how fast that will be here.
+
+    organism giant plan model.gguf --ram 16
+    """
+    organ("giant.commands").plan(asking, **options)
+
+
 @_command(
     "giant perplexity", ("model", "text", ""), ("file", "path", ""),
     ("--window", "count", "Tokens that are seen at a time (default: 512)."), *_GIANT_LOADING[1:],

@@ -297,6 +297,8 @@ def held(asked: argparse.Namespace) -> None:
     mine = n / sum(each)
     theirs = math.nan
     if asked.peer:
+        with open(asked.model, "rb") as file:  # pages that are in memory already would not count against the limit
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         peer = Peer(asked.peer, asked.model, int(limit))
         theirs = 1 / peer.measure(tokens[: 64 + asked.peer_tokens], 64, asked.threads)[1]
         peer.close()
@@ -326,6 +328,7 @@ class Peer:
             self.group = Path("/sys/fs/cgroup/memory/giant-experts")
             self.group.mkdir(exist_ok=True)
             (self.group / "memory.limit_in_bytes").write_text(str(limit))
+            command.append("mapped")
             command = ["sh", "-c", f"echo $$ > {self.group}/cgroup.procs; exec \"$@\"", "sh", *command]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, text=True)  # fmt: skip
@@ -434,14 +437,17 @@ def main() -> int:
 
     giant = Giant.load(asked.model, threads=asked.threads)
     tokens = text(asked.prompt + asked.generate, giant.vocab_size)
-    mine = [ours(giant, tokens, asked.prompt) for _ in range(asked.rounds + 1)][1:]
-    roof = read_roof(1 << 30, asked.threads)
-    active = active_bytes(giant)
+    peer = Peer(asked.peer, asked.model) if asked.peer else None
+    mine, theirs, roofs = [], [], []
+    for _ in range(asked.rounds + 1):  # in turns, since other guests of the machine come and go; the first round warms up
+        mine.append(ours(giant, tokens, asked.prompt))
+        if peer:
+            theirs.append(peer.measure(tokens, asked.prompt, asked.threads))
+        roofs.append(read_roof(1 << 30, asked.threads))
+    mine, theirs, roof = mine[1:], theirs[1:], max(roofs)
+    active, rows = active_bytes(giant), []
     giant.close()
-    rows, theirs = [], []
-    if asked.peer:
-        peer = Peer(asked.peer, asked.model)
-        theirs = [peer.measure(tokens, asked.prompt, asked.threads) for _ in range(asked.rounds + 1)][1:]
+    if peer:
         peer.close()
     for i, (what, count) in enumerate((("prefill", asked.prompt), ("decode", 1))):
         own = count / min(m[i] for m in mine)

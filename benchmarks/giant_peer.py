@@ -1,7 +1,7 @@
 """llama.cpp as the giant's peer: a worker that measures on request. Run by giant_speed.py with the peer's own Python.
 
-Usage: python benchmarks/giant_peer.py MODEL.gguf [TOKENS OUT.npy]
-With tokens (a JSON list) it writes their logits and ends. Else it
+Usage: python benchmarks/giant_peer.py MODEL.gguf [mapped | TOKENS OUT.npy]
+mapped: weights stay in the file, as they are there. With tokens (a JSON list) it writes their logits and ends. Else it
 reads a JSON object a line from stdin, {"prompt", "generate", "threads", "tokens"?} (tokens: which ones), and writes
 {"prefill_s", "token_s": [...]}.
 """
@@ -13,11 +13,13 @@ import sys
 import time
 
 
-def main(model_path: str) -> None:
+def main(model_path: str, is_mapped: str = "") -> None:
     import llama_cpp as L
 
     L.llama_backend_init()
-    model = L.llama_model_load_from_file(model_path.encode(), L.llama_model_default_params())
+    settings = L.llama_model_default_params()
+    settings.use_extra_bufts = not is_mapped  # its repacked copies of weights have to be in memory
+    model = L.llama_model_load_from_file(model_path.encode(), settings)
     contexts: dict[int, object] = {}
 
     def context(size: int) -> object:
@@ -65,4 +67,4 @@ def logits(model_path: str, tokens: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    (main if len(sys.argv) == 2 else logits)(*sys.argv[1:])
+    (logits if len(sys.argv) == 4 else main)(*sys.argv[1:])

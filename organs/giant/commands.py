@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -457,6 +458,37 @@ class _Talk:
             self.asking.result(dict(error=text))
         else:
             print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+# --- plan ---
+
+
+def plan(asking: Any, model: str, ram: float | None, context: int | None, kv_cache: str | None) -> None:
+    """What of a model fits, how it should be loaded, and how fast that will be."""
+    from organs.giant import plan as planning
+    from organs.giant.giant import default_threads, free_memory
+    from organs.giant.roofs import read_roof
+
+    path = pulling.find(model)
+    with sentences(), open_gguf(path) as file:
+        context = context or min(int(file.metadata.get(f"{file.architecture}.context_length", 8192)), 8192)
+        sizes = planning.Sizes.of(file, context, kv_cache or "f16")
+    memory = 1e9 * ram if ram else float(free_memory())
+    bandwidth = 1e9 * read_roof(min(1 << 30, free_memory() // 4), asking.threads or default_threads())
+    disk = planning.disk_bandwidth(path, max(sizes.expert // 3, 4096)) if sizes.experts else 0.0
+    found = list(planning.choices(sizes, memory, bandwidth, disk))
+    best = next((choice for choice in found if choice.fits), None)
+    result = dict(offload=best.offload if best else None, ram_bytes=int(memory), memory_bandwidth=bandwidth, disk_bandwidth=disk,
+                  choices=[asdict(choice) for choice in found])  # fmt: skip
+    lines = [f"{memory / 1e9:.1f} GB of memory at {bandwidth / 1e9:.1f} GB/s, disk {disk / 1e9:.2f} GB/s, context {context:,}"]
+    for choice in found:
+        mark = "→" if choice is best else " "
+        fit = "fits" if choice.fits else "does not fit"
+        lines.append(f"{mark} --offload {choice.offload}: {choice.memory / 1e9:.2f} GB, {fit}, about {choice.tokens_per_s:.1f} tokens/s "
+                     f"({choice.reason})")  # fmt: skip
+    asking.result(result, "\n".join(lines))
+    if best is None:
+        raise OrganismError(f"{path.name} does not fit into {memory / 1e9:.1f} GB in any way: take a smaller model or format.")
 
 
 # --- bench, perplexity, convert ---

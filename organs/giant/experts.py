@@ -217,7 +217,7 @@ def _one(r, m, e):
     _route(e, 0, space, space + 8 * MOST_USED)
     if m.thread == 0:
         longs(e.chosen, k)[:] = chosen
-    gate = space + 12 * MOST_USED + 64
+    gate = space + 20 * MOST_USED + 64
     if e.desk:
         if m.thread == 0:
             d = desk(e.desk)
@@ -228,19 +228,15 @@ def _one(r, m, e):
     routed, shared = _family(e.families, 0), _family(e.families, 1)
     pairs = routed.inside // BLOCK
     own = k * pairs
-    first, end = share(own + shared.experts * shared.inside // BLOCK, m)
-    for item in range(first, end):
-        if item < own:
-            slot, p, f = item // pairs, item % pairs, routed
-            expert, place = chosen[slot], slot
-        else:
-            slot, p, f = k, item - own, shared
-            expert, place = i8(0), i8(0)
-        if not _is_there(m, e, f, item >= own, expert):
-            continue
-        _through(f, expert, p, m.own + f.single_gate, m.own + f.single_up, True, gate)
-        h = f.hidden + place * f.hidden_stride + p * _size(f.down_form_one)
-        _into(f.down_form_one, gate, 1, r.ones, weights[slot], h, 1, 0)
+    if e.desk:
+        _one_in(r, m, e, chosen, weights, gate)
+    else:
+        first, end = share(own + shared.experts * shared.inside // BLOCK, m)
+        for item in range(first, end):
+            if item < own:
+                _pair_in(r, m, routed, chosen[item // pairs], item // pairs, item % pairs, weights[item // pairs], gate)
+            else:
+                _pair_in(r, m, shared, i8(0), i8(0), item - own, weights[k], gate)
     barrier(m)
     first, end = share(e.panels, m)
     for slot in range(k + shared.experts):
@@ -253,6 +249,35 @@ def _one(r, m, e):
             call_tile(f.down_kernel_one, down + p * f.down_panel_bytes, h, r.input + 64 * p, f.down_blocks, 64, 1)
         if f.down_bias:
             _add_bias(f, expert, weights[slot], r.input, first, end)
+
+
+@jit(**HELP)
+def _pair_in(r, m, f, expert, place, p, weight, gate):
+    """A single token: 32 numbers of what is inside of an expert, times its weight, quantised."""
+    _through(f, expert, p, m.own + f.single_gate, m.own + f.single_up, True, gate)
+    h = f.hidden + place * f.hidden_stride + p * _size(f.down_form_one)
+    _into(f.down_form_one, gate, 1, r.ones, weight, h, 1, 0)
+
+
+@jit(**HELP)
+def _one_in(r, m, e, chosen, weights, gate):
+    """With experts on disk, threads share each expert, and those that have to be waited for come last."""
+    routed, shared, k = _family(e.families, 0), _family(e.families, 1), e.used
+    first, end = share(routed.inside // BLOCK, m)
+    done = longs(gate - 8 * MOST_USED, k)
+    for slot in range(k):
+        done[slot] = longs(routed.where + 24 * chosen[slot], 1)[0] != 0
+        if done[slot]:
+            for p in range(first, end):
+                _pair_in(r, m, routed, chosen[slot], slot, p, weights[slot], gate)
+    if shared.experts:
+        begin, stop = share(shared.inside // BLOCK, m)
+        for p in range(begin, stop):
+            _pair_in(r, m, shared, i8(0), i8(0), p, weights[k], gate)
+    for slot in range(k):
+        if not done[slot] and _is_there(m, e, routed, False, chosen[slot]):
+            for p in range(first, end):
+                _pair_in(r, m, routed, chosen[slot], slot, p, weights[slot], gate)
 
 
 @jit(**HELP)
@@ -553,7 +578,7 @@ def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL
     for name, value in facts.items():
         e[0][name] = value
     n_blocks = -(-s.width // BLOCK)
-    r.need(12 * MOST_USED + 64 + 2 * n_blocks * (GROUP + TILE) * BYTES["plain"] + 256 * TILE + 64 * TILE)
+    r.need(20 * MOST_USED + 64 + 2 * n_blocks * (GROUP + TILE) * BYTES["plain"] + 256 * TILE + 64 * TILE)
     r.row("experts", input=r.x, input_stride=r.x_stride, width=s.width, norm=weights, ones=r.ones, epsilon=s.epsilon,
           more=r.keep(e), barrier=1)  # fmt: skip
 

@@ -172,7 +172,7 @@ class Giant:
         m["chunks"] = self.threads // int(np.gcd(heads, self.threads)) if n == 1 and positions[0] >= 32 else 1
         m["logits"], m["logits_stride"] = logits.ctypes.data, 4 * self._logits_width
         m["states"] = 0 if states is None else states.ctypes.data
-        if n > 1 or self.threads == 1:
+        if n > 1 or self.threads == 1 or self.residency is not None:  # threads that wait for the disk sleep too, and that is well
             self._team.step()
             self._check()
             return

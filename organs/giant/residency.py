@@ -253,6 +253,7 @@ class Residency:
         self.last_guess: tuple[int, list[tuple[int, bool]]] = (-1, [])  # layer; experts, best first, and whether they were away
         self.came_true = np.ones((self.used, 2))  # by rank: guesses of experts that were away, and of them the right ones
         self.aged = 0
+        self.victims: list[tuple[int, tuple[int, int]]] = []
         self.desk[0]["wave"] = max(self.used, slots // 2)
         self.fast = {f: _compiled(f) for f in (_await_request, _withdraw, _deliver)}
         self.readers = ThreadPoolExecutor(READERS, "giant-reader")
@@ -396,21 +397,32 @@ class Residency:
             del self.under_way[key]
         if self.free:
             return self.free.pop()
-        layer, expert = self.owner[:, 0], self.owner[:, 1]
-        last, times = self.uses[layer, 0, expert], self.uses[layer, 1, expert]
-        fresh = []
-        for slot in np.argsort(times - 1 / (2 + last)).tolist():
-            key = int(layer[slot]), int(expert[slot])
-            if key[0] < 0 or key in self.under_way or last[slot] >= now:
-                continue
-            if now - self.guesses.get(key, -now) < 2 * self.n_layers:
-                fresh.append(slot)
-            elif self._take(key):
-                return slot
-        for slot in [] if is_guess else fresh:
-            if self._take((int(layer[slot]), int(expert[slot]))):
+        for _ in range(2):
+            while self.victims:
+                slot, key = self.victims.pop()
+                if tuple(self.owner[slot]) == key and self._may_go(key, now) and self._take(key):
+                    return slot
+            self._choose_victims(now)
+        if is_guess:
+            return None
+        for key in [key for key in self.guesses if key in self.slot_of and key not in self.under_way]:
+            slot = self.slot_of[key]
+            if self.uses[key[0], 0, key[1]] < now and self._take(key):
                 return slot
         return None
+
+    def _may_go(self, key: tuple[int, int], now: int) -> bool:
+        """Whether an expert is in memory, not wanted now, and not one that was guessed a moment ago."""
+        is_idle = key in self.slot_of and key not in self.under_way and self.uses[key[0], 0, key[1]] < now
+        return is_idle and now - self.guesses.get(key, -1 << 40) >= 2 * self.n_layers
+
+    def _choose_victims(self, now: int) -> None:
+        """The next few that may have to go, the least useful at the end; ordering all at every miss would take longer than a read."""
+        layer, expert = self.owner[:, 0], self.owner[:, 1]
+        last, times = self.uses[layer, 0, expert], self.uses[layer, 1, expert]
+        order = np.argsort(np.where(last >= now, np.inf, times - 1 / (2 + last)))
+        keys = [(slot, (int(layer[slot]), int(expert[slot]))) for slot in order[: max(32, len(order) // 16)].tolist()]
+        self.victims = [(slot, key) for slot, key in reversed(keys) if key[0] >= 0 and self._may_go(key, now)]
 
     def _take(self, key: tuple[int, int]) -> bool:
         """Take an expert away, unless it is wanted by now."""
