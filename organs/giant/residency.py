@@ -103,7 +103,7 @@ def await_expert(d, where, first):
             return False
         spins += 1
         if spins > 64:
-            ground.usleep(np.uint32(20))
+            ground.usleep(np.uint32(100))  # the readers want the cores
     if first:
         atomic_add(d.stall, nanoseconds(d.slot) - began)
     return True
