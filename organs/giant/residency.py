@@ -53,7 +53,7 @@ from organs.giant.products import ROWS
 
 SECTOR = 4096  # bytes that direct reads are multiples of
 READERS = 6  # reads under way at a time
-WORTH = 0.5  # a guess is read if guesses of its rank came true at least so often: a wrong one takes the disk from what is wanted
+WORTH = 0.4  # a guess is read if guesses of its rank came true at least so often: a wrong one takes the disk from what is wanted
 HALF_LIFE = 4096  # requests after which a use counts half
 
 DESK = np.dtype([(n, i8) for n in ("words", "slot", "layer", "wanted", "count", "state", "width", "wave", "failed", "stall",
