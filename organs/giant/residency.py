@@ -133,9 +133,8 @@ def _deliver(where, gate, up, down):
 
 
 def _compiled(f):
-    from organs.kernels.ground import FAST
-
-    return callable_of(c_function(types.void(*[types.int64] * f.__code__.co_argcount), f, **FAST))
+    """A function of addresses and numbers alone, for Python."""
+    return callable_of(c_function(types.void(*[types.int64] * f.__code__.co_argcount), f, **ground.FAST))
 
 
 @dataclass
