@@ -9951,7 +9951,11 @@ def _run_distill(asking: _Asking, teacher: str, seconds: float | None) -> None:
 
 _GIANT_LOADING = (
     ("--context", "count", "Tokens that the context holds (default: the model's own, at most 8,192)."),
-    ("--kv-cache", ("f32", "f16", "bf16", "q8", "q8_0", "q4", "q4k", "q8/q4"), "How keys and values are kept (default: f16)."),
+    (
+        "--kv-cache",
+        ("f32", "f16", "bf16", "q8", "q8_0", "q4", "q4k", "q8/q4"),
+        "How keys and values are kept (default: f16).",
+    ),
     ("--offload", ("none", "disk"), "disk: experts stay in the file and are read when they are wanted."),
     ("--ram", "more than 0", "With --offload disk: GB that the process may take (default: half of what is free)."),
     ("--exact", "switch", "Read prompts with 16-bit activations: slower, nearer to float32."),

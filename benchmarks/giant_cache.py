@@ -16,7 +16,9 @@ from common import table, texts
 KINDS = ("f16", "bf16", "q8", "q8/q4", "q4")
 
 
-def measured(model: Path, kind: str, text: str, length: int, window: int, generate: int, threads: int) -> tuple[float, int, float]:
+def measured(
+    model: Path, kind: str, text: str, length: int, window: int, generate: int, threads: int
+) -> tuple[float, int, float]:
     """(perplexity of the text's beginning, bytes of a page, median seconds of a token behind `length` others)."""
     from organs.giant import Giant
 
@@ -40,7 +42,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="a GGUF")
     parser.add_argument("texts", nargs="*", help="NAME=PATH; without any, Python's own library")
-    parser.add_argument("--length", type=int, default=8000, help="tokens before those that are timed; 0: nothing is timed")
+    parser.add_argument(
+        "--length", type=int, default=8000, help="tokens before those that are timed; 0: nothing is timed"
+    )
     parser.add_argument("--window", type=int, default=2048, help="tokens of context for the perplexity")
     parser.add_argument("--generate", type=int, default=32, help="tokens that are timed")
     parser.add_argument("--threads", type=int, default=2)

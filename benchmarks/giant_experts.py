@@ -86,7 +86,9 @@ def tensors(layers: int, experts: int, vocabulary: int) -> Iterator[tuple[str, t
         out = []
         for first in range(0, vocabulary, 8192):
             ids = np.arange(first, min(first + 8192, vocabulary))
-            rows = EMBEDDED * topics[ids // TOPIC] + math.sqrt(1 - EMBEDDED**2) * rng.standard_normal((len(ids), WIDTH), np.float32)
+            rows = EMBEDDED * topics[ids // TOPIC] + math.sqrt(1 - EMBEDDED**2) * rng.standard_normal(
+                (len(ids), WIDTH), np.float32
+            )
             rows[:, 0] = CONSTANT
             out.append(quantise(rows, "Q4_K"))
         return np.concatenate(out)
@@ -212,7 +214,9 @@ def routes(path: Path, n: int = 512) -> None:
         half = slice(0, max(2, len(used) // 2))
         slope = -np.polyfit(np.log(ranks[half]), np.log(used[half]), 1)[0]
         shared = np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(some[:-1], some[1:])])
-        rows.append([layer, len(used), float(slope), float(counts[: len(counts) // 2].sum() / counts.sum()), float(shared)])
+        rows.append(
+            [layer, len(used), float(slope), float(counts[: len(counts) // 2].sum() / counts.sum()), float(shared)]
+        )
     head = ["layer", "experts used", "p ∝ rank^-…", "share of the upper half", "kept from token to token"]
     print(table(f"Routing of {n} tokens", head, rows))
 
@@ -273,7 +277,9 @@ def held(asked: argparse.Namespace) -> None:
     giant.close()
     del giant
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
-    giant = Giant.load(asked.model, threads=asked.threads, offload="disk", ram=limit / 1e9, prefetch=not asked.no_prefetch)
+    giant = Giant.load(
+        asked.model, threads=asked.threads, offload="disk", ram=limit / 1e9, prefetch=not asked.no_prefetch
+    )
     session, chosen = giant.session(), []
     session.feed(tokens[:64])
     for token in tokens[64 : 64 + asked.warm]:
@@ -289,7 +295,10 @@ def held(asked: argparse.Namespace) -> None:
     peak = resident_mb(os.getpid())
     giant.close()
     n = len(each)
-    change = {key: after[key] - before[key] for key in ("wanted", "hits", "guessed", "right", "ahead", "bytes", "reading", "stall")}
+    change = {
+        key: after[key] - before[key]
+        for key in ("wanted", "hits", "guessed", "right", "ahead", "bytes", "reading", "stall")
+    }
     replayed = replay(chosen, after["slots"], asked.warm)
     speed = disk_speed(asked.model, after["slot_bytes"])
     by_disk = speed / (replayed["LRU"] * after["slot_bytes"])
@@ -329,7 +338,7 @@ class Peer:
             self.group.mkdir(exist_ok=True)
             (self.group / "memory.limit_in_bytes").write_text(str(limit))
             command.append("mapped")
-            command = ["sh", "-c", f"echo $$ > {self.group}/cgroup.procs; exec \"$@\"", "sh", *command]
+            command = ["sh", "-c", f'echo $$ > {self.group}/cgroup.procs; exec "$@"', "sh", *command]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, text=True)  # fmt: skip
 
@@ -366,7 +375,9 @@ def active_bytes(giant: Any) -> int:
     get = lambda key: giant.file.get(f"{giant.file.architecture}.{key}", int)
     share = get("expert_used_count") / get("expert_count")
     sizes = {name: info.nbytes for name, info in giant.file.tensors.items()}
-    return int(sum(size * (share if "_exps" in name else 1) for name, size in sizes.items() if name != "token_embd.weight"))
+    return int(
+        sum(size * (share if "_exps" in name else 1) for name, size in sizes.items() if name != "token_embd.weight")
+    )
 
 
 def agree(python: str) -> None:
@@ -387,7 +398,9 @@ def agree(python: str) -> None:
                 giant.close()
                 out = Path(folder) / "logits.npy"
                 script = str(Path(__file__).with_name("giant_peer.py"))
-                done = subprocess.run([python, script, str(path), json.dumps(tokens), str(out)], capture_output=True, text=True)
+                done = subprocess.run(
+                    [python, script, str(path), json.dumps(tokens), str(out)], capture_output=True, text=True
+                )
                 if done.returncode:
                     rows.append([name, kind, done.stderr.strip().splitlines()[-1][:80], ""])
                     continue
@@ -396,7 +409,11 @@ def agree(python: str) -> None:
                     for x in (theirs.astype(np.float64), mine.astype(np.float64)))  # fmt: skip
             same = float((p.argmax(1) == q.argmax(1)).mean())
             rows.append([name, kind, f"{100 * same:.0f} %", f"{float((np.exp(p) * (p - q)).sum(1).mean()):.1e}"])
-    print(table("Converted by `giant convert`, read by llama.cpp", ["architecture", "type", "top-1 agreement", "KL"], rows))
+    print(
+        table(
+            "Converted by `giant convert`, read by llama.cpp", ["architecture", "type", "top-1 agreement", "KL"], rows
+        )
+    )
 
 
 def main() -> int:
@@ -405,7 +422,9 @@ def main() -> int:
     parser.add_argument("--make", type=Path, metavar="FILE", help="write the model and stop")
     parser.add_argument("--layers", type=int, default=8, help="of the model that is made")
     parser.add_argument("--routes", action="store_true", help="show how the file routes, and stop")
-    parser.add_argument("--agree", action="store_true", help="compare logits of small models with llama.cpp's, and stop")
+    parser.add_argument(
+        "--agree", action="store_true", help="compare logits of small models with llama.cpp's, and stop"
+    )
     parser.add_argument("--peer", metavar="PYTHON", help="a Python with llama-cpp-python")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--generate", type=int, default=32, help="tokens of a round")
@@ -439,7 +458,9 @@ def main() -> int:
     tokens = text(asked.prompt + asked.generate, giant.vocab_size)
     peer = Peer(asked.peer, asked.model) if asked.peer else None
     mine, theirs, roofs = [], [], []
-    for _ in range(asked.rounds + 1):  # in turns, since other guests of the machine come and go; the first round warms up
+    for _ in range(
+        asked.rounds + 1
+    ):  # in turns, since other guests of the machine come and go; the first round warms up
         mine.append(ours(giant, tokens, asked.prompt))
         if peer:
             theirs.append(peer.measure(tokens, asked.prompt, asked.threads))

@@ -131,7 +131,9 @@ def _scores(M: int, kind: str):
 
 def _mixture(M: int, kind: str):
     """Builds: (weights [M, PAGE], values, positions, out [M, width], width) -> nothing; out += weights · values."""
-    chunk = 32 if kind == "q4" else 16  # columns at a time; of q4, 16 bytes hold columns 0 to 15 low and the next 16 high
+    chunk = (
+        32 if kind == "q4" else 16
+    )  # columns at a time; of q4, 16 bytes hold columns 0 to 15 low and the next 16 high
     vectors = chunk // LANES
 
     def build(b, p, v, n, out, width):
@@ -310,7 +312,10 @@ def settle(r, stretch, staged):
                 low, high = min(low, k[at]), max(high, k[at])
         _store_half(stretch + r.key_scales_at + 2 * i, (high - low) / f4(15))
         _store_half(stretch + r.key_scales_at + 2 * (r.head + i), low)
-        scale, low = _load_half(stretch + r.key_scales_at + 2 * i), _load_half(stretch + r.key_scales_at + 2 * (r.head + i))
+        scale, low = (
+            _load_half(stretch + r.key_scales_at + 2 * i),
+            _load_half(stretch + r.key_scales_at + 2 * (r.head + i)),
+        )
         inverse, shift = f4(1) / scale if scale > 0 else f4(0), 4 * (i % 2)
         for panel in range(PAGE // 16):
             k = floats(staged, 16 * (panel * r.head + i), 16)

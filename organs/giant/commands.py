@@ -103,7 +103,11 @@ def _settings(asking: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The sampling settings among a command's options, or else of the environment, without those that were not given."""
     keys = dict(temperature=float, top_p=float, top_k=int, repetition_penalty=float, presence_penalty=float)
     names = {"repetition_penalty": "REPEAT_PENALTY"}
-    given = {name: value for name, kind in keys.items() if (value := setting(names.get(name, name.upper()), kind)) is not None}
+    given = {
+        name: value
+        for name, kind in keys.items()
+        if (value := setting(names.get(name, name.upper()), kind)) is not None
+    }
     given |= {name: options[name] for name in SAMPLING if options.get(name) is not None}
     return given if asking.seed is None else given | {"seed": asking.seed}
 
@@ -480,7 +484,9 @@ def plan(asking: Any, model: str, ram: float | None, context: int | None, kv_cac
     best = next((choice for choice in found if choice.fits), None)
     result = dict(offload=best.offload if best else None, ram_bytes=int(memory), memory_bandwidth=bandwidth, disk_bandwidth=disk,
                   choices=[asdict(choice) for choice in found])  # fmt: skip
-    lines = [f"{memory / 1e9:.1f} GB of memory at {bandwidth / 1e9:.1f} GB/s, disk {disk / 1e9:.2f} GB/s, context {context:,}"]
+    lines = [
+        f"{memory / 1e9:.1f} GB of memory at {bandwidth / 1e9:.1f} GB/s, disk {disk / 1e9:.2f} GB/s, context {context:,}"
+    ]
     for choice in found:
         mark = "→" if choice is best else " "
         fit = "fits" if choice.fits else "does not fit"
@@ -488,7 +494,9 @@ def plan(asking: Any, model: str, ram: float | None, context: int | None, kv_cac
                      f"({choice.reason})")  # fmt: skip
     asking.result(result, "\n".join(lines))
     if best is None:
-        raise OrganismError(f"{path.name} does not fit into {memory / 1e9:.1f} GB in any way: take a smaller model or format.")
+        raise OrganismError(
+            f"{path.name} does not fit into {memory / 1e9:.1f} GB in any way: take a smaller model or format."
+        )
 
 
 # --- bench, perplexity, convert ---

@@ -330,7 +330,9 @@ def _llama3_factors(rope: dict[str, Any], head: int) -> np.ndarray:
 # Weights.
 
 
-def _tensors(folder: Path, config: dict[str, Any], architecture: str, neighbours: bool, layers: int) -> Iterator[Tensor]:
+def _tensors(
+    folder: Path, config: dict[str, Any], architecture: str, neighbours: bool, layers: int
+) -> Iterator[Tensor]:
     import gguf
 
     arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)

@@ -63,13 +63,17 @@ def prepared(stored: Iterable[Any], config: dict[str, Any], architecture: str) -
         yield from _repacked(begin, pair)
 
 
-def _gathered(begin: str, way: str, members: dict[int, Any], config: dict[str, Any], architecture: str) -> Iterator[Source]:
+def _gathered(
+    begin: str, way: str, members: dict[int, Any], config: dict[str, Any], architecture: str
+) -> Iterator[Source]:
     """One tensor of experts that were stored one by one."""
     count = int(config.get("num_local_experts") or config.get("num_experts") or len(members))
     missing = set(range(count)) - set(members)
     if missing or len(members) != count:
         which = min(missing or {count})
-        raise OrganismError(f"{begin}experts: {len(members)} of {count} experts have their {way}; expert {which} has none.")
+        raise OrganismError(
+            f"{begin}experts: {len(members)} of {count} experts have their {way}; expert {which} has none."
+        )
     shapes = {m.shape for m in members.values()}
     if len(shapes) > 1:
         raise OrganismError(f"{begin}experts: the experts' {way} have different shapes: {sorted(shapes)}.")
@@ -141,7 +145,9 @@ def _fused(tensor: Any, name: str, architecture: str) -> Iterator[Source]:
         halves = {way: slice(None)}
     for new, rows in halves.items():
         suffix = "bias" if is_bias else "weight"
-        yield Source(f"{begin}experts.{new}.{suffix}", (experts, height, *width), [part(i, rows) for i in range(experts)])
+        yield Source(
+            f"{begin}experts.{new}.{suffix}", (experts, height, *width), [part(i, rows) for i in range(experts)]
+        )
 
 
 def _repacked(begin: str, pair: dict[str, Any]) -> Iterator[Source]:
@@ -166,10 +172,14 @@ def _repacked(begin: str, pair: dict[str, Any]) -> Iterator[Source]:
 
         return lambda: dequantise(np.ascontiguousarray(read()).reshape(-1), "MXFP4")
 
-    halves = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)} if way == "gate_up_proj" else {way: slice(None)}
+    halves = (
+        {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)} if way == "gate_up_proj" else {way: slice(None)}
+    )
     for new, which in halves.items():
         reads = [packed(i, which) for i in range(experts)]
-        yield Source(f"{stem}experts.{new}.weight", (experts, rows // len(halves), columns), [numbers(r) for r in reads], reads)
+        yield Source(
+            f"{stem}experts.{new}.weight", (experts, rows // len(halves), columns), [numbers(r) for r in reads], reads
+        )
 
 
 def _delta_net(t: Source, config: dict[str, Any], architecture: str) -> Iterator[Source]:
@@ -207,7 +217,9 @@ def _delta_net(t: Source, config: dict[str, Any], architecture: str) -> Iterator
         yield t.changed(name.removesuffix("dt_bias") + "dt_proj.bias", t.shape, lambda x: tiled(x, 1))
     elif name.endswith("conv1d.weight"):
         shape = (t.shape[0], t.shape[-1])
-        yield t.changed(name, shape, lambda x: np.concatenate([x.reshape(shape)[:keys], tiled(x.reshape(shape)[keys:], dv)]))
+        yield t.changed(
+            name, shape, lambda x: np.concatenate([x.reshape(shape)[:keys], tiled(x.reshape(shape)[keys:], dv)])
+        )
     elif name.endswith("out_proj.weight"):
         yield t.changed(name, t.shape, lambda x: np.ascontiguousarray(tiled(np.ascontiguousarray(x.T), dv).T))
     else:

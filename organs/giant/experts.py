@@ -555,7 +555,9 @@ def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL
         gate_at = logits[0] + 4 * -(-sizes.experts // ROWS) * ROWS
         r.product(a, shared_gate, (gate_at, logits[1]), barrier=1)
     families = np.zeros(2, FAMILY)
-    most = 2 * (r.chunk + TILE) + 2 * r.chunk * sizes.used  # places: tiles are at least half full, but one of the shared expert
+    most = (
+        2 * (r.chunk + TILE) + 2 * r.chunk * sizes.used
+    )  # places: tiles are at least half full, but one of the shared expert
     _fill(r, families[0], a, routed, sizes.inside, activation, most, block, "exps")
     if shared:
         _fill(r, families[1], a, shared, sizes.shared, activation, r.chunk + TILE, block, "shexp")
@@ -593,7 +595,9 @@ def _stacks(r: Recorder, block: str, suffix: str, experts: int, inside: int, lay
     if layer is not None:
         return _stacks_on_disk(r, layer, fused, names, experts, inside, used)
     if r.has(fused):
-        halves = [r.stack(fused, shape(2 * inside, width), range(first, first + inside), BLOCK) for first in (0, inside)]
+        halves = [
+            r.stack(fused, shape(2 * inside, width), range(first, first + inside), BLOCK) for first in (0, inside)
+        ]
     else:
         halves = [r.stack(names[way], shape(inside, width), range(inside), BLOCK) for way in ("gate", "up")]
     stacks = [*halves, r.stack(names["down"], shape(width, inside), range(width), ROWS)]
@@ -615,7 +619,10 @@ def _stacks_on_disk(r: Recorder, layer: int, fused: str, names: dict[str, str], 
     parts.append((r.info(names["down"], (experts, width, inside)), width, inside, 0, width))
     where = r.residency.add(layer, parts)
     nothing = np.empty(0, np.uint8)
-    return [Stack(Matrix(info.format, rows, columns, nothing), where[:, i]) for i, (info, rows, columns, _, _) in enumerate(parts)]
+    return [
+        Stack(Matrix(info.format, rows, columns, nothing), where[:, i])
+        for i, (info, rows, columns, _, _) in enumerate(parts)
+    ]
 
 
 def _fill(r: Recorder, f: np.void, a, stacks: list[Stack], inside: int, activation: int, places: int, block: str,
@@ -625,7 +632,9 @@ def _fill(r: Recorder, f: np.void, a, stacks: list[Stack], inside: int, activati
     many = len(stacks[0].addresses)
     f["experts"], f["inside"], f["activation"] = many, inside, activation
     table = stacks[0].addresses.base  # of experts on disk, which changes; else a new one
-    f["where"] = r.keep(table if table is not None else np.ascontiguousarray(np.stack([s.addresses for s in stacks], 1)))
+    f["where"] = r.keep(
+        table if table is not None else np.ascontiguousarray(np.stack([s.addresses for s in stacks], 1))
+    )
     gate, up, down = (s.matrix for s in stacks)
     size = max(BYTES[r.form(down)], BYTES[r.form_of_one(down)])
     f["hidden_stride"] = inside // BLOCK * size
@@ -640,7 +649,9 @@ def _fill(r: Recorder, f: np.void, a, stacks: list[Stack], inside: int, activati
         if r.has(name):
             numbers = -(-matrix.rows // BLOCK) * BLOCK
             bias = np.zeros((many, numbers), np.float32)
-            bias[:, : matrix.rows] = r.array(name, (many, matrix.rows) if suffix == "exps" else (matrix.rows,)).reshape(many, -1)
+            bias[:, : matrix.rows] = r.array(name, (many, matrix.rows) if suffix == "exps" else (matrix.rows,)).reshape(
+                many, -1
+            )
             f[f"{way}_bias"], f[f"{way}_bias_stride"] = r.keep(bias), 4 * numbers
     if bool(f["gate_bias"]) != bool(f["up_bias"]):
         raise GGUFError(f"{r.file.path}: in {block} gate and up have not both a bias, or none")

@@ -24,9 +24,11 @@ _ALIASES = {"fp16": "f16", "bfloat16": "bf16", "q8_0": "q8", "q4k": "q4", "q4_k"
 def kinds_of(kv_cache: str) -> tuple[str, str]:
     """(keys, values) of "f16", or of "q8/q4" for different ones. Raises ValueError for what there is not."""
     keys, _, values = kv_cache.lower().partition("/")
-    kinds = tuple(_ALIASES.get(kind, kind) for kind in (keys, values or keys))
+    kinds = _ALIASES.get(keys, keys), _ALIASES.get(values or keys, values or keys)
     if any(kind not in KV_CACHES for kind in kinds):
-        raise ValueError(f"kv_cache is {kv_cache!r}; it can be {', '.join(KV_CACHES)}, or two for keys and values, such as q8/q4")
+        raise ValueError(
+            f"kv_cache is {kv_cache!r}; it can be {', '.join(KV_CACHES)}, or two for keys and values, such as q8/q4"
+        )
     return kinds
 
 
@@ -172,7 +174,9 @@ class Giant:
         m["chunks"] = self.threads // int(np.gcd(heads, self.threads)) if n == 1 and positions[0] >= 32 else 1
         m["logits"], m["logits_stride"] = logits.ctypes.data, 4 * self._logits_width
         m["states"] = 0 if states is None else states.ctypes.data
-        if n > 1 or self.threads == 1 or self.residency is not None:  # threads that wait for the disk sleep too, and that is well
+        if (
+            n > 1 or self.threads == 1 or self.residency is not None
+        ):  # threads that wait for the disk sleep too, and that is well
             self._team.step()
             self._check()
             return
@@ -217,7 +221,11 @@ class Giant:
         if not self._has_state or left == 1:
             return min(left, self._chunk)
         end = at + left
-        stops = [at + self._chunk - at % self._chunk if self._chunk % PAGE == 0 else at + self._chunk, end - end % PAGE, end]
+        stops = [
+            at + self._chunk - at % self._chunk if self._chunk % PAGE == 0 else at + self._chunk,
+            end - end % PAGE,
+            end,
+        ]
         return min(stop for stop in stops if stop > at) - at
 
     def _ids(self, tokens: Sequence[int]) -> np.ndarray:
@@ -253,7 +261,9 @@ class Giant:
 
         A step is one token, or one piece of a prompt.
         """
-        return np.stack([chosen.reshape(-1)[: n * chosen.shape[1]].reshape(n, -1)[:, :-1] for chosen in self._routes.values()])
+        return np.stack(
+            [chosen.reshape(-1)[: n * chosen.shape[1]].reshape(n, -1)[:, :-1] for chosen in self._routes.values()]
+        )
 
     def session(self) -> Session:
         """A fresh context of this model."""
@@ -293,7 +303,12 @@ class Giant:
                 positions = np.array([len(session.tokens) for session in some])
                 sequences = [session._pages for session in some]
                 self._step(
-                    ids[first : first + len(some)], positions, sequences, together=False, logits=out[first:], is_all=True
+                    ids[first : first + len(some)],
+                    positions,
+                    sequences,
+                    together=False,
+                    logits=out[first:],
+                    is_all=True,
                 )
         for session, token in zip(sessions, ids.tolist(), strict=True):
             if self._has_state and (len(session.tokens) + 1) % PAGE == 0:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -143,10 +144,15 @@ class Recorder:
         self.token_table: Matrix | None = None
         self.rooms: dict[str, np.ndarray] = {}
         self.page_bytes = 0  # of a page of keys and values; grows with each layer of attention
-        self.is_on_disk, self.residency = is_on_disk, None  # whether experts stay in the file, and who brings them
+        self.is_on_disk = is_on_disk  # whether experts stay in the file
+        self.residency: Any = None  # who brings them (residency.Residency), once a layer has some
         self.memory_bytes = 0  # of a sequence's memory beside pages; grows with each layer that has one
-        self.has_state = False  # whether that memory is more than keys of the last page, which are read again where need be
-        self.routes: dict[int, np.ndarray] = {}  # by layer: the experts that the last step's tokens chose, int64 [chunk, used + 1]
+        self.has_state = (
+            False  # whether that memory is more than keys of the last page, which are read again where need be
+        )
+        self.routes: dict[
+            int, np.ndarray
+        ] = {}  # by layer: the experts that the last step's tokens chose, int64 [chunk, used + 1]
         self.trouble = np.zeros(1, np.int64)  # the number, from 1, of a layer whose router gave no numbers
 
     # --- Memory. ---
@@ -269,7 +275,13 @@ class Recorder:
         step = -(-size // 64) * 64
         data = self.space(experts * step)
         for i in range(experts):
-            self._pack(info, len(rows), columns, np.arange(rows.start, rows.stop) + i * height, data[i * step : i * step + size])
+            self._pack(
+                info,
+                len(rows),
+                columns,
+                np.arange(rows.start, rows.stop) + i * height,
+                data[i * step : i * step + size],
+            )
         return Matrix(info.format, len(rows), columns, data[:size]), step
 
     def _pack(self, info: TensorInfo, rows: int, columns: int, order: np.ndarray, data: np.ndarray) -> None:
@@ -388,7 +400,8 @@ class Recorder:
             heads = np.arange(2 * rows["q"]).reshape(s.queries, 2, s.head)
             of = 2 * rows["q"]
             matrices["q"], gates = (
-                self.matrix(block + "attn_q.weight", rows["q"], s.width, order=heads[:, i].reshape(-1), of=of) for i in (0, 1)
+                self.matrix(block + "attn_q.weight", rows["q"], s.width, order=heads[:, i].reshape(-1), of=of)
+                for i in (0, 1)
             )
         for n in rows:
             if n not in matrices:
@@ -401,7 +414,9 @@ class Recorder:
         for name, matrix in matrices.items():
             self.product(a, matrix, (at, self.qkv_stride))
             at += 4 * rows[name]
-            if matrix.panels * ROWS != rows[name]:  # its last panel reaches into what comes next, which has to be written later
+            if (
+                matrix.panels * ROWS != rows[name]
+            ):  # its last panel reaches into what comes next, which has to be written later
                 self.rows[-1]["barrier"] = 1
         self.rows[-1]["barrier"] = 1
         bias = 0

@@ -131,7 +131,10 @@ def _prepare(m, d):
     first, end = share(m.n, m)
     decay, step = floats(d.decay, 0, d.value_heads), floats(d.step, 0, d.value_heads)
     for t in range(first, end):
-        beta, alpha = floats(d.beta + t * d.beta_stride, 0, d.value_heads), floats(d.alpha + t * d.alpha_stride, 0, d.value_heads)
+        beta, alpha = (
+            floats(d.beta + t * d.beta_stride, 0, d.value_heads),
+            floats(d.alpha + t * d.alpha_stride, 0, d.value_heads),
+        )
         gains = floats(d.gains + t * d.gains_stride, 0, 2 * d.value_heads)
         for h in range(d.value_heads):
             x = alpha[h] + step[h]
@@ -222,7 +225,10 @@ def _split(r: Recorder, block: str, nk: int, nv: int, dk: int, dv: int) -> list:
         matrices = [r.matrix(block + "ssm_in.weight", len(o), width, order=o, of=qkv + z) for o in orders]
     if r.has(block + "ssm_ba.weight"):
         rows = np.arange(2 * nv).reshape(nk, 2, ratio)
-        return [*matrices, *(r.matrix(block + "ssm_ba.weight", nv, width, order=rows[:, i].reshape(-1), of=2 * nv) for i in (0, 1))]
+        return [
+            *matrices,
+            *(r.matrix(block + "ssm_ba.weight", nv, width, order=rows[:, i].reshape(-1), of=2 * nv) for i in (0, 1)),
+        ]
     return [*matrices, r.matrix(block + "ssm_beta.weight", nv, width), r.matrix(block + "ssm_alpha.weight", nv, width)]
 
 
@@ -230,9 +236,13 @@ def mix(r: Recorder, layer: int, *, is_tiled: bool) -> None:
     """x += Gated DeltaNet of norm(x)."""
     s, block = r.shape, f"blk.{layer}."
     number = lambda key: r.file.get(f"{s.architecture}.ssm.{key}", int)
-    dk, nk, nv, inner, kernel = (number(n) for n in ("state_size", "group_count", "time_step_rank", "inner_size", "conv_kernel"))
+    dk, nk, nv, inner, kernel = (
+        number(n) for n in ("state_size", "group_count", "time_step_rank", "inner_size", "conv_kernel")
+    )
     if min(dk, nk, nv, inner) < 1 or kernel < 2 or nv % nk or inner % nv or max(dk, inner // nv) > 4096 or kernel > 64:
-        raise GGUFError(f"{r.file.path}: {nk} and {nv} heads of {dk} and {inner}, kernel {kernel}: that makes no Gated DeltaNet")
+        raise GGUFError(
+            f"{r.file.path}: {nk} and {nv} heads of {dk} and {inner}, kernel {kernel}: that makes no Gated DeltaNet"
+        )
     dv = inner // nv
     channels = 2 * nk * dk + nv * dv
     norm = r.keep(r.vector(block + "attn_norm.weight", s.width))

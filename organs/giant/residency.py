@@ -248,9 +248,16 @@ class Residency:
         self.free = list(range(slots - 1, -1, -1))
         self.slot_of: dict[tuple[int, int], int] = {}
         self.under_way: dict[tuple[int, int], Future] = {}
-        self.guesses: dict[tuple[int, int], int] = {}  # experts read by a guess, not wanted yet: the request at that time
-        self.last_guess: tuple[int, list[tuple[int, bool]]] = (-1, [])  # layer; experts, best first, and whether they were away
-        self.came_true = np.ones((self.used, 2))  # by rank: guesses of experts that were away, and of them the right ones
+        self.guesses: dict[
+            tuple[int, int], int
+        ] = {}  # experts read by a guess, not wanted yet: the request at that time
+        self.last_guess: tuple[int, list[tuple[int, bool]]] = (
+            -1,
+            [],
+        )  # layer; experts, best first, and whether they were away
+        self.came_true = np.ones(
+            (self.used, 2)
+        )  # by rank: guesses of experts that were away, and of them the right ones
         self.aged = 0
         self.victims: list[tuple[int, tuple[int, int]]] = []
         self.desk[0]["wave"] = max(self.used, slots // 2)
@@ -342,7 +349,9 @@ class Residency:
             return
         logits = self.layers[following].router @ state
         best = np.argpartition(-logits, self.used - 1)[: self.used]
-        guess = [(expert, (following, expert) not in self.slot_of) for expert in best[np.argsort(-logits[best])].tolist()]
+        guess = [
+            (expert, (following, expert) not in self.slot_of) for expert in best[np.argsort(-logits[best])].tolist()
+        ]
         self.last_guess = following, guess
         for rank, (expert, is_away) in enumerate(guess):
             tried, right = self.came_true[rank]
@@ -469,7 +478,7 @@ class Residency:
         wanted = -(-(offset + nbytes - first) // SECTOR) * SECTOR
         buffer, done = self._buffer(wanted), 0
         while first + done < offset + nbytes:
-            count = os.preadv(self.handles[info.part], [memoryview(buffer)[done:wanted]], first + done)
+            count = os.preadv(self.handles[info.part], [memoryview(buffer)[done:wanted]], first + done)  # type: ignore[arg-type]
             if count == 0:
                 raise GGUFError(f"the file ended inside of {info.name!r}; it was cut after it was opened")
             done += count

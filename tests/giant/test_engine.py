@@ -76,7 +76,9 @@ def apart(model: Giant, tokens: list[int]) -> np.ndarray:
 # --- Logits. ---
 
 
-@pytest.mark.parametrize(("kind", "error"), [("f32", 1e-4), ("f16", 2e-2), ("bf16", 0.15), ("q8", 0.3), ("q4", 4), ("q8/q4", 3)])
+@pytest.mark.parametrize(
+    ("kind", "error"), [("f32", 1e-4), ("f16", 2e-2), ("bf16", 0.15), ("q8", 0.3), ("q4", 4), ("q8/q4", 3)]
+)
 def test_logits_equal_a_plain_forward_pass_with_every_kind_of_cache(small_llama, kind, error):
     want = forward(small_llama, TOKENS)
     for threads in (1, 2):

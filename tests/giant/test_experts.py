@@ -27,7 +27,9 @@ DELTA = dict(linear_conv_kernel_dim=4, linear_key_head_dim=16, linear_value_head
              linear_num_value_heads=4)  # fmt: skip
 HYBRID = COMMON | DELTA | dict(num_hidden_layers=4, head_dim=32)
 FEW = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=32, shared_expert_intermediate_size=48)
-YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=64, beta_fast=32.0, beta_slow=1.0)
+YARN = dict(
+    rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=64, beta_fast=32.0, beta_slow=1.0
+)
 CASES = {  # name: (class, settings)
     "mixtral": ("Mixtral", COMMON | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
     "mixtral, one of three, odd heads": ("Mixtral", COMMON | dict(
@@ -211,7 +213,10 @@ def test_fused_tensors_of_a_file_are_read_as_split_ones_are(tmp_path):
             parts = [x.reshape(nk, -1, array.shape[1]) for x in (q, k, v, z)]
             yield f"{block}.ssm_in.weight", np.concatenate(parts, 1).reshape(-1, array.shape[1])
         elif ".ffn_gate_exps." in name:
-            yield f"{block}.ffn_gate_up_exps.weight", np.concatenate([array, file.array(f"{block}.ffn_up_exps.weight")], 1)
+            yield (
+                f"{block}.ffn_gate_up_exps.weight",
+                np.concatenate([array, file.array(f"{block}.ffn_up_exps.weight")], 1),
+            )
         elif ".ffn_up_exps." not in name and ".attn_gate." not in name:
             yield name, array
 
@@ -281,7 +286,10 @@ def test_mxfp4_experts_keep_their_bits(tmp_path):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """Path of a hybrid with 64 experts in each of 8 layers."""
-    CASES["many experts"] = ("Qwen3Next", HYBRID | FEW | dict(num_experts=64, num_experts_per_tok=4, num_hidden_layers=8))
+    CASES["many experts"] = (
+        "Qwen3Next",
+        HYBRID | FEW | dict(num_experts=64, num_experts_per_tok=4, num_hidden_layers=8),
+    )
     try:
         return converted("many experts", tmp_path_factory.mktemp("many"))[1]
     finally:
