@@ -10344,7 +10344,13 @@ def _run_distill(asking: _Asking, teacher: str, seconds: float | None) -> None:
 
 _GIANT_LOADING = (
     ("--context", "count", "Tokens that the context holds (default: the model's own, at most 8,192)."),
-    ("--kv-cache", ("f32", "f16", "bf16", "q8"), "How keys and values are kept (default: f16)."),
+    (
+        "--kv-cache",
+        ("f32", "f16", "bf16", "q8", "q8_0", "q4", "q4k", "q8/q4"),
+        "How keys and values are kept (default: f16).",
+    ),
+    ("--offload", ("none", "disk"), "disk: experts stay in the file and are read when they are wanted."),
+    ("--ram", "more than 0", "With --offload disk: GB that the process may take (default: half of what is free)."),
     ("--exact", "switch", "Read prompts with 16-bit activations: slower, nearer to float32."),
 )
 _GIANT_SAMPLING = (
@@ -10421,6 +10427,16 @@ def _run_giant_bench(asking: _Asking, **options: Any) -> None:
     organism giant bench smollm2 --prompt 512 --generate 64
     """
     organ("giant.commands").bench(asking, **options)
+
+
+@_command("giant plan", ("model", "text", ""), ("--ram", "more than 0", "GB of memory to plan for (default: what is free)."),
+          _GIANT_LOADING[0], _GIANT_LOADING[1])  # fmt: skip
+def _run_giant_plan(asking: _Asking, **options: Any) -> None:
+    """Say what of a model fits into the memory, how to load it, and how fast that will be here.
+
+    organism giant plan model.gguf --ram 16
+    """
+    organ("giant.commands").plan(asking, **options)
 
 
 @_command(
