@@ -46,6 +46,7 @@ import sys
 import threading
 import time
 import unicodedata
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -6088,7 +6089,7 @@ class Syntropy:
         self.probe: Any = None  # the guard whose probe the history was measured on
         self.history: list[np.ndarray] = []  # entropies after the last bursts, float64 [M] each
         self.changes: list[np.ndarray] = []  # of the identity by the last bursts, float64 [N] each
-        self.last: tuple[Body | None, int, Pulse | None] = None, 0, None  # body and step of the newest measurement
+        self.last: tuple[weakref.ref[Body], int, Pulse] | None = None  # body and step of the newest measurement
 
     def state(self) -> dict[str, Any]:
         """What outlives a sleep. The history belongs to its probe and begins anew."""
@@ -6098,13 +6099,12 @@ class Syntropy:
     def measure(self, learner: Learner, guard: Guard, health: Health) -> Pulse:
         """How it is now; changes nothing. `health` is what the guard has just measured."""
         if self.probe is not guard:
-            self.probe, self.history, self.changes, self.last = guard, [], [], (None, 0, None)
+            self.probe, self.history, self.changes, self.last = guard, [], [], None
         learner.sync()
-        body, (known, steps, pulse) = learner.body, self.last
-        if pulse is None or known is not body or steps != body.steps:  # else: what the burst before left
-            pulse = self._pulse(learner, guard, health)
-        pulse = pulse._replace(health=health)
-        self.last = body, body.steps, pulse
+        body, last = learner.body, self.last
+        known = last is not None and last[0]() is body and last[1] == body.steps  # what the burst before left
+        pulse = _given(last)[2]._replace(health=health) if known else self._pulse(learner, guard, health)
+        self.last = weakref.ref(body), body.steps, pulse
         return pulse
 
     def _pulse(self, learner: Learner, guard: Guard, health: Health) -> Pulse:
@@ -8034,6 +8034,7 @@ class Organism:
         learner.credit += fresh * self._replay
         loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
         objection, now = self._look_back(learner, guard, was, rehearse=bool(fresh))
+        learner.urge, learner.accumulate = 1.0, 1  # syntropy's word counts for this burst alone
         if objection:
             before.restore(learner)
             learner.credit = 0.0 if not fresh else learner.credit
