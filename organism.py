@@ -268,7 +268,7 @@ class SyntropyConfig:
     """How it watches what bursts do to it, and whether it acts on that (chapter 9)."""
 
     measure: bool = True  # measure before and after each burst, and log what would be done
-    steer: bool = False  # let the decision shape the next burst (docs/self.md: no effect that could be measured)
+    steer: bool = False  # let the decision shape the next burst (off: no effect shown yet, docs/self.md)
     delta_births: bool = False  # amplify grows a delta, where steer is on (docs/growth.md: replay holds what it knows)
     history: int = 8  # bursts that the trend looks back on (molequla §1.10)
     records: int = 16  # bursts whose action and outcome are remembered (molequla §1.10)
