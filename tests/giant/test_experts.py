@@ -427,3 +427,26 @@ def test_a_folder_that_lacks_an_expert_is_refused(tmp_path):
     with pytest.raises(OrganismError, match="4 of 5 experts have their up_proj; expert 3 has none"):
         convert(tmp_path, tmp_path / "new.gguf")
     assert not (tmp_path / "new.gguf").exists()
+
+
+# --- Planning. ---
+
+
+def test_a_plan_takes_memory_where_it_fits_and_the_disk_where_not(many):
+    from organs.giant import plan
+
+    with open_gguf(many) as file:
+        sizes = plan.Sizes.of(file, 256, "f16")
+    assert (sizes.used, sizes.count, sizes.layers) == (4, 64, 8)
+    assert sizes.experts == 64 * 8 * sizes.expert and sizes.active < sizes.dense + sizes.experts // 10
+    ample, none = sizes.dense + sizes.experts + sizes.cache + (300 << 20), 1 << 20
+    half = ample - (100 << 20) - sizes.experts // 2
+    first = lambda ram: next((c.offload for c in plan.choices(sizes, ram, 2e10, 1e9) if c.fits), None)
+    assert [first(ram) for ram in (ample, half, none)] == ["none", "disk", None]
+
+
+def test_fewer_experts_in_memory_miss_more():
+    from organs.giant.plan import miss_rate
+
+    rates = [miss_rate(share, 512, 10) for share in (0.1, 0.25, 0.5, 0.9, 1.0)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == 0 and 0.15 < rates[2] < 0.3
