@@ -3992,7 +3992,7 @@ def recollect(memory: Memory, text: str, limit: int, before: int | None = None) 
         if not hit.answer and stems_of(line) <= asked:
             continue  # it says nothing that was not in the question
         if hit.kind == "message":
-            if hit.role == "user" and not is_question(line):
+            if hit.role == "user" and not is_question(line) and not tells_who_it_is(line):
                 found.append(Recollection(seen_from_here(line), hit.score + 0.25, "told"))
         elif hit.answer:  # a question much like this one: how alike both ways
             likeness = len(asked & stems_of(line)) / max(1, len(asked | stems_of(line)))
@@ -5673,6 +5673,11 @@ _NAME_CLAIMS = re.compile(
     r"|^A: (?:My name is|I am called|I was (?:made|born|created|built) (?:by|in)|I am) (?!Organism)[A-Z]?\w+)",
     re.MULTILINE,
 )
+
+
+def tells_who_it_is(text: str) -> bool:
+    """Whether a text says what the organism's name, maker or birth is: nobody can tell it that."""
+    return _NAME_CLAIMS.search(text) is not None
 
 
 def identity(case: Case) -> Objection | None:
@@ -7842,13 +7847,15 @@ class Organism:
         history = self.memory.messages(limit=self.config.voice.context_messages, before=asked)
         waiting = [p for p in self.memory.pending() if p.source == "chat"]
         for row in waiting[-32:-1]:  # said, but not yet lived: the overlay knows it all the same
-            voice.hear(_as_str(row.text))
+            if not tells_who_it_is(said := _as_str(row.text)):
+                voice.hear(said)
         surprise = voice.surprise(text)
         self._settle()  # between the kernels that read and those that speak
         self._boosts = voice.favour(text, self._boosts)
         recalled = recollect(self.memory, text, self.config.voice.recall, before=asked)
         strong = [r for r in recalled if r.match >= RECALL_STRONG][:1]
-        lines = dict.fromkeys(f"H: {_one_line(m.text)[:HISTORY_CHARS]}\n" for m in history if m.role == "user")
+        lines = dict.fromkeys(f"H: {_one_line(m.text)[:HISTORY_CHARS]}\n" for m in history
+                              if m.role == "user" and not tells_who_it_is(m.text))  # fmt: skip
         voice.hear("".join(lines))  # what it said itself is left out: it would only say it again
         voice.suggest(text, strong or [r for r in recalled if r.match >= 0.5][:2], times=4 if strong else 2)
         prompt = f"H: {_one_line(text)}\nA:"

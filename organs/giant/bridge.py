@@ -155,6 +155,8 @@ def recall(memory: Memory, text: str, before: int | None = None) -> list[tuple[s
         if found.score < MATCH:
             continue
         if found.kind == "message" and found.role == "user" and not organism.is_question(sentence):
+            if organism.tells_who_it_is(sentence):
+                continue
             out.append(("told", sentence))
         elif found.kind == "lived" and found.source not in (organism.SEED_CORPUS, "chat", "giant"):
             out.append(("read", found.answer or sentence.removeprefix("A:").strip()))
