@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +380,10 @@ def active_bytes(giant: Any) -> int:
     )
 
 
-def agree(python: str) -> None:
+AGREEING = ("mixtral", "qwen2moe", "qwen3moe", "olmoe", "gpt-oss", "qwen3next", "qwen35", "qwen35moe")
+
+
+def agree(python: str, names: Sequence[str] = AGREEING) -> None:
     """Small random models of every architecture, converted, by llama.cpp and by the giant: how far they agree."""
     import tempfile
 
@@ -389,7 +392,7 @@ def agree(python: str) -> None:
     from tests.giant.test_experts import SIZE, converted
 
     tokens, rows = np.random.default_rng(4).integers(0, SIZE, 100).tolist(), []
-    for name in ("mixtral", "qwen2moe", "qwen3moe", "olmoe", "gpt-oss", "qwen3next", "qwen35", "qwen35moe"):
+    for name in names:
         for kind in ("f32", "q8_0"):
             with tempfile.TemporaryDirectory() as folder:
                 _, path = converted(name, Path(folder), kind)

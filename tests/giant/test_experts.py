@@ -322,7 +322,7 @@ def test_experts_on_disk_compute_bit_for_bit_what_those_in_memory_do(many, monke
     got, report = results(on_disk(many, slots, monkeypatch, threads=threads, kv_cache=kind, prefetch=prefetch))
     assert np.array_equal(got, want)
     assert report["slots"] == slots
-    assert 0 < report["hits"] <= report["wanted"]
+    assert 0 <= report["hits"] <= report["wanted"] and report["wanted"] > 0
     assert (report["guessed"] > 0) == prefetch
     if slots == 512:
         assert report["bytes"] <= 2 * 512 * (report["slot_bytes"] + 3 * 8192)  # each expert once
