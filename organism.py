@@ -84,6 +84,8 @@ ORGANS = {  # name: (package, the extra that brings what it needs)
     "giant": ("organs.giant", "giant"),
     "giant.commands": ("organs.giant.commands", "giant"),
     "giant.bridge": ("organs.giant.bridge", "giant"),
+    "swarm.member": ("swarm.member", None),
+    "swarm.commands": ("swarm.commands", None),
 }
 
 
@@ -8236,6 +8238,8 @@ class Organism:
             learner.rebuild(iter(past), getattr(learner.field.config, "table_mb", None))
         return learner, past
 
+    peers = 0  # others who live in its mesh, as far as it has heard (swarm/member.py)
+
     def gamma(self) -> Gamma:
         return Gamma.of(self.published.body.arena["embedding"], self.published.body.birth)
 
@@ -8252,8 +8256,8 @@ class Organism:
             gamma=dict(magnitude=gamma.magnitude, sparsity=gamma.sparsity, shift=gamma.shift,
                        most_changed=[_as_str(snap.tokenizer.decode([t])) for t in gamma.most_changed(5)]),
             deltas=len(snap.body.deltas), immune=self._immune_counts(),
-            growth=self.growth_gates(), mesh=dict(peers=0), training_flops=self.state["training_flops"], messages=counts.get("messages", 0),
-            waiting=counts.get("pending", 0), learning=self._busy, trouble=self.trouble or None,
+            growth=self.growth_gates(), mesh=dict(peers=self.peers), training_flops=self.state["training_flops"],
+            messages=counts.get("messages", 0), waiting=counts.get("pending", 0), learning=self._busy, trouble=self.trouble or None,
         )  # fmt: skip
 
 
@@ -9017,6 +9021,7 @@ _GROUPS = {  # name: (what it is about, an example)
     "quarantine": ("What it refused to learn, and why.", "organism quarantine list"),
     "giant": ("Large language models in GGUF files, on this machine's CPU.", "organism giant pull smollm2"),
     "delta": ("Low-rank adapters beside its weights, one by one.", "organism delta list"),
+    "swarm": ("Colonies: many organisms as processes of their own.", "organism swarm up -n 4"),
     "gamma": ("How it differs from its birth, as a file.", "organism gamma export -o anna.gamma"),
 }
 _SHARED = (
@@ -9118,8 +9123,12 @@ def _run_command(run: Callable[..., None], **options: Any) -> None:
 _GIANT = ("--giant", "text", "Let this large model answer (a path, or a name that was pulled), with what it remembers.")
 
 
-@_command("chat", _GIANT)
-def _run_chat(asking: _Asking, giant: str | None) -> None:
+_MESH = ("--mesh", "text", "The mesh to join: a path, or none (default: ORGANISM_MESH, else one a user).")
+MESH_DELAY = 1.0  # seconds of chat before it looks for others: its first reply does not wait for that
+
+
+@_command("chat", _GIANT, _MESH)
+def _run_chat(asking: _Asking, giant: str | None, mesh: str | None) -> None:
     """Talk with it: it answers at once, and learns in the background.
 
     Reads piped lines too; /help lists what else can be typed.
@@ -9131,9 +9140,34 @@ def _run_chat(asking: _Asking, giant: str | None) -> None:
         life.giant = advisor
         asking.note(_greeting(life, born))
         life.start()
-        _Conversation(asking, life).run()
+        with _among_peers(life, mesh):
+            _Conversation(asking, life).run()
         if sys.stdin.isatty():
             asking.note("Saving…")
+
+
+@contextlib.contextmanager
+def _among_peers(life: Organism, mesh: str | None) -> Iterator[None]:
+    """In a mesh with others while the block runs, from its second second on."""
+    where, members = mesh or os.environ.get("ORGANISM_MESH") or "", []
+
+    def join() -> None:
+        member = organ("swarm.member").Member(life, where)
+        members.append(member)
+        member.run()
+
+    timer = threading.Timer(MESH_DELAY, join)
+    timer.daemon = True
+    if where != "none":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for member in members:
+            member.end()
+        if timer.is_alive():
+            timer.join()
 
 
 @contextlib.contextmanager
@@ -10052,6 +10086,69 @@ def _run_giant_convert(asking: _Asking, **options: Any) -> None:
     organism giant convert model-folder/ -o model.gguf --type q4_k_m
     """
     organ("giant.commands").convert(asking, **options)
+
+
+# --- swarm: the bodies are in swarm/commands.py. ---
+
+
+@_command(
+    "swarm up",
+    ("-n", "count", "How many organisms at least (default: those who live here)."),
+    ("--corpus", "texts", "NAME=PATH: an organism of that name that reads that file; again for more."),
+    ("--max", "count", "How many at most (default: 64)."),
+    ("--ram", "more than 0", "GB of memory that they may take together."),
+)
+def _run_swarm_up(asking: _Asking, **options: Any) -> None:
+    """Start a colony and supervise it until Ctrl-C; --home is the colony's folder.
+
+    organism swarm up -n 8 --home ~/colony
+    """
+    organ("swarm.commands").run_up(asking, **options)
+
+
+@_command("swarm status")
+def _run_swarm_status(asking: _Asking) -> None:
+    """Who lives in the colony, each process checked now.
+
+    organism swarm status --json
+    """
+    organ("swarm.commands").run_status(asking)
+
+
+@_command("swarm watch")
+def _run_swarm_watch(asking: _Asking) -> None:
+    """A table of the colony that renews itself, until Ctrl-C.
+
+    organism swarm watch
+    """
+    organ("swarm.commands").run_watch(asking)
+
+
+@_command("swarm logs", ("name", "text or nothing", ""))
+def _run_swarm_logs(asking: _Asking, name: str | None) -> None:
+    """The last lines that organisms wrote to their logs.
+
+    organism swarm logs o1
+    """
+    organ("swarm.commands").run_logs(asking, name)
+
+
+@_command("swarm ask", ("text", "text", ""))
+def _run_swarm_ask(asking: _Asking, text: str) -> None:
+    """Ask the colony: whom the question surprises least answers.
+
+    organism swarm ask "What happened in the beginning?"
+    """
+    organ("swarm.commands").run_ask(asking, text)
+
+
+@_command("swarm down")
+def _run_swarm_down(asking: _Asking) -> None:
+    """Put the whole colony to sleep.
+
+    organism swarm down
+    """
+    organ("swarm.commands").run_down(asking)
 
 
 # --- doctor ---

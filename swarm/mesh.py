@@ -142,14 +142,10 @@ def default_mesh() -> str:
 
 
 def open_mesh(where: str | Path | None = None) -> Mesh:
-    """The mesh at a path, or behind "ray:ADDRESS" (a Ray cluster; "ray:local" starts one)."""
+    """The mesh at a path, made where there is none; without one, that of `default_mesh`."""
     where = str(where or default_mesh())
     if where == "none":
         raise MeshError("There is no mesh: --mesh (or ORGANISM_MESH) says none.")
-    if where.startswith("ray:"):
-        from swarm.ray_mesh import RayMesh
-
-        return RayMesh(where.removeprefix("ray:"))
     return SQLiteMesh(where)
 
 
@@ -431,7 +427,7 @@ class SQLiteMesh(Mesh):
                 f"SELECT id, from_id, to_id, type, payload {waiting} ORDER BY id LIMIT ?", (id, limit)
             ).fetchall()
             connection.executemany("UPDATE messages SET taken = 1 WHERE id = ?", [(row[0],) for row in rows])
-        return [Letter(*row[:4], json.loads(row[4])) for row in rows]
+        return [Letter(id, sender, to, kind, json.loads(text)) for id, sender, to, kind, text in rows]
 
     def settle(self, ids: Iterable[int]) -> None:
         with self._writing() as connection:
