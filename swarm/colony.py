@@ -22,6 +22,7 @@ from typing import Any
 
 from organism import OrganismError, UsageError
 from swarm.mesh import SQLiteMesh, start_time
+from swarm.topology import Topology, gammas_of, topology
 
 ROOT = Path(__file__).resolve().parent.parent
 BACK_OFF = (1.0, 60.0)  # seconds before a crashed organism is started again: the first time, and at most
@@ -77,6 +78,13 @@ class Colony:
                          syntropy=p.facts.get("syntropy"), entropy=p.facts.get("entropy"), loss=p.facts.get("loss"),
                          lived_bytes=p.facts.get("lived_bytes"), training_tokens=p.facts.get("training_tokens"),
                          heartbeat_age_s=round(p.heartbeat_age_s, 3)) for p in mesh.peers()]  # fmt: skip
+
+    def topology(self) -> Topology:
+        """How alike those who live now have become."""
+        if not self.mesh_path.exists():
+            return topology({})
+        with SQLiteMesh(self.mesh_path) as mesh:
+            return topology(gammas_of({p.id: mesh.blob(p.id, "gamma") for p in mesh.peers(living=True)}))
 
     def down(self, patience: float = 60.0) -> int:
         """End the supervisor, and with it everybody; how many were alive. Whoever is left is asked to end directly."""

@@ -29,9 +29,14 @@ def run_up(asking: Any, n: int | None, corpus: tuple[str, ...], max: int | None,
 
 
 def run_status(asking: Any) -> None:
-    rows = colony_of(asking).status()
+    rows, shape = colony_of(asking).status(), colony_of(asking).topology()
+    seen = dict(
+        coherence=shape.coherence, resonances=[list(pair) for pair in shape.resonances], outliers=shape.outliers
+    )
     text = "\n".join(_row_text(row) for row in rows) or "Nothing runs here: `organism swarm up -n 4` starts a colony."
-    asking.result(dict(organisms=rows), text)
+    if shape.coherence is not None:
+        text += f"\ncoherence {shape.coherence:.2f}, {len(shape.resonances)} resonances, {len(shape.outliers)} outliers"
+    asking.result(dict(organisms=rows) | seen, text)
 
 
 def _row_text(row: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from organism import Organism, OrganismError
 from swarm.mesh import HEARTBEAT, Letter, Mesh, MeshError, open_mesh
+from swarm.topology import gamma_blob
 
 log = logging.getLogger("organism.swarm")
 TICK = 0.1  # seconds between two looks into the inbox
@@ -35,6 +36,7 @@ class Member:
         self._stop = threading.Event()
         self._mesh: Mesh | None = None
         self._trouble = ""
+        self._told = -1  # generation whose gamma the mesh knows
 
     def run(self) -> None:
         """Until `stop`, or a letter that says so. A mesh that cannot be used is reported once and tried again."""
@@ -43,7 +45,7 @@ class Member:
             try:
                 mesh = self._joined()
                 if time.monotonic() - last >= HEARTBEAT:
-                    mesh.heartbeat(self.id, self.facts())
+                    mesh.heartbeat(self.id, self.facts(), self._news())
                     self.life.peers = sum(peer.id != self.id for peer in mesh.peers(living=True))
                     last = time.monotonic()
                 for letter in mesh.inbox(self.id):
@@ -85,6 +87,14 @@ class Member:
         body, state = self.life.published.body, self.life.state
         return dict(stage=body.stage, n_params=body.n_params, loss=state.get("loss"), generation=self.life.published.number,
                     lived_bytes=state.get("lived_bytes"), training_tokens=state.get("training_tokens"), answers=self.answers)  # fmt: skip
+
+    def _news(self) -> dict[str, bytes]:
+        """Its gamma, where that is another than the mesh knows."""
+        number = self.life.published.number
+        if number == self._told:
+            return {}
+        self._told = number
+        return dict(gamma=gamma_blob(self.life))
 
     # Letters.
 

@@ -75,6 +75,7 @@ def test_status_names_each_with_stage_process_and_heartbeat(colony: Colony):
     for row in told["organisms"]:
         assert row["status"] == "alive" and row["stage"] == "embryo" and start_time(row["pid"])
         assert row["heartbeat_age_s"] < 10
+    assert set(told) == {"organisms", "coherence", "resonances", "outliers"}
     assert [p.name for p in (colony.folder / "homes").iterdir() if (p / "birth.json").exists()]
 
 
