@@ -7322,6 +7322,7 @@ def _home_trouble(path: Path, error: OSError) -> str:
 
 SEED_CORPUS = "nonames.txt"
 HISTORY_CHARS = 260  # of each remembered line that is fed back into the prompt
+CHILD_STAGE = "infant"  # what a child is born as (issue SWARM)
 RECALL_STRONG = 0.75  # a recollection that matches this well is worth repeating almost word for word
 
 
@@ -8150,6 +8151,69 @@ class Organism:
         if self._learner is not None:
             self._learner.release()
             self._learner = None
+
+    # Division.
+
+    def divide(self, home: str | Path, clone: bool = False, seconds: float = 30.0) -> dict[str, Any]:
+        """Make a child in a home of its own; what is known of it.
+
+        It is born an infant and taught: it reads the newer half of what its parent lived, judged by its own immunity, and
+        trains for at most `seconds`. Or it is a clone: all that its parent is, with an id of its own. birth.json names
+        the parent. Raises UsageError where the home is not empty; a division that fails leaves nothing behind.
+        """
+        child = Path(home).expanduser().absolute()
+        if child.exists() and (not child.is_dir() or any(child.iterdir())):
+            raise UsageError(f"{child} is not empty: a child needs a home of its own (--to PATH).")
+        self.save()
+        try:
+            if clone:
+                self._clone_to(child)
+            facts = self._child_facts(child, clone, [] if clone else self._legacy(), seconds)
+        except BaseException:
+            shutil.rmtree(child, ignore_errors=True)
+            raise
+        self.memory.event("divide", facts)
+        return facts
+
+    def _legacy(self) -> list[Lived]:
+        """The newer half of what was lived, by bytes, without what every newborn reads anyway."""
+        rows = [row for row in self.memory.lived() if row.source != SEED_CORPUS]
+        total, half = 0, sum(len(row.text) for row in rows) / 2
+        for at, row in enumerate(reversed(rows), 1):
+            total += len(row.text)
+            if total >= half:
+                return rows[-at:]
+        return rows
+
+    def _clone_to(self, child: Path) -> None:
+        """All of this home, memory and generations, but birth.json, which names it."""
+        import tarfile
+
+        child.mkdir(mode=0o700, parents=True, exist_ok=True)
+        archive = self.home.backup(child / ".tmp-parent.tar.gz")
+        with tarfile.open(archive) as tar:
+            tar.extractall(child, filter="data")
+        archive.unlink()
+        (child / "birth.json").unlink()
+
+    def _child_facts(self, child: Path, clone: bool, legacy: list[Lived], seconds: float) -> dict[str, Any]:
+        """Let the child wake, learn its legacy, and say who it is."""
+        birth = self.home.birth_record
+        stage = self.published.body.stage if clone else CHILD_STAGE
+        seed = int.from_bytes(os.urandom(4), "little")
+        cradle = Home(child)
+        cradle.birth(
+            dict(born=time.time(), seed=seed, stage=stage, parent=self.home.id, corpus=birth.get("corpus"), clone=clone)
+        )
+        cradle.close()
+        with Organism(child, self.config, seed=seed, threads=self.threads, kernels=self.kernels, stage=stage) as life:
+            for row in legacy:
+                life.memory.queue(row.source, row.text)
+            if legacy:
+                with life._lock:
+                    life._burst(force=True, seconds=seconds)
+            return dict(id=life.home.id, home=str(child), parent=self.home.id, stage=life.published.body.stage, clone=clone,
+                        lived_bytes=life.state["lived_bytes"], training_tokens=life.state["training_tokens"])  # fmt: skip
 
     # Forgetting.
 
@@ -9644,6 +9708,30 @@ def _grown_sentence(facts: dict[str, Any]) -> str:
 
 
 # --- delta, gamma ---
+
+
+@_command(
+    "divide",
+    ("--to", "path", "The child's home (default: beside this one, with -child1 and so on after its name)."),
+    ("--clone", "switch", "All that it is, with an id of its own, instead of a taught infant."),
+    ("--seconds", "more than 0", "How long the infant trains at most (default: 30)."),
+)
+def _run_divide(asking: _Asking, to: str | None, clone: bool, seconds: float | None) -> None:
+    """Make a child: an infant that reads the newer half of what its parent lived, in a home of its own.
+
+    organism divide --to ~/annas-child
+    """
+    if not (asking.folder / "body" / "CURRENT").exists():
+        raise OrganismError(f"Nothing lives in {asking.folder} yet: start `organism chat` there first.")
+    beside = (asking.folder.with_name(f"{asking.folder.name}-child{n}") for n in itertools.count(1))
+    child = Path(to) if to else next(path for path in beside if not path.exists())
+    with asking.wake(kernels=_patient_kernels()) as life:
+        facts = life.divide(child, clone, seconds or 30.0)
+    kind = "a clone" if clone else f"an {facts['stage']}"
+    asking.result(
+        facts,
+        f"{facts['id']}, {kind} with {facts['lived_bytes']:,} bytes of life behind it, is born in {facts['home']}.",
+    )
 
 
 @_command("delta list")
