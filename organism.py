@@ -10185,6 +10185,7 @@ def _run_giant_convert(asking: _Asking, **options: Any) -> None:
     ("--corpus", "texts", "NAME=PATH: an organism of that name that reads that file; again for more."),
     ("--max", "count", "How many at most (default: 64)."),
     ("--ram", "more than 0", "GB of memory that they may take together."),
+    ("--exchange", "switch", "Let them give each other of what they learn; the receiver's immunity judges."),
 )
 def _run_swarm_up(asking: _Asking, **options: Any) -> None:
     """Start a colony and supervise it until Ctrl-C; --home is the colony's folder.

@@ -152,8 +152,9 @@ def proportional_mb(pid: int) -> float:
 class Supervisor:
     """Starts organisms, starts the crashed again, and brings all down; asyncio's own processes and signals."""
 
-    def __init__(self, colony: Colony, names: dict[str, str | None], ram_gb: float | None, say: Callable[[str], None]):
-        self.colony, self.names, self.ram_gb, self.say = colony, names, ram_gb, say
+    def __init__(self, colony: Colony, names: dict[str, str | None], ram_gb: float | None, say: Callable[[str], None],
+                 exchange: bool = False):  # fmt: skip
+        self.colony, self.names, self.ram_gb, self.say, self.exchange = colony, names, ram_gb, say, exchange
         self.started: dict[str, float] = {}
         self.alive: dict[str, int] = {}  # process ids
         self.crashes: dict[str, int] = {}
@@ -242,6 +243,7 @@ class Supervisor:
             home=str(self.colony.folder / "homes" / name),
             mesh=str(self.colony.mesh_path),
             corpus=self.names[name],
+            exchange=self.exchange,
         )
         self.nursery.stdin.write(json.dumps(order).encode() + b"\n")
 
@@ -255,7 +257,13 @@ class Supervisor:
 
 
 def up(
-    folder: Path, count: int, corpora: Sequence[str], most: int, ram_gb: float | None, say: Callable[[str], None]
+    folder: Path,
+    count: int,
+    corpora: Sequence[str],
+    most: int,
+    ram_gb: float | None,
+    say: Callable[[str], None],
+    exchange: bool = False,
 ) -> None:
     """Supervise a colony until a signal ends it."""
     pairs, colony = corpora_of(corpora), Colony(folder)
@@ -263,7 +271,7 @@ def up(
     handle = colony.take()
     try:
         say(f"{len(names)} organisms wake in {colony.folder}; Ctrl-C puts them to sleep.")
-        asyncio.run(Supervisor(colony, names, ram_gb, say).run())
+        asyncio.run(Supervisor(colony, names, ram_gb, say, exchange).run())
     finally:
         os.ftruncate(handle, 0)
         os.close(handle)

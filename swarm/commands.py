@@ -22,10 +22,12 @@ def colony_of(asking: Any) -> Colony:
     return Colony(asking.home or Home.default().with_name("colony"))
 
 
-def run_up(asking: Any, n: int | None, corpus: tuple[str, ...], max: int | None, ram: float | None) -> None:
+def run_up(
+    asking: Any, n: int | None, corpus: tuple[str, ...], max: int | None, ram: float | None, exchange: bool
+) -> None:
     if n is None and not corpus and not colony_of(asking).homes():
         raise UsageError("How many? `organism swarm up -n N` says it.")
-    up(colony_of(asking).folder, n or 0, corpus, max or 64, ram, asking.note)
+    up(colony_of(asking).folder, n or 0, corpus, max or 64, ram, asking.note, exchange)
 
 
 def run_status(asking: Any) -> None:

@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from organism import Organism, OrganismError
+from organism import SEED_CORPUS, Organism, OrganismError
 from swarm.mesh import HEARTBEAT, Letter, Mesh, MeshError, open_mesh
 from swarm.topology import gamma_blob
 
 log = logging.getLogger("organism.swarm")
 TICK = 0.1  # seconds between two looks into the inbox
+EXCHANGE = 60.0  # seconds between two gifts
+GIFT_BYTES = 4096  # of a gift at most
+PRIVATE = ("chat", "giant", SEED_CORPUS)  # sources that are never given away: what was said, and what all have read
 
 
 def surprise_per_byte(life: Organism, text: str) -> float:
@@ -28,10 +31,12 @@ def surprise_per_byte(life: Organism, text: str) -> float:
 
 
 class Member:
-    """One organism in one mesh. `answers`: it may speak for others, because nobody else makes it speak."""
+    """One organism in one mesh. `answers`: it may speak for others, because nobody else makes it speak; `exchange`: it
+    gives others of what it learns, and lets its immunity judge what they give."""
 
-    def __init__(self, life: Organism, where: str, answers: bool = False):
-        self.life, self.where, self.answers = life, where, answers
+    def __init__(self, life: Organism, where: str, answers: bool = False, exchange: bool = False):
+        self.life, self.where, self.answers, self.exchange = life, where, answers, exchange
+        self._given = life.memory.last_seq() if exchange else 0  # the last row that was looked at for a gift
         self.id = str(life.home.id)
         self._stop = threading.Event()
         self._mesh: Mesh | None = None
@@ -40,7 +45,7 @@ class Member:
 
     def run(self) -> None:
         """Until `stop`, or a letter that says so. A mesh that cannot be used is reported once and tried again."""
-        last = -HEARTBEAT
+        last, gave = -HEARTBEAT, time.monotonic()
         while not self._stop.is_set():
             try:
                 mesh = self._joined()
@@ -48,6 +53,9 @@ class Member:
                     mesh.heartbeat(self.id, self.facts(), self._news())
                     self.life.peers = sum(peer.id != self.id for peer in mesh.peers(living=True))
                     last = time.monotonic()
+                if self.exchange and time.monotonic() - gave >= EXCHANGE:
+                    self.trade(mesh)
+                    gave = time.monotonic()
                 for letter in mesh.inbox(self.id):
                     self._open(mesh, letter)
             except MeshError as error:
@@ -96,6 +104,22 @@ class Member:
         self._told = number
         return dict(gamma=gamma_blob(self.life))
 
+    def trade(self, mesh: Mesh) -> tuple[int, int]:
+        """Offer the newest text that it has learned since the last time, and queue what others offer; (given, taken).
+
+        What comes from others, or from a conversation, is not given on. What is taken waits under the source "mesh:ID", to be
+        judged like all that waits; what is refused lies in the quarantine under that name.
+        """
+        rows = list(self.life.memory.lived(after_seq=self._given))
+        self._given = rows[-1].seq if rows else self._given
+        own = [row for row in rows if row.source not in PRIVATE and not row.source.startswith("mesh:")]
+        for row in own[-1:]:
+            mesh.offer(self.id, "text", _whole_lines(row.text))
+        gifts = mesh.claim(self.id, "text")
+        for gift in gifts:
+            self.life.learn(gift.payload[:GIFT_BYTES], source=f"mesh:{gift.sender}")
+        return len(own[-1:]), len(gifts)
+
     # Letters.
 
     def _open(self, mesh: Mesh, letter: Letter) -> None:
@@ -134,3 +158,9 @@ class Member:
     def _end(self, payload: dict[str, Any]) -> dict[str, Any]:
         self.end()
         return dict(asleep=True)
+
+
+def _whole_lines(text: bytes) -> bytes:
+    """The beginning of a text, at most GIFT_BYTES, up to the end of a line where there is one."""
+    head = text[:GIFT_BYTES]
+    return head if len(text) <= GIFT_BYTES else head[: head.rfind(b"\n") + 1] or head
