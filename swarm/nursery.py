@@ -1,9 +1,9 @@
 """The fork server of a colony: it loads the libraries and the kernels once, and every organism is a fork of it.
 
 Lines of JSON on stdin: {"start": NAME, "home": …, "mesh": …, "corpus": PATH or null, "exchange": true or false}; on
-stdout: {"ready": true}, {"started": NAME, "pid": N}, {"ended": NAME, "pid": N, "code": N}. It has one thread, so that a fork is clean. When stdin
-ends (the supervisor wants that, or was killed) it asks all organisms to end, waits, and ends itself; when it is killed
-itself, the kernel asks them (PR_SET_PDEATHSIG). So nobody is ever an orphan.
+stdout: {"ready": true}, {"started": NAME, "pid": N}, {"ended": NAME, "pid": N, "code": N}. It has one thread, so that a
+fork is clean. When stdin ends (the supervisor wants that, or was killed) it asks all organisms to end, waits, and ends
+itself; when it is killed itself, the kernel asks them (PR_SET_PDEATHSIG). So nobody is ever an orphan.
 """
 
 from __future__ import annotations
