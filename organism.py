@@ -46,6 +46,7 @@ import sys
 import threading
 import time
 import unicodedata
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ def _given(value: _Value | None) -> _Value:
 
 ORGANS = {  # name: (package, the extra that brings what it needs)
     "archive": ("organs.archive", None),
+    "biography": ("organs.biography", None),
+    "biography.plot": ("organs.biography.plot", "plot"),
     "kernels": ("organs.kernels", None),
     "torch": ("organs.torch_engine", "torch"),
     "giant": ("organs.giant", "giant"),
@@ -238,6 +241,11 @@ class VoiceConfig:
     blend: str = "tree"  # last mix of body and field: "tree" (learned online) or "sigmoid" of entropy (molequla §1.5)
     fade_k: float = 3.0  # steepness of the sigmoid blend (molequla §1.5)
     fade_threshold: float = 1.5  # nats at which the sigmoid blend is half and half (molequla §1.5)
+    surprise_shift: float = 0.0  # share off the temperature at twice its usual surprise, at most .05 (docs/self.md)
+    trend_shift: float = 0.0  # share off the temperature while syntropy rises, on it while it falls (docs/self.md)
+    dissonance: bool = False  # follow jumps of the entropy within a reply with the temperature (docs/self.md)
+    anti_field: float = 0.0  # share of tokens, from the ninth on, that leave the gate's field out (molequla §1.6: .05)
+    conscience: bool = False  # weigh deltas down while its replies become more doubtful (molequla §1.11; docs/self.md)
     recall: int = 5  # remembered lines that may join a reply
     context_messages: int = 12  # last messages that are fed back into the prompt (molequla §1.6)
 
@@ -255,6 +263,25 @@ class ImmunityConfig:
     delay_bytes: int = 4096  # bytes lived after which a delayed text is judged again (chosen)
     delay_tries: int = 3  # times that a delayed text is judged again; then it stays where it is (chosen)
     dose_bytes: int = 4096  # of delayed texts that are taken in with one burst at most (immunity)
+
+
+@dataclass(frozen=True)
+class SyntropyConfig:
+    """How it watches what bursts do to it, and whether it acts on that (chapter 9)."""
+
+    measure: bool = True  # measure before and after each burst, and log what would be done
+    steer: bool = False  # let the decision shape the next burst (off: no effect shown yet, docs/self.md)
+    delta_births: bool = False  # amplify grows a delta, where steer is on (docs/growth.md: replay holds what it knows)
+    history: int = 8  # bursts that the trend looks back on (molequla §1.10)
+    records: int = 16  # bursts whose action and outcome are remembered (molequla §1.10)
+    significance: float = 2.0  # standard errors of the probe beyond which a change counts (chosen)
+    deviation_low: float = 0.1  # nats of KL from the field, below which it only repeats the field (molequla §1.10)
+    deviation_high: float = 12.0  # nats of KL from the field, above which it has lost the ground (molequla §1.10)
+    alignment: float = 0.3  # cosine with its direction from birth, beyond which a purpose is aligned (molequla §1.10)
+    rate_up: float = 1.3  # factor on the next burst's rate where it should learn more (molequla §1.10)
+    rate_down: float = 0.6  # and where it should learn less (molequla §1.10)
+    overload: float = 1.5  # nats of entropy above which a burst counts as overload (molequla §1.10)
+    divide_cooldown: float = 300.0  # seconds between two proposals to divide (molequla §1.10)
 
 
 @dataclass(frozen=True)
@@ -294,6 +321,9 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "learning.batch": (1, 65_536), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
     "deltas.rank": (1, 1024), "deltas.most": (1, 64), "growth.flat": (0, 1), "growth.dampen": (0, 1),
     "growth.memory_share": (0.01, 1),
+    "voice.surprise_shift": (0, 0.05), "voice.trend_shift": (0, 0.05), "voice.anti_field": (0, 1),
+    "syntropy.history": (4, 1000), "syntropy.records": (4, 1000), "syntropy.alignment": (0, 1),
+    "syntropy.rate_up": (1, 1.5), "syntropy.rate_down": (0.3, 1),
     "voice.top_p": (0.01, 1), "voice.min_p": (0, 1), "voice.typical_p": (0.01, 1), "voice.max_tokens": (1, 100_000),
     "immunity.noise_drift_threshold": (-1, 1), "memory.candidates": (1, 10_000), "memory.quarantine_mb": (1, 1_000_000),
     "life.keep_generations": (1, 10_000),
@@ -312,6 +342,7 @@ class Config:
     deltas: DeltasConfig = DeltasConfig()
     voice: VoiceConfig = VoiceConfig()
     immunity: ImmunityConfig = ImmunityConfig()
+    syntropy: SyntropyConfig = SyntropyConfig()
     memory: MemoryConfig = MemoryConfig()
     life: LifeConfig = LifeConfig()
 
@@ -3802,6 +3833,13 @@ class SamplingChain:
         self.temperature = config.temperature if temperature is None else temperature
         self.entropies: list[float] = []  # nats, of what was sampled from, one a token
 
+    def retune(self, temperature: float) -> None:
+        """Go on at another temperature; a greedy chain stays greedy."""
+        if self.temperature > 0:
+            self.temperature = temperature
+            if self._twin is not None:
+                self._twin.settings[0] = temperature
+
     def choose(self, p: np.ndarray, produced: list[int], banned: Sequence[int] | np.ndarray = ()) -> int:
         """One token from p float64 [V], which sums to 1; `produced` are the reply's tokens so far."""
         produced = produced[-PENALISED:]
@@ -3984,6 +4022,7 @@ class Reply:
         self.tokens, self.seconds, self.first_seconds, self.temperature = 0, 0.0, 0.0, 0.0
         self.recalled: Recollection | None = None
         self.remembered: tuple[str, ...] = ()
+        self.shifts: dict[str, float] = {}  # shares by which surprise and syntropy moved the temperature
 
     def __iter__(self) -> Iterator[str]:
         for piece in self._pieces:
@@ -4003,6 +4042,27 @@ class Reply:
                     tokens=self.tokens, seconds=round(self.seconds, 4))  # fmt: skip
 
 
+# --- Dissonance, which notices when a reply suddenly becomes harder or easier to say. ---
+
+
+class Dissonance:
+    """Factor on the temperature from the entropy of each token against its running mean (spec §1.6): after a jump above it
+    it speaks more carefully, after three tokens far below it more freely."""
+
+    SHARE, JUMP, LULL, TOKENS = 0.3, 1.5, 0.5, 3  # of the newest in the mean; ratios; tokens that a lull lasts (§1.6)
+
+    def __init__(self) -> None:
+        self.mean, self.quiet = math.nan, 0
+
+    def measure(self, entropy: float) -> float:
+        """The factor for the next token, after one of this entropy in nats: 0.8, 1 or 1.2. The mean follows afterwards:
+        a jump that moves it first hides itself."""
+        ratio = entropy / max(self.mean, 1e-9) if math.isfinite(self.mean) else 1.0
+        self.mean = entropy if math.isnan(self.mean) else self.mean + self.SHARE * (entropy - self.mean)
+        self.quiet = self.quiet + 1 if ratio < self.LULL else 0
+        return 0.8 if ratio > self.JUMP else 1.2 if self.quiet >= self.TOKENS else 1.0
+
+
 # --- The voice itself. ---
 
 
@@ -4012,6 +4072,8 @@ class Voice:
     def __init__(self, snapshot: Snapshot, config: Config, rng: np.random.Generator):
         self.snapshot, self.config, self.rng = snapshot, config, rng
         self.field = snapshot.field.reader()  # the overlay: hears this conversation, is thrown away with it
+
+    _alone = False  # anti-field: whether the next token is the body's own, without the gate's share of the field
 
     @property
     def _speaks_from_field(self) -> bool:
@@ -4056,7 +4118,7 @@ class Voice:
     def _generate(self, reply: Reply, prompt: str, temperature: float | None, stops: Sequence[str]) -> Iterator[str]:
         began, voice, tokenizer = time.perf_counter(), self.config.voice, self.snapshot.tokenizer
         chain = SamplingChain(voice, self.rng, temperature, self.snapshot.compiled)
-        reply.temperature = chain.temperature
+        reply.temperature, dissonance = chain.temperature, Dissonance()
         distribution = self._prefill(reply, tokenizer.encode(prompt))
         stream, produced = TextStream(stops), []
         never = [Tokenizer.BOS, Tokenizer.PAD]
@@ -4066,7 +4128,10 @@ class Voice:
             token = chain.choose(distribution(), produced, early if len(produced) < voice.min_tokens else never)
             if token == Tokenizer.EOS:
                 break
+            if voice.dissonance:
+                chain.retune(reply.temperature * dissonance.measure(chain.entropies[-1]))
             produced.append(token)
+            self._alone = len(produced) >= 8 and voice.anti_field > 0 and self.rng.random() < voice.anti_field
             piece = stream.push(tokenizer.vocabulary[token])
             reply.first_seconds = reply.first_seconds or time.perf_counter() - began
             if piece:
@@ -4112,7 +4177,11 @@ class Voice:
 
     def _blend(self) -> np.ndarray:
         """The body on the field, and the gate's share of the field alone."""
-        g = float(self.snapshot.gate.weight[self.snapshot.gate.bucket(self._view.scalars[0, 0])])
+        g = (
+            1.0
+            if self._alone
+            else float(self.snapshot.gate.weight[self.snapshot.gate.bucket(self._view.scalars[0, 0])])
+        )
         if self.snapshot.compiled:
             return organ("kernels").blended(self._logits, self._view, g)
         p = _softmax(self._logits.astype(np.float64))
@@ -4133,7 +4202,7 @@ class Voice:
         p = _softmax(self._logits.astype(np.float64))
         voice = self.config.voice
         w = 1 / (1 + math.exp(-voice.fade_k * (voice.fade_threshold - _entropy(p))))
-        if w >= 0.99 or not self.field.seen:
+        if w >= 0.99 or self._alone or not self.field.seen:
             return p
         p = w * p + (1 - w) * self.field.dense()
         return p / p.sum()
@@ -4624,6 +4693,7 @@ class Learner:
         self.rng, self.gate, self.credit = np.random.Generator(np.random.PCG64(seed)), Gate(), 0.0
         self.experience: Any = self._new_experience()
         self.curve = LearningCurve()
+        self.urge, self.accumulate = 1.0, 1  # syntropy's factors on rate and batch, of this burst
         self.trainer: Any = None
         self.past = np.full(1, Tokenizer.BOS, np.int32)  # the last tokens read, for predictions that go on from them
         self.past_view: FieldView | None = None
@@ -4671,12 +4741,12 @@ class Learner:
     @property
     def batch(self) -> int:
         """Windows a step at this stage."""
-        return stage_batch(self.body.stage, self.config)
+        return stage_batch(self.body.stage, self.config) * self.accumulate
 
     @property
     def rate(self) -> float:
         """Of the next step."""
-        return body_rate(self.body, self.config.learning, self.config.growth)
+        return body_rate(self.body, self.config.learning, self.config.growth) * self.urge
 
     def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> float:
         if self.trainer is None:
@@ -5956,6 +6026,235 @@ class Backup:
         learner.curve.blocks, learner.curve.rest = self.curve
 
 
+# --- Syntropy: where its bursts are taking it, measured on a fixed probe. ---
+
+
+class Pulse(NamedTuple):
+    """What syntropy measures at one moment, on fixed tokens of the guard's windows."""
+
+    entropy: np.ndarray  # float64 [M]: nats of the body's distribution at each position of the probe
+    deviation: np.ndarray  # float64 [M]: KL(body ‖ field) in nats, over the whole vocabulary; empty without a field
+    health: Health
+
+
+class Trend(NamedTuple):
+    """A mean of paired differences and its standard error; it counts beyond `significance` standard errors."""
+
+    mean: float
+    error: float
+
+    def sign(self, significance: float) -> int:
+        """1, 0 or -1: whether it rose, cannot be told from noise, or fell."""
+        return 0 if abs(self.mean) <= significance * self.error else int(math.copysign(1, self.mean))
+
+    @staticmethod
+    def of(differences: np.ndarray) -> Trend:
+        """Of float64 [M]; nothing can be told from fewer than two."""
+        if len(differences) < 2:
+            return Trend(0.0, 0.0)
+        return Trend(float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(len(differences)))
+
+
+class Effect(NamedTuple):
+    """What an action does to the next burst and to the voice."""
+
+    rate: int = 0  # 1: syntropy.rate_up, -1: syntropy.rate_down, -2: half
+    accumulate: int = 1  # times as many windows a step
+    temperature: int = 0  # -1: confident, 1: exploratory; times voice.trend_shift
+    delta: bool = False  # whether a delta may be born
+    milder: str = "steady"  # what it becomes once it has made things worse
+
+
+SYNTROPY_EFFECTS = {  # spec §1.10
+    "amplify": Effect(1, 2, -1, delta=True, milder="boost"), "boost": Effect(1, 1, -1), "dampen": Effect(-1, 1, 1),
+    "ground": Effect(-1, 1, -1), "explore": Effect(1, 1, 1), "realign": Effect(-2), "steady": Effect(),
+    "divide": Effect(-1), "hibernate": Effect(),
+}  # fmt: skip
+
+
+class Syntropy:
+    """Entropy, deviation from the field, purpose and its alignment → an action for the next burst.
+
+    Every probe is the same tokens before and after, so differences are paired and carry a standard error; a new action has
+    to be wanted twice in a row (hysteresis). Purpose is the mean change of the identity (nats at each anchor token) over
+    the last bursts, alignment its cosine with the identity: the direction that it has taken since birth.
+    """
+
+    WINDOWS, TOKENS = 4, 16  # of the anchor set, and as many of the past; first tokens of each that are measured
+
+    def __init__(self, config: SyntropyConfig, state: dict[str, Any] | None = None):
+        state = state or {}
+        self.config, self.action = config, state.get("action", "steady")
+        self.wanted, self.records = state.get("wanted", "steady"), list(state.get("records", ()))
+        self.trend, self.rising = Trend(*state.get("trend", (0.0, 0.0))), int(state.get("rising", 0))
+        self.divided = float(state.get("divided", 0.0))
+        self.probe: Any = None  # the guard whose probe the history was measured on
+        self.history: list[np.ndarray] = []  # entropies after the last bursts, float64 [M] each
+        self.changes: list[np.ndarray] = []  # of the identity by the last bursts, float64 [N] each
+        self.last: tuple[weakref.ref[Body], int, Pulse] | None = None  # body and step of the newest measurement
+
+    def state(self) -> dict[str, Any]:
+        """What outlives a sleep. The history belongs to its probe and begins anew."""
+        return dict(action=self.action, wanted=self.wanted, records=self.records, trend=list(self.trend), rising=self.rising,
+                    divided=self.divided)  # fmt: skip
+
+    def measure(self, learner: Learner, guard: Guard, health: Health) -> Pulse:
+        """How it is now; changes nothing. `health` is what the guard has just measured."""
+        if self.probe is not guard:
+            self.probe, self.history, self.changes, self.last = guard, [], [], None
+        learner.sync()
+        body, last = learner.body, self.last
+        known = last is not None and last[0]() is body and last[1] == body.steps  # what the burst before left
+        pulse = _given(last)[2]._replace(health=health) if known else self._pulse(learner, guard, health)
+        self.last = weakref.ref(body), body.steps, pulse
+        return pulse
+
+    def _pulse(self, learner: Learner, guard: Guard, health: Health) -> Pulse:
+        decoder = Decoder(learner.body, executor="numba" if learner.compiled else "numpy")
+        few = self.WINDOWS if learner.compiled else 1
+        parts = [self._measure(decoder, window, few) for window in (guard.probe, guard.past) if window is not None]
+        entropy, deviation = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Pulse(entropy, deviation, health)
+
+    def _measure(self, decoder: Decoder, windows: tuple, few: int) -> tuple[np.ndarray, np.ndarray]:
+        """(entropy, KL from the field) in nats at the first tokens of a few of the windows (x, y, view)."""
+        x, _, view = windows
+        rows = np.linspace(0, len(x) - 1, min(few, len(x))).astype(np.int64)
+        length = min(self.TOKENS, x.shape[1])
+        at = (rows[:, None] * x.shape[1] + np.arange(length)).ravel()
+        seen = None if view is None else view.take(at)
+        logits = np.empty((len(at), decoder.shape.vocabulary))
+        for i, token in enumerate(x.ravel()[at].tolist()):
+            if i % length == 0:
+                decoder.reset()
+            logits[i] = decoder.feed(token, None if seen is None else seen[i : i + 1])
+        log_p = logits - logits.max(axis=1, keepdims=True)
+        log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+        p = np.exp(log_p)
+        entropy = -(p * log_p).sum(axis=1)
+        return entropy, np.zeros(0) if seen is None else (p * (log_p - seen.dense_log())).sum(axis=1)
+
+    def decide(self, before: Pulse, after: Pulse, last_stage: bool = False, peers: Sequence[float] = (),
+               now: float | None = None) -> dict[str, Any]:  # fmt: skip
+        """The action for the next burst, with its numbers. `peers`: syntropies of living ones, which a colony knows.
+
+        Keys: action, wanted, entropy_before, entropy_after, syntropy_delta, trend, trend_error, field_deviation,
+        purpose_magnitude, purpose_alignment, softened (from which action), proposal.
+        """
+        self._live(before, after)
+        purpose = np.mean(self.changes, axis=0)
+        deviation = float(after.deviation.mean()) if len(after.deviation) else math.nan
+        alignment = self._alignment(purpose, before.health)
+        wanted = self._wanted(deviation, alignment)
+        softened = wanted
+        while softened != "steady" and self._made_worse(softened):
+            softened = SYNTROPY_EFFECTS[softened].milder
+        if softened in (self.wanted, self.action):  # hysteresis: what is new has to be wanted twice
+            self.action = softened
+        self.wanted = softened
+        proposal = self._proposal(last_stage, peers, time.time() if now is None else now)
+        return dict(action=self.action, wanted=wanted, softened=wanted if softened != wanted else None, proposal=proposal,
+                    entropy_before=float(before.entropy.mean()), entropy_after=float(after.entropy.mean()),
+                    syntropy_delta=float(before.entropy.mean() - after.entropy.mean()), trend=self.trend.mean,
+                    trend_error=self.trend.error, field_deviation=deviation,
+                    purpose_magnitude=float(np.sqrt(np.mean(purpose**2))), purpose_alignment=alignment)  # fmt: skip
+
+    def _live(self, before: Pulse, after: Pulse) -> None:
+        """Remember one burst: entropies, change of identity, and whether the action of that time made it worse."""
+        config = self.config
+        self.history = [*(self.history or [before.entropy]), after.entropy][-config.history :]
+        self.changes = [*self.changes, after.health.identity - before.health.identity][-config.history :]
+        half = len(self.history) // 2
+        self.trend = Trend.of(np.mean(self.history[:half], axis=0) - np.mean(self.history[-half:], axis=0))
+        self.rising = self.trend.sign(config.significance)
+        was, now = (pulse.health.past_log_p if len(pulse.health.past_log_p) else pulse.health.anchor_log_p
+                    for pulse in (before, after))  # fmt: skip
+        loss = Trend.of(was - now)
+        self.records = [*self.records, dict(action=self.action, before=-float(was.mean()), after=-float(now.mean()),
+                                            worse=loss.sign(config.significance) > 0)][-config.records :]  # fmt: skip
+
+    @staticmethod
+    def _alignment(purpose: np.ndarray, health: Health) -> float:
+        """Cosine of the purpose with the direction from birth; 0 where one of them is none."""
+        size = float(np.linalg.norm(purpose) * np.linalg.norm(health.identity))
+        return float(purpose @ health.identity) / size if size > 0 else 0.0
+
+    def _wanted(self, deviation: float, alignment: float) -> str:
+        """The table of spec §1.10; without a field its deviation says nothing."""
+        config, known = self.config, math.isfinite(deviation)
+        if alignment < -config.alignment:
+            return "realign"
+        if self.rising > 0 and (not known or config.deviation_low < deviation < config.deviation_high):
+            return "amplify" if alignment > config.alignment else "boost"
+        if self.rising < 0:
+            return "dampen"
+        if known and deviation > config.deviation_high:
+            return "ground"
+        return "explore" if known and deviation < config.deviation_low else "steady"
+
+    def _made_worse(self, action: str) -> bool:
+        """Self-meta-learning: whether bursts under this action made things worse twice, and more often than not."""
+        tried = [record["worse"] for record in self.records if record["action"] == action]
+        return sum(tried) >= 2 and 2 * sum(tried) > len(tried)
+
+    def _proposal(self, last_stage: bool, peers: Sequence[float], now: float) -> str | None:
+        """ "divide" where it is grown up and overloaded, "hibernate" on a plateau beside a thriving peer (§1.10, §1.13)."""
+        config, full = self.config, len(self.history) >= self.config.history
+        loaded = np.mean([float(e.mean()) > config.overload for e in self.history]) > 0.75
+        if full and last_stage and loaded and self.rising < 0 and now - self.divided >= config.divide_cooldown:
+            self.divided = now
+            return "divide"
+        last = self.records[-config.history :]
+        plateau = len(last) == config.history and abs(np.mean([r["after"] - r["before"] for r in last])) < 0.01
+        return "hibernate" if self.action == "steady" and plateau and any(s > 0.05 for s in peers) else None
+
+    def steer(self, learner: Learner) -> None:
+        """Let the last decision shape the burst that begins, within bounds; without syntropy.steer, nothing."""
+        effect = SYNTROPY_EFFECTS[self.action] if self.config.steer else Effect()
+        rates = {0: 1.0, 1: self.config.rate_up, -1: self.config.rate_down, -2: 0.5}
+        learner.urge, learner.accumulate = rates[effect.rate], effect.accumulate
+
+    @property
+    def mood(self) -> int:
+        """-1 where it may speak confidently, 1 where it should explore, 0 else."""
+        return SYNTROPY_EFFECTS[self.action].temperature
+
+
+class Conscience:
+    """Scale of all deltas when it speaks: down while the entropy of its replies rises, up while it falls (spec §1.11).
+
+    Recovery undoes exactly what decay did (molequla recovered ten times more slowly: spec §2, fault 21).
+    """
+
+    WINDOW, LEAST, SLOPE, DECAY, FLOOR = 8, 3, 0.01, 0.95, 0.3  # replies; replies; nats a reply; factors (§1.11)
+
+    def __init__(self, scale: float = 1.0, entropies: Sequence[float] = ()):
+        self.scale, self.entropies = scale, list(entropies)
+
+    def measure(self, entropy: float) -> float:
+        """The scale after a reply of this mean entropy in nats: least-squares slope over the last replies."""
+        self.entropies = [*self.entropies, entropy][-self.WINDOW :]
+        if len(self.entropies) >= self.LEAST:
+            slope = float(np.polyfit(np.arange(len(self.entropies)), self.entropies, 1)[0])
+            if slope > self.SLOPE:
+                self.scale = max(self.FLOOR, self.scale * self.DECAY)
+            elif slope < -self.SLOPE:
+                self.scale = min(1.0, self.scale / self.DECAY)
+        return self.scale
+
+    def weigh(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot as it speaks under this scale; the same object where that changes nothing."""
+        if self.scale == 1.0 or not snapshot.body.deltas:
+            return snapshot
+        body = snapshot.body.copy()
+        for delta in list(body.deltas):
+            weigh_delta(body, delta.id, delta.strength * self.scale, delta.on)
+        return dataclasses.replace(snapshot, body=body, _decoder=None)
+
+    def state(self) -> dict[str, Any]:
+        return dict(scale=self.scale, entropies=self.entropies)
+
+
 # --- Why: the last reply and the last burst, in words. ---
 
 
@@ -5996,6 +6295,29 @@ class Why:
             told.append(f"I kept {more} more texts out.")
         return " ".join(told)
 
+    ACTIONS = {"amplify": "learn more, and with larger batches", "boost": "learn more", "dampen": "learn less",
+               "ground": "learn less, and keep to the field", "explore": "learn more, and say more daring things",
+               "realign": "learn half as fast", "steady": "go on as it is", "divide": "divide", "hibernate": "sleep"}  # fmt: skip
+
+    def syntropy(self, steers: bool) -> str:
+        """Where the last bursts have taken it, and what it makes of that; empty before the first."""
+        found = self.memory.events("syntropy", limit=1)
+        if not found:
+            return ""
+        data = found[0].data
+        change = data["syntropy_delta"]
+        course = "surer" if change > 0 else "less sure"
+        far = "" if data["field_deviation"] is None else f" I stand {data['field_deviation']:.2f} nats from the field."
+        soft = f" ({data['softened']} made things worse before, so I take it more gently.)" if data["softened"] else ""
+        act = "" if steers else " I only note it: syntropy.steer is off."
+        return (f"That made me {course} by {abs(change):.3f} nats a token; what changed in me points "
+                f"{self._direction(data['purpose_alignment'])} my way since birth.{far} I decided to {self.ACTIONS[data['action']]} "
+                f"({data['action']}).{soft}{act}")  # fmt: skip
+
+    @staticmethod
+    def _direction(alignment: float) -> str:
+        return "along" if alignment > 0.3 else "against" if alignment < -0.3 else "across"
+
     @staticmethod
     def _learned(data: dict) -> str:
         sources = ", ".join(data["sources"][:3]) + (" and others" if len(data["sources"]) > 3 else "")
@@ -6019,6 +6341,10 @@ class Surprise:
         ratio = bits_per_byte / max(self.baseline, 1e-6)
         self.baseline += self.share * (bits_per_byte - self.baseline)
         return ratio
+
+    def caution(self, bits_per_byte: float, most: float) -> float:
+        """Share to take off the temperature, 0 to `most`: none at its usual surprise, all at twice that."""
+        return most * min(1.0, max(0.0, bits_per_byte / max(self.baseline, 1e-6) - 1.0))
 
 
 ################################################################################################
@@ -6535,6 +6861,11 @@ class Memory:
         rows = self._all("SELECT id, ts, kind, data FROM events WHERE ? IS NULL OR kind = ? ORDER BY id DESC LIMIT ?",
                          kind, kind, -1 if limit is None else limit)  # fmt: skip
         return [Event(i, ts, kind, json.loads(data)) for i, ts, kind, data in rows]
+
+    def rows(self, table: str, *columns: str) -> list[dict[str, Any]]:
+        """Columns of a table of MEMORY_TABLES (names of our own code's, never a user's), oldest row first."""
+        assert table in MEMORY_TABLES and all(name.isidentifier() for name in columns)
+        return [dict(zip(columns, row)) for row in self._all(f"SELECT {', '.join(columns)} FROM {table} ORDER BY id")]
 
     def counts(self) -> dict[str, int]:
         """Rows of every table that others read."""
@@ -7364,12 +7695,15 @@ class Organism:
             self._speaking, self._busy, self.trouble = 0, False, ""
             self._reply: Reply | None = None
             self._boosts = np.zeros(0)  # of the words that the user has said lately, by token
-            self.surprise, self._immunity = Surprise(), None
+            self._immunity = None
             self.state: dict[str, Any] = {}
             self._learner: Learner | None = None
             self._guard: Guard | None = None
             self._field_dirty = False
             self._wake(stage)
+            self.surprise = Surprise(self.state.get("surprise", Surprise().baseline))
+            self.syntropy = Syntropy(self.config.syntropy, self.state.get("syntropy"))
+            self.conscience = Conscience(**self.state.get("conscience", {}))
             self._settle()
         except BaseException:
             self.home.close()
@@ -7506,7 +7840,8 @@ class Organism:
         return reply
 
     def _prepare(self, text: str, asked: int) -> Reply:
-        voice = Voice(self.published, self.config, self.voice_rng)
+        weighed = self.conscience.weigh(self.published) if self.config.voice.conscience else self.published
+        voice = Voice(weighed, self.config, self.voice_rng)
         history = self.memory.messages(limit=self.config.voice.context_messages, before=asked)
         waiting = [p for p in self.memory.pending() if p.source == "chat"]
         for row in waiting[-32:-1]:  # said, but not yet lived: the overlay knows it all the same
@@ -7520,9 +7855,11 @@ class Organism:
         voice.hear("".join(lines))  # what it said itself is left out: it would only say it again
         voice.suggest(text, strong or [r for r in recalled if r.match >= 0.5][:2], times=4 if strong else 2)
         prompt = f"H: {_one_line(text)}\nA:"
-        temperature = self.config.voice.temperature * (0.3 if strong else 1.0)
+        caution = self.surprise.caution(surprise, self.config.voice.surprise_shift)
+        leaning = self.config.voice.trend_shift * self.syntropy.mood
+        temperature = self.config.voice.temperature * (0.3 if strong else 1.0) * (1 - caution) * (1 + leaning)
         reply = voice.speak(prompt, temperature)
-        reply.surprise_bits = surprise
+        reply.surprise_bits, reply.shifts = surprise, dict(surprise=-caution, syntropy=leaning)
         reply.recalled = strong[0] if strong else None
         return reply
 
@@ -7545,10 +7882,15 @@ class Organism:
             else:
                 self.memory.add_message("organism", said)
             self.surprise.measure(reply.surprise_bits)
+            if reply.source != "giant":
+                self.conscience.measure(reply.entropy_bits * math.log(2))
+            self.state |= dict(surprise=self.surprise.baseline, conscience=self.conscience.state())
             self._boosts = self._boosts * self.config.field.boost_decay
             self.memory.event("reply", dict(source=reply.source, surprise_bits=reply.surprise_bits, entropy_bits=reply.entropy_bits,
                                             tokens=reply.tokens, recalled=reply.recalled.origin if reply.recalled else None,
-                                            remembered=len(reply.remembered)))  # fmt: skip
+                                            remembered=len(reply.remembered), temperature=reply.temperature,
+                                            conscience=self.conscience.scale,
+                                            shifts=reply.shifts))  # fmt: skip
             self._reply = None
 
         reply._pieces = told()
@@ -7565,7 +7907,7 @@ class Organism:
     def why(self) -> str:
         """The last reply and the last burst in words."""
         why = Why(self.memory, self.surprise.baseline)
-        return " ".join(filter(None, (why.reply(), why.burst())))
+        return " ".join(filter(None, (why.reply(), why.burst(), why.syntropy(self.config.syntropy.steer))))
 
     # Learning.
 
@@ -7689,10 +8031,13 @@ class Organism:
         rows = [(row.source, part, int(row.source in ("chat", "giant"))) for row, part in accepted]
         before, guard = Backup(learner, self.published), self._guard_of(learner)
         was = guard.measure(learner)
+        felt = self.syntropy.measure(learner, guard, was) if rows and self.config.syntropy.measure else None
+        self.syntropy.steer(learner)
         fresh = self._read_rows(learner, rows)
         learner.credit += fresh * self._replay
         loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
         objection, now = self._look_back(learner, guard, was, rehearse=bool(fresh))
+        learner.urge, learner.accumulate = 1.0, 1  # syntropy's word counts for this burst alone
         if objection:
             before.restore(learner)
             learner.credit = 0.0 if not fresh else learner.credit
@@ -7702,6 +8047,8 @@ class Organism:
         self.memory.settle([row.id for row in pending], lived, refused, self.published.number + 1, copies)
         self._tell(rows, refused, objection, was, now, loss)
         if objection is None:
+            if felt is not None:
+                self._feel(felt, self.syntropy.measure(learner, guard, now))
             self._live_through(learner, judged, rows, loss)
         verdicts = [verdict for _, _, verdict in judged]
         kept_out = [verdict for verdict in verdicts if not verdict.accepted]
@@ -7771,8 +8118,35 @@ class Organism:
         learner.experience.trim()
         self._keep_domains(learner)
         self._publish(learner, loss, "burst")
+        self._bear_delta(learner)
         self._advance_when_ready(learner)
         self._judge_again(sum(len(text) for _, text, _ in rows))
+
+    def _feel(self, before: Pulse, after: Pulse) -> None:
+        """Syntropy's decision about a burst, as an event and a row; it is kept with the next generation."""
+        told = self.syntropy.decide(before, after, last_stage=self.next_stage is None)
+        self.state["syntropy"] = self.syntropy.state()
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
+        columns = (
+            "entropy_before",
+            "entropy_after",
+            "syntropy_delta",
+            "field_deviation",
+            "purpose_magnitude",
+            "purpose_alignment",
+        )
+        self.memory.syntropy(**{name: row[name] for name in columns}, action_taken=told["action"],
+                             note=f"proposal:{told['proposal']}" if told["proposal"] else told["wanted"])  # fmt: skip
+        self.memory.event("syntropy", row)
+
+    def _bear_delta(self, learner: Learner) -> None:
+        """A delta by syntropy's will, at most one every `history` bursts and as many as stand side by side."""
+        config, rows = self.config.syntropy, self.memory.events("syntropy", limit=self.config.syntropy.history)
+        wanted = config.steer and config.delta_births and SYNTROPY_EFFECTS[self.syntropy.action].delta
+        born = self.memory.events("delta", limit=1)
+        lately = bool(born and rows and born[0].ts >= rows[-1].ts)
+        if wanted and not lately and len(learner.body.deltas) < self.config.deltas.most:
+            self._add_delta(learner, f"syntropy: {self.syntropy.action}", [self.published.number])
 
     _lived_since = 0  # bytes lived since delayed texts were last judged again
 
@@ -8316,7 +8690,8 @@ class Organism:
         snap, gamma, counts = self.published, self.gamma(), self.memory.counts()
         return dict(
             id=self.home.id, home=str(self.home.path), stage=snap.body.stage, n_params=snap.body.n_params, vocab=len(snap.tokenizer),
-            corpus_bytes=self.state["lived_bytes"], step=snap.body.steps, generation=snap.number, loss=self.state["loss"], syntropy=0.0,
+            corpus_bytes=self.state["lived_bytes"], step=snap.body.steps, generation=snap.number, loss=self.state["loss"],
+            syntropy=self.syntropy.trend.mean,
             gamma=dict(magnitude=gamma.magnitude, sparsity=gamma.sparsity, shift=gamma.shift,
                        most_changed=[_as_str(snap.tokenizer.decode([t])) for t in gamma.most_changed(5)]),
             deltas=len(snap.body.deltas), immune=self._immune_counts(),
@@ -9518,6 +9893,25 @@ def _run_status(asking: _Asking) -> None:
         asking.result(life.status())
 
 
+@_command("biography", ("--plot", "path", "Draw the life on one page: a .png, .svg or .pdf."))
+def _run_biography(asking: _Asking, plot: str | None) -> None:
+    """How it became who it is: birth, growth, what it refused, and what syntropy decided.
+
+    organism biography --plot life.png
+    """
+    with asking.wake(read_only=True) as life:
+        told = organ("biography").Biography.of(life.memory, life.home.birth_record.get("born", 0.0))
+        name = life.home.id
+    if asking.json:
+        for moment in told.moments():
+            asking.result(moment._asdict())
+    else:
+        print(told.as_text(), flush=True)
+    if plot:
+        organ("biography.plot").draw(told, plot, f"The life of {name}")
+        asking.note(f"Drawn to {plot}.")
+
+
 # --- compress, decompress ---
 
 
@@ -10073,7 +10467,13 @@ def _run_distill(asking: _Asking, teacher: str, seconds: float | None) -> None:
 
 _GIANT_LOADING = (
     ("--context", "count", "Tokens that the context holds (default: the model's own, at most 8,192)."),
-    ("--kv-cache", ("f32", "f16", "bf16", "q8"), "How keys and values are kept (default: f16)."),
+    (
+        "--kv-cache",
+        ("f32", "f16", "bf16", "q8", "q8_0", "q4", "q4k", "q8/q4"),
+        "How keys and values are kept (default: f16).",
+    ),
+    ("--offload", ("none", "disk"), "disk: experts stay in the file and are read when they are wanted."),
+    ("--ram", "more than 0", "With --offload disk: GB that the process may take (default: half of what is free)."),
     ("--exact", "switch", "Read prompts with 16-bit activations: slower, nearer to float32."),
 )
 _GIANT_SAMPLING = (
@@ -10150,6 +10550,16 @@ def _run_giant_bench(asking: _Asking, **options: Any) -> None:
     organism giant bench smollm2 --prompt 512 --generate 64
     """
     organ("giant.commands").bench(asking, **options)
+
+
+@_command("giant plan", ("model", "text", ""), ("--ram", "more than 0", "GB of memory to plan for (default: what is free)."),
+          _GIANT_LOADING[0], _GIANT_LOADING[1])  # fmt: skip
+def _run_giant_plan(asking: _Asking, **options: Any) -> None:
+    """Say what of a model fits into the memory, how to load it, and how fast that will be here.
+
+    organism giant plan model.gguf --ram 16
+    """
+    organ("giant.commands").plan(asking, **options)
 
 
 @_command(

@@ -1,6 +1,6 @@
 """It remembers: told forty facts in a chat, restarted, and asked about each in other words.
 
-Usage: python benchmarks/remembers.py [--facts FILE.jsonl] [--show]
+Usage: python benchmarks/remembers.py [--facts FILE.jsonl] [--giant MODEL] [--show]
 A line of the file: {"fact": "...", "question": "...", "answer": "the word that the reply must contain"}
 """
 
@@ -59,6 +59,7 @@ FACTS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--facts", help="a .jsonl of other facts")
+    parser.add_argument("--giant", help="let a giant answer the questions, with what the organism remembers")
     parser.add_argument("--show", action="store_true", help="print every reply")
     options = parser.parse_args()
     facts = FACTS
@@ -68,7 +69,8 @@ def main() -> None:
     with fresh_home() as home:
         told = organism("chat", "--json", home=home, text="\n".join(f for f, _, _ in facts) + "\n/quit\n")
         assert told.returncode == 0, told.stderr
-        asked = organism("chat", "--json", home=home, text="\n".join(q for _, q, _ in facts) + "\n/quit\n")
+        giant = ["--giant", options.giant] if options.giant else []
+        asked = organism("chat", "--json", *giant, home=home, text="\n".join(q for _, q, _ in facts) + "\n/quit\n")
         lines = asked.stdout.splitlines()[: len(facts)]  # /quit has its line too
         replies = [json.loads(line)["text"] for line in lines]
     right = 0

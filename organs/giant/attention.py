@@ -3,7 +3,14 @@
 A page holds PAGE positions of one sequence, of all layers. In it, each layer's each head of keys and values has a stretch of its own:
 the keys as panels of 16 positions, [PAGE / 16, head size, 16], so that a load brings one number of 8 or 16 positions into
 the lanes and no sum crosses lanes; the values as [PAGE, width], where width is the head size rounded up to 32. Numbers are
-float32, float16, bfloat16, or (q8) int8 with a float32 scale for each position, which stand behind the values.
+float32, float16, bfloat16, or (q8, q4) integers of 8 or 4 bits. Keys and values may be of different kinds.
+
+Integers of values, and keys of 8 bits, have a float32 scale for each position; a level l of 4 bits means scale · (l - 7.5), and
+before they become four bits, values are rotated by a Hadamard matrix, which spreads a few large numbers over all (QuaRot, arXiv
+2404.00456): an output is rotated back once at its end. Keys of 4 bits vary much between numbers of a head and little between
+positions: each number has a scale and a least value of its own for a whole page (KIVI, arXiv 2402.02750), both float16. So they
+become 4 bits when their page is full; until then the page's keys are float32 in the sequence's memory ("staged"), and those of a
+prompt's piece in a room that all layers share. What is read in one step is not quantised before the step ends.
 
 Queries meet a page at a time, with the running maximum and sum of an online softmax (Milakov & Gimelshein, 2018).
 """
@@ -40,13 +47,14 @@ from organs.giant.lanes import (
 )  # fmt: skip
 
 ground = lanes.ground
-floats = ground.floats
+floats, octets = ground.floats, ground.octets
 f4, HELP = np.float32, ground.HELP
 
 PAGE = 64  # positions
 QUERIES = 4  # that meet a page together, at most
-KINDS = {"f32": 4, "f16": 2, "bf16": 2, "q8": 1}  # bytes of a number
-F32_KIND, F16_KIND, BF16_KIND, Q8_KIND = range(4)
+KINDS = {"f32": 8, "f16": 4, "bf16": 4, "q8": 2, "q4": 1}  # bytes of two numbers
+F32_KIND, F16_KIND, BF16_KIND, Q8_KIND, Q4_KIND = range(5)
+MIDDLE = 7.5  # the level of q4 that means nothing, were there one
 LOW = f4(-1e30)
 FLOATS, INTS = vector(F32, LANES), vector(I32, LANES)
 
@@ -56,10 +64,16 @@ def width_of(head: int) -> int:
     return -(-head // 32) * 32
 
 
-def stretch_bytes(kind: str, head: int) -> int:
-    """Bytes of one head's keys and values in a page."""
-    size = PAGE * (head + width_of(head)) * KINDS[kind] + (8 * PAGE if kind == "q8" else 0)
-    return -(-size // 64) * 64
+def layout_of(keys: str, values: str, head: int) -> dict[str, int]:
+    """Where things are in one head's stretch of a page, by bytes: fields of an attention's row, and its size as "stretch"."""
+    names, width = list(KINDS), width_of(head)
+    key_panel, value_row = 8 * head * KINDS[keys], width * KINDS[values] // 2
+    values_at = PAGE // 16 * key_panel
+    key_scales_at = values_at + PAGE * value_row
+    value_scales_at = key_scales_at + {"q8": 4 * PAGE, "q4": 4 * head}.get(keys, 0)
+    end = value_scales_at + (4 * PAGE if values in ("q8", "q4") else 0)
+    return dict(key_kind=names.index(keys), value_kind=names.index(values), key_panel=key_panel, value_row=value_row,
+                values_at=values_at, key_scales_at=key_scales_at, value_scales_at=value_scales_at, stretch=-(-end // 64) * 64)  # fmt: skip
 
 
 # --- Two products, in vectors. ---
@@ -77,21 +91,34 @@ def _numbers(b, base, kind: str, offset: int):
     return b.sitofp(b.sext(load(b, base, vector(I8, LANES), offset), INTS), FLOATS)
 
 
+def _levels(b, packed):
+    """float32 lanes of the low and of the high halves of bytes."""
+    wide = b.zext(packed, INTS)
+    return [b.sitofp(half, FLOATS) for half in (b.and_(wide, const(INTS, 15)), b.lshr(wide, const(INTS, 4)))]
+
+
 def _scores(M: int, kind: str):
     """Builds: (queries [head, M], keys, out [M, PAGE], head, panels) -> nothing; out[m] = q[m] · every key."""
-    size = KINDS[kind]
+    numbers = 2 if kind == "q4" else 1  # of a position that one load brings
+    step = 8 * KINDS[kind] * numbers  # bytes from load to load
 
     def build(b, q, k, out, head, panels):
         parts = 16 // LANES
         outer = Loop(b, panels, [])
-        panel = b.add(k, b.mul(b.mul(outer.i, head), word(16 * size)))
-        inner = Loop(b, head, [const(FLOATS, 0.0)] * (M * parts))
-        at, query = b.add(panel, b.mul(inner.i, word(16 * size))), b.add(q, b.mul(inner.i, word(4 * M)))
-        keys = [_numbers(b, at, kind, LANES * p) for p in range(parts)]
-        sums = []
-        for m in range(M):
-            x = splat(b, load(b, query, F32, 4 * m, 4), LANES)
-            sums += [fma(b, x, keys[p], inner.now[m * parts + p]) for p in range(parts)]
+        panel = b.add(k, b.mul(b.mul(outer.i, head), word(8 * KINDS[kind])))
+        inner = Loop(b, b.sdiv(head, word(numbers)), [const(FLOATS, 0.0)] * (M * parts))
+        at, query = b.add(panel, b.mul(inner.i, word(step))), b.add(q, b.mul(inner.i, word(4 * M * numbers)))
+        if kind == "q4":
+            loaded = [_levels(b, load(b, at, vector(I8, LANES), LANES * p)) for p in range(parts)]
+            keys = [[pair[i] for pair in loaded] for i in range(2)]
+        else:
+            keys = [[_numbers(b, at, kind, LANES * p) for p in range(parts)]]
+        sums = list(inner.now)
+        for i in range(numbers):
+            for m in range(M):
+                x = splat(b, load(b, query, F32, 4 * (M * i + m), 4), LANES)
+                for p in range(parts):
+                    sums[m * parts + p] = fma(b, x, keys[i][p], sums[m * parts + p])
         sums = inner.close(sums)
         target = b.add(out, b.mul(outer.i, word(64)))
         for m in range(M):
@@ -104,19 +131,25 @@ def _scores(M: int, kind: str):
 
 def _mixture(M: int, kind: str):
     """Builds: (weights [M, PAGE], values, positions, out [M, width], width) -> nothing; out += weights · values."""
-    size, chunk = KINDS[kind], max(16, LANES)
+    chunk = (
+        32 if kind == "q4" else 16
+    )  # columns at a time; of q4, 16 bytes hold columns 0 to 15 low and the next 16 high
     vectors = chunk // LANES
 
     def build(b, p, v, n, out, width):
         outer = Loop(b, b.sdiv(width, word(chunk)), [])
-        column = b.add(v, b.mul(outer.i, word(chunk * size)))
+        column = b.add(v, b.mul(outer.i, word(chunk * KINDS[kind] // 2)))
         target = b.add(out, b.mul(outer.i, word(4 * chunk)))
         stride = b.mul(width, word(4))
         rows = [b.add(target, b.mul(stride, word(m))) for m in range(M)]
         first = [load(b, rows[m], FLOATS, 4 * LANES * i, 4) for m in range(M) for i in range(vectors)]
         inner = Loop(b, n, first)
-        at = b.add(column, b.mul(inner.i, b.mul(width, word(size))))
-        values = [_numbers(b, at, kind, LANES * i) for i in range(vectors)]
+        at = b.add(column, b.mul(inner.i, b.sdiv(b.mul(width, word(KINDS[kind])), word(2))))
+        if kind == "q4":
+            pairs = [_levels(b, load(b, at, vector(I8, LANES), LANES * i)) for i in range(16 // LANES)]
+            values = [b.fsub(v, const(FLOATS, MIDDLE)) for i in range(2) for v in (pair[i] for pair in pairs)]
+        else:
+            values = [_numbers(b, at, kind, LANES * i) for i in range(vectors)]
         weights = b.add(p, b.mul(inner.i, word(4)))
         sums = []
         for m in range(M):
@@ -134,10 +167,10 @@ def _mixture(M: int, kind: str):
 PAIR = types.void(*[types.int64] * 5)
 
 
-def kernels_of(kind: str) -> list:
-    """C functions: the scores for 1 to QUERIES queries, then the mixtures."""
+def kernels_of(keys: str, values: str) -> list:
+    """C functions: the scores for 1 to QUERIES queries, then the mixtures, then scores of staged keys where keys are q4."""
     out = []
-    for make in (_scores, _mixture):
+    for make, kind in ((_scores, keys), (_mixture, values), *([(_scores, "f32")] if keys == "q4" else [])):
         for M in range(1, QUERIES + 1):
             out.append(kernel(f"{make.__name__[1:]}_{M}_{kind}", PAIR, make(M, kind)))
     return out
@@ -169,6 +202,10 @@ _store_bfloat = function(_SCALAR, _bfloat)
 _store_byte = function(_SCALAR, lambda b, at, x: store(b, b.trunc(b.fptosi(x, I32), I8), at))
 
 
+_load_half = function(types.float32(types.int64), lambda b, at: b.extract_element(
+    from_half(b, splat(b, load(b, at, ir.HalfType(), 0, 2), LANES)), const(I32, 0)))  # fmt: skip
+
+
 @jit(**HELP)
 def _store_number(kind, at, x):
     if kind == F16_KIND:
@@ -182,28 +219,124 @@ def _store_number(kind, at, x):
 
 
 @jit(**HELP)
-def _byte_scale(x, n):
-    top = f4(0)
+def hadamard(x, n, step):
+    """x [:: step], n numbers, times an orthonormal Hadamard matrix, of the largest power of two that divides n (else in blocks)."""
+    v, size, half = floats(x, 0, (n - 1) * step + 1), n & -n, 1
+    while half < size:
+        for i in range(0, n, 2 * half):
+            for j in range(i, i + half):
+                a, b = v[j * step], v[(j + half) * step]
+                v[j * step], v[(j + half) * step] = a + b, a - b
+        half *= 2
+    scale = f4(1 / math.sqrt(size))
     for i in range(n):
-        top = max(top, abs(x[i]))
-    return top / f4(127)
+        v[i * step] *= scale
 
 
 @jit(**HELP)
-def store_pair(kind, size, stretch, position, key, value, head, width):
-    """Write a key and a value (float32 [head] each) into a head's stretch of a page, at position % PAGE."""
-    at = position % PAGE
-    k, v = f4(1), f4(1)
-    values = stretch + PAGE * head * size
+def _level(x):
+    """A number in steps as a level of q4."""
+    return min(max(np.int64(ground.rint(x + f4(MIDDLE))), 0), 15)
+
+
+@jit(**HELP)
+def _scale_of(kind, x, n):
+    """What one step of a quantised number is worth; 1 for other kinds."""
+    if kind != Q8_KIND and kind != Q4_KIND:
+        return f4(1)
+    top = f4(0)
+    for i in range(n):
+        top = max(top, abs(x[i]))
     if kind == Q8_KIND:
-        scales = floats(values + PAGE * width, 0, 2 * PAGE)
-        scales[at], scales[PAGE + at] = _byte_scale(key, head), _byte_scale(value, head)
-        k = f4(1) / scales[at] if scales[at] > 0 else f4(0)
-        v = f4(1) / scales[PAGE + at] if scales[PAGE + at] > 0 else f4(0)
-    panel, row = stretch + size * ((at // 16) * head * 16 + at % 16), values + size * at * width
-    for i in range(head):
-        _store_number(kind, panel + size * 16 * i, key[i] * k)
-        _store_number(kind, row + size * i, value[i] * v)
+        return top / f4(127)
+    best, least = top / f4(MIDDLE), f4(3e38)
+    for cut in range(4):  # a finer step, at the price of the largest numbers, where the sum of squared errors says so
+        scale, error = top / f4(MIDDLE) * (f4(1) - f4(0.08) * cut), f4(0)
+        inverse = f4(1) / scale if scale > 0 else f4(0)
+        for i in range(n):
+            difference = (_level(x[i] * inverse) - f4(MIDDLE)) * scale - x[i]
+            error += difference * difference
+        if error < least:
+            best, least = scale, error
+    return best
+
+
+@jit(**HELP)
+def store_pair(r, stretch, position, key, value, staged):
+    """Write a key and a value (addresses of float32 [head]; they may change) into a stretch of a page, at position % PAGE.
+
+    A key that will have 4 bits goes to `staged`, the page's float32 keys.
+    """
+    at, head = position % PAGE, r.head
+    if r.value_kind == Q4_KIND:
+        hadamard(value, head, 1)
+    k, v = floats(key, 0, head), floats(value, 0, head)
+    if r.key_kind == Q4_KIND:
+        out = floats(staged, at // 16 * 16 * head + at % 16, 16 * head)
+        for i in range(head):
+            out[16 * i] = k[i]
+    else:
+        scale = f4(1)
+        if r.key_kind == Q8_KIND:
+            scale = _scale_of(Q8_KIND, k, head)
+            floats(stretch + r.key_scales_at, at, 1)[0] = scale
+        scale = f4(1) / scale if scale > 0 else f4(0)
+        size = r.key_panel // (16 * head)
+        for i in range(head):
+            _store_number(r.key_kind, stretch + at // 16 * r.key_panel + size * (16 * i + at % 16), k[i] * scale)
+    scale, row = f4(1), stretch + r.values_at + at * r.value_row
+    if r.value_kind >= Q8_KIND:
+        scale = _scale_of(r.value_kind, v, head)
+        floats(stretch + r.value_scales_at, at, 1)[0] = scale
+    scale = f4(1) / scale if scale > 0 else f4(0)
+    if r.value_kind == Q4_KIND:
+        out = octets(row, 0, r.value_row)
+        for i in range(r.value_row):
+            low, high = 32 * (i // 16) + i % 16, 32 * (i // 16) + 16 + i % 16
+            first = _level(v[low] * scale) if low < head else 0
+            out[i] = first | (_level(v[high] * scale) << 4 if high < head else 0)
+    else:
+        size = r.value_row // r.head_width
+        for i in range(head):
+            _store_number(r.value_kind, row + size * i, v[i] * scale)
+
+
+@jit(**HELP)
+def settle(r, stretch, staged):
+    """A page's staged keys become 4 bits: number by number of the head, a scale and a least value for all positions."""
+    for i in range(r.head):
+        low, high = f4(3e38), f4(-3e38)
+        for panel in range(PAGE // 16):
+            k = floats(staged, 16 * (panel * r.head + i), 16)
+            for at in range(16):
+                low, high = min(low, k[at]), max(high, k[at])
+        _store_half(stretch + r.key_scales_at + 2 * i, (high - low) / f4(15))
+        _store_half(stretch + r.key_scales_at + 2 * (r.head + i), low)
+        scale, low = (
+            _load_half(stretch + r.key_scales_at + 2 * i),
+            _load_half(stretch + r.key_scales_at + 2 * (r.head + i)),
+        )
+        inverse, shift = f4(1) / scale if scale > 0 else f4(0), 4 * (i % 2)
+        for panel in range(PAGE // 16):
+            k = floats(staged, 16 * (panel * r.head + i), 16)
+            out = octets(stretch + panel * r.key_panel, 16 * (i // 2), 16)
+            for at in range(16):
+                level = min(max(np.int64(ground.rint((k[at] - low) * inverse)), 0), 15)
+                out[at] = level if shift == 0 else out[at] | level << 4
+
+
+@jit(**HELP)
+def _scaled(r, q, keys, M, space):
+    """Queries q [head, M] times a page's scales, to space [head, M]; behind it, for each query, what least values add."""
+    n = r.head * M
+    source, out, more = floats(q, 0, n), floats(space, 0, n), floats(space, n, M)
+    for m in range(M):
+        more[m] = f4(0)
+    for i in range(r.head):
+        scale, low = _load_half(keys + r.key_scales_at + 2 * i), _load_half(keys + r.key_scales_at + 2 * (r.head + i))
+        for m in range(M):
+            out[i * M + m] = source[i * M + m] * scale
+            more[m] += source[i * M + m] * low
 
 
 # --- Queries over pages. ---
@@ -265,15 +398,15 @@ _soften_row = function(types.void(*[types.int64] * 7), _soften)
 
 
 @jit(**HELP)
-def attend(
-    kernels, kind, size, table, inside, head, width, groups, M, q, first, end, limits, window, cap, work, out, state
-):
+def attend(r, kernels, table, inside, groups, M, q, first, end, limits, work, out, state, staged, staged_from):
     """Queries q [groups, head, M] meet positions first (a multiple of 16) to `end` of a sequence, page by page.
 
-    table: addresses of its pages; inside: where the head's stretch lies in a page; limits [M]: the last position that each
-    query of a group may see; window: how many it sees at most, 0 for all; cap: soft-cap of scores, 0 for none; work: [M, PAGE].
+    r: the row of the operation, which says what heads and pages are like; table: addresses of pages; inside: where the head's
+    stretch lies in a page; limits [M]: the last position that each query of a group may see; work: [M, PAGE]; staged: where
+    float32 keys are of page number staged_from and those behind it (4-bit keys only), r.staged_stride bytes apart.
     out [groups, M, width] and state [groups, M, 2] become Σ exp(score - top) · value, top and Σ exp(score - top).
     """
+    head, width, cap = r.head, r.head_width, f4(r.cap)
     states, sums = floats(state, 0, 2 * groups * M), floats(out, 0, groups * M * width)
     for m in range(groups * M):
         states[2 * m], states[2 * m + 1] = LOW, f4(0)
@@ -286,29 +419,31 @@ def attend(
         stop = min(PAGE, end - page * PAGE)
         panels = (stop - begin + 15) // 16
         keys = table[page] + inside
-        values = keys + size * PAGE * head
+        settled = r.key_kind == Q4_KIND and page < staged_from
         for g in range(groups):
-            _call(kernels[M - 1], q + 4 * g * M * head, keys + size * begin * head, work + 4 * begin, head, panels)
+            queries, scores, panel = q + 4 * g * M * head, kernels[M - 1], keys + begin // 16 * r.key_panel
+            if settled:
+                queries = state + 8 * groups * M
+                _scaled(r, q + 4 * g * M * head, keys, M, queries)
+            elif r.key_kind == Q4_KIND:
+                scores, panel = kernels[7 + M], staged + (page - staged_from) * r.staged_stride + 4 * begin * head
+            _call(scores, queries, panel, work + 4 * begin, head, panels)
             for m in range(M):
                 low, high, row = begin, min(stop, limits[m] + 1 - page * PAGE), work + 4 * m * PAGE
-                if window > 0:
-                    low = max(begin, limits[m] - window + 1 - page * PAGE)
-                if kind == Q8_KIND:
-                    _scale(row, values + PAGE * width, begin, stop)
+                if r.window > 0:
+                    low = max(begin, limits[m] - r.window + 1 - page * PAGE)
+                if r.key_kind == Q8_KIND:
+                    _scale(row, keys + r.key_scales_at, begin, stop)
+                elif settled:
+                    _raise(row, floats(queries, head * M + m, 1)[0], begin, stop)
                 if cap > 0:
                     _cap(row, begin, stop, cap)
                 _soften_row(row + 4 * begin, panels * 16, low - begin, high - begin, out + 4 * (g * M + m) * width, width,
                             state + 8 * (g * M + m))  # fmt: skip
-                if kind == Q8_KIND:
-                    _scale(row, values + PAGE * (width + 4), begin, stop)
-            _call(
-                kernels[3 + M],
-                work + 4 * begin,
-                values + size * begin * width,
-                stop - begin,
-                out + 4 * g * M * width,
-                width,
-            )
+                if r.value_kind >= Q8_KIND:
+                    _scale(row, keys + r.value_scales_at, begin, stop)
+            values = keys + r.values_at + begin * r.value_row
+            _call(kernels[3 + M], work + 4 * begin, values, stop - begin, out + 4 * g * M * width, width)
         at = (page + 1) * PAGE
 
 
@@ -317,6 +452,13 @@ def _scale(row, scales, begin, end):
     s, by = floats(row, 0, PAGE), floats(scales, 0, PAGE)
     for i in range(begin, end):
         s[i] *= by[i]
+
+
+@jit(**HELP)
+def _raise(row, by, begin, end):
+    s = floats(row, 0, PAGE)
+    for i in range(begin, end):
+        s[i] += by
 
 
 @jit(**HELP)

@@ -12,7 +12,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,58 @@ def sentences() -> Iterator[None]:
         raise UsageError(f"{str(error).rstrip('.')}.") from error
 
 
-def load(
-    asking: Any, model: str, context: int | None = None, kv_cache: str | None = None, exact: bool = False
-) -> Giant:
-    """The model of this name or path; its context is what it was trained for, but at most 8,192 unless asked for."""
+LOADING = ("context", "kv_cache", "offload", "ram", "exact")  # options of every command that loads a model
+# Settings by environment: ours is ORGANISM_GIANT_ and the key, theirs is for people who come from Paramecia.
+ENVIRONMENT = {
+    "CONTEXT": "PARAMECIA_CONTEXT_LENGTH", "OFFLOAD": "PARAMECIA_OFFLOAD", "KV_CACHE": "PARAMECIA_KV_CACHE_QUANT",
+    "NO_PREFETCH": "PARAMECIA_NO_PREFETCH", "RAM": "", "TEMPERATURE": "PARAMECIA_TEMPERATURE", "TOP_P": "PARAMECIA_TOP_P",
+    "TOP_K": "PARAMECIA_TOP_K", "REPEAT_PENALTY": "PARAMECIA_REPEAT_PENALTY", "PRESENCE_PENALTY": "PARAMECIA_PRESENCE_PENALTY",
+}  # fmt: skip
+
+
+def setting(key: str, kind: Callable[[str], Any]) -> Any:
+    """What the environment says of a key of ENVIRONMENT, or None. Raises UsageError for what is no such value."""
+    for name in (f"ORGANISM_GIANT_{key}", ENVIRONMENT[key]):
+        given = os.environ.get(name, "").strip() if name else ""
+        if given:
+            try:
+                return kind(given)
+            except ValueError as error:
+                raise UsageError(f"The environment variable {name} is {given!r}: it should be a number.") from error
+    return None
+
+
+def load(asking: Any, model: str, context: int | None = None, kv_cache: str | None = None, exact: bool = False,
+         offload: str | None = None, ram: float | None = None) -> Giant:  # fmt: skip
+    """The model of this name or path; its context is what it was trained for, but at most 8,192 unless asked for.
+
+    What is not given comes from the environment, then from the defaults.
+    """
     path = pulling.find(model)
     with sentences():
+        context = context or setting("CONTEXT", int)
+        offload, ram = offload or setting("OFFLOAD", str), ram or setting("RAM", float)
+        kv_cache = kv_cache or setting("KV_CACHE", str) or "f16"
+        prefetch = (setting("NO_PREFETCH", str) or "0").lower() not in ("1", "true")
         if context is None:
             with open_gguf(path) as file:
                 context = min(int(file.metadata.get(f"{file.architecture}.context_length", 8192)), 8192)
         return Giant.load(
-            path, context=context, kv_cache=kv_cache or "f16", threads=asking.threads, exact=exact, say=asking.note
-        )
+            path, context=context, kv_cache=kv_cache, threads=asking.threads, exact=exact, say=asking.note, offload=offload,
+            ram=ram, prefetch=prefetch,
+        )  # fmt: skip
 
 
 def _settings(asking: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The sampling settings among a command's options, without those that were not given."""
-    given = {name: options[name] for name in SAMPLING if options.get(name) is not None}
+    """The sampling settings among a command's options, or else of the environment, without those that were not given."""
+    keys = dict(temperature=float, top_p=float, top_k=int, repetition_penalty=float, presence_penalty=float)
+    names = {"repetition_penalty": "REPEAT_PENALTY"}
+    given = {
+        name: value
+        for name, kind in keys.items()
+        if (value := setting(names.get(name, name.upper()), kind)) is not None
+    }
+    given |= {name: options[name] for name in SAMPLING if options.get(name) is not None}
     return given if asking.seed is None else given | {"seed": asking.seed}
 
 
@@ -164,7 +200,7 @@ def _card(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def generate(asking: Any, model: str, **options: Any) -> None:
     """Continue a text, or answer it; or write the logits of a prompt."""
     prompt = _prompt(options)
-    giant = load(asking, model, options["context"], options["kv_cache"], options["exact"])
+    giant = load(asking, model, **{name: options[name] for name in LOADING})
     try:
         with sentences():
             if options["logits"]:
@@ -291,7 +327,7 @@ _HELP = """/help            this list
 
 def chat(asking: Any, model: str, **options: Any) -> None:
     """Talk with a model in a terminal or over a pipe."""
-    giant = load(asking, model, options["context"], options["kv_cache"], options["exact"])
+    giant = load(asking, model, **{name: options[name] for name in LOADING})
     settings = _settings(asking, options) | {"max_tokens": options["max_tokens"] or CHAT_TOKENS}
     try:
         with sentences():
@@ -428,14 +464,49 @@ class _Talk:
             print(f"error: {text}", file=sys.stderr, flush=True)
 
 
+# --- plan ---
+
+
+def plan(asking: Any, model: str, ram: float | None, context: int | None, kv_cache: str | None) -> None:
+    """What of a model fits, how it should be loaded, and how fast that will be."""
+    from organs.giant import plan as planning
+    from organs.giant.giant import default_threads, free_memory
+    from organs.giant.roofs import read_roof
+
+    path = pulling.find(model)
+    with sentences(), open_gguf(path) as file:
+        context = context or min(int(file.metadata.get(f"{file.architecture}.context_length", 8192)), 8192)
+        sizes = planning.Sizes.of(file, context, kv_cache or "f16")
+    memory = 1e9 * ram if ram else float(free_memory())
+    bandwidth = 1e9 * read_roof(min(1 << 30, free_memory() // 4), asking.threads or default_threads())
+    disk = planning.disk_bandwidth(path, max(sizes.expert // 3, 4096)) if sizes.experts else 0.0
+    found = list(planning.choices(sizes, memory, bandwidth, disk))
+    best = next((choice for choice in found if choice.fits), None)
+    result = dict(offload=best.offload if best else None, ram_bytes=int(memory), memory_bandwidth=bandwidth, disk_bandwidth=disk,
+                  choices=[asdict(choice) for choice in found])  # fmt: skip
+    lines = [
+        f"{memory / 1e9:.1f} GB of memory at {bandwidth / 1e9:.1f} GB/s, disk {disk / 1e9:.2f} GB/s, context {context:,}"
+    ]
+    for choice in found:
+        mark = "→" if choice is best else " "
+        fit = "fits" if choice.fits else "does not fit"
+        lines.append(f"{mark} --offload {choice.offload}: {choice.memory / 1e9:.2f} GB, {fit}, about {choice.tokens_per_s:.1f} tokens/s "
+                     f"({choice.reason})")  # fmt: skip
+    asking.result(result, "\n".join(lines))
+    if best is None:
+        raise OrganismError(
+            f"{path.name} does not fit into {memory / 1e9:.1f} GB in any way: take a smaller model or format."
+        )
+
+
 # --- bench, perplexity, convert ---
 
 
 def bench(asking: Any, model: str, prompt: int | None, generate: int | None, rounds: int | None, context: int | None,
-          kv_cache: str | None, exact: bool) -> None:  # fmt: skip
+          **loading: Any) -> None:  # fmt: skip
     """Speed of reading and writing, best of some rounds, beside what the machine could do."""
     n, m = prompt or 128, generate or 64
-    giant = load(asking, model, context or n + m + 1, kv_cache, exact)
+    giant = load(asking, model, context or n + m + 1, **loading)
     try:
         with sentences():
             result = _measured(asking, giant, n, m, rounds or 3)
@@ -454,7 +525,7 @@ def _measured(asking: Any, giant: Giant, n: int, m: int, rounds: int) -> dict[st
     from organs.giant.roofs import read_roof
 
     tokens = [1 + i * 7919 % (giant.vocab_size - 1) for i in range(n)]
-    giant.prefixes.capacity = 0  # each round reads the whole prompt
+    giant.prefixes.limit = 0  # each round reads the whole prompt
     best_prefill = best_decode = math.inf
     for number in range(rounds + 1):  # the first warms up
         session = giant.session()
@@ -490,7 +561,7 @@ def _sgemm_gflop_per_s(n: int = 1024) -> float:
     return 2 * n**3 / best / 1e9
 
 
-def perplexity(asking: Any, model: str, file: str, window: int | None, kv_cache: str | None, exact: bool) -> None:
+def perplexity(asking: Any, model: str, file: str, window: int | None, **loading: Any) -> None:
     """How well a model predicts a text."""
     try:
         data = Path(file).expanduser().read_bytes()
@@ -499,7 +570,7 @@ def perplexity(asking: Any, model: str, file: str, window: int | None, kv_cache:
         raise OrganismError(f"The file {file!r} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise OrganismError(f"The file {file!r} is not valid UTF-8 (byte {error.start}).") from error
-    giant = load(asking, model, window or 512, kv_cache, exact)
+    giant = load(asking, model, window or 512, **loading)
     began = time.perf_counter()
     try:
         with sentences():

@@ -13,13 +13,14 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from organism import OrganismError, UsageError
+from organs.giant import convert_experts
 from organs.giant.formats import FORMATS, dequantise
 from organs.giant.gguf import GGUFError, Strings, open_gguf
 from organs.giant.quantise import SUPER, quantise
@@ -44,7 +45,11 @@ _NARROW = {
 ARCHITECTURES = {  # the class that config.json names: (general.architecture, whether heads rotate neighbours)
     "LlamaForCausalLM": ("llama", True), "MistralForCausalLM": ("llama", True), "SmolLM3ForCausalLM": ("smollm3", True),
     "Qwen2ForCausalLM": ("qwen2", False), "Qwen3ForCausalLM": ("qwen3", False), "Gemma2ForCausalLM": ("gemma2", False),
-    "Gemma3ForCausalLM": ("gemma3", False),
+    "Gemma3ForCausalLM": ("gemma3", False), "MixtralForCausalLM": ("llama", True), "Qwen2MoeForCausalLM": ("qwen2moe", False),
+    "Qwen3MoeForCausalLM": ("qwen3moe", False), "OlmoeForCausalLM": ("olmoe", False), "GptOssForCausalLM": ("gpt-oss", False),
+    "Qwen3NextForCausalLM": ("qwen3next", False), "Qwen3_5ForCausalLM": ("qwen35", False),
+    "Qwen3_5MoeForCausalLM": ("qwen35moe", False), "Qwen3_5ForConditionalGeneration": ("qwen35", False),
+    "Qwen3_5MoeForConditionalGeneration": ("qwen35moe", False),
 }  # fmt: skip
 
 
@@ -54,8 +59,9 @@ class Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     numbers: Callable[[], np.ndarray]
-    was: str = ""  # format that it has in the GGUF it comes from
+    was: str = ""  # format that it has where it comes from
     data: Callable[[], np.ndarray] | None = None  # uint8: its bytes in that format
+    parts: Sequence[Callable[[], np.ndarray]] = ()  # where given: its numbers, part by part along the first axis
 
 
 def convert(
@@ -88,13 +94,18 @@ def convert(
 def format_of(tensor: Tensor, type: str, layers: int, has_output: bool) -> str:
     """The format of one tensor in a mixture (llama.cpp's rules for the types above)."""
     most, finer, _ = TYPES[type]
-    if len(tensor.shape) < 2 or "norm" in tensor.name:
+    if len(tensor.shape) < 2 or any(part in tensor.name for part in _EXACT) or tensor.name.endswith(".bias"):
         return "F32"
+    if tensor.was == "MXFP4":
+        return "MXFP4"
     wanted = finer if _is_delicate(tensor.name, type, layers, has_output) else most
     columns = tensor.shape[-1]
     if wanted in _NARROW and columns % SUPER:
         wanted = _NARROW[wanted]
     return wanted if columns % FORMATS[wanted].block == 0 else "F16"
+
+
+_EXACT = ("norm", "ffn_gate_inp", "ssm_conv1d")  # small, and decisive
 
 
 def _is_delicate(name: str, type: str, layers: int, has_output: bool) -> bool:
@@ -134,9 +145,7 @@ def _write(part: Path, target: Path, metadata: dict[str, Any], tensors: list[Ten
     for n, (tensor, form) in enumerate(zip(tensors, formats), 1):
         if n % 50 == 0:
             say(f"{n} of {len(tensors)} tensors…")
-        same = tensor.was == form and tensor.data is not None
-        data = tensor.data() if same else quantise(tensor.numbers().reshape(-1, tensor.shape[-1]), form)  # type: ignore[misc]
-        writer.write_tensor_data(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+        writer.write_tensor_data(_bytes_of(tensor, form))
     writer.close()
     with open(part, "rb") as stream:
         os.fsync(stream.fileno())
@@ -145,6 +154,15 @@ def _write(part: Path, target: Path, metadata: dict[str, Any], tensors: list[Ten
     weights = sum(math.prod(t.shape) for t in tensors)
     return dict(path=str(target), bytes=target.stat().st_size, tensors=len(tensors), formats=counts,
                 bits_per_weight=8 * total / weights)  # fmt: skip
+
+
+def _bytes_of(tensor: Tensor, form: str) -> np.ndarray:
+    """uint8: a tensor in its new format; one of parts is quantised part by part."""
+    if tensor.was == form and tensor.data is not None:
+        return np.ascontiguousarray(tensor.data()).reshape(-1).view(np.uint8)
+    reads = tensor.parts or (tensor.numbers,)
+    done = [quantise(read().reshape(-1, tensor.shape[-1]), form).reshape(-1).view(np.uint8) for read in reads]
+    return done[0] if len(done) == 1 else np.concatenate(done)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
@@ -204,9 +222,16 @@ def _from_folder(folder: Path) -> tuple[dict[str, Any], list[Tensor]]:
     architecture, neighbours = ARCHITECTURES[given]
     metadata: dict[str, Any] = {"general.architecture": architecture, "general.type": "model",
                                 "general.name": config.get("_name_or_path") or folder.resolve().name}  # fmt: skip
-    metadata |= {f"{architecture}.{key}": value for key, value in _sizes(config, architecture).items()}
+    predicted = convert_experts.mtp_layers(stored.name for stored in _stored(folder))
+    sizes = _sizes(config, architecture)
+    if predicted:
+        sizes["block_count"] += predicted
+        sizes["nextn_predict_layers"] = predicted
+        if "attention.recurrent_layers" in sizes:
+            sizes["attention.recurrent_layers"] += [False] * predicted
+    metadata |= {f"{architecture}.{key}": value for key, value in sizes.items()}
     metadata |= _tokenizer(folder, config)
-    return metadata, list(_tensors(folder, config, architecture, neighbours))
+    return metadata, list(_tensors(folder, config, architecture, neighbours, sizes["block_count"]))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -238,20 +263,30 @@ def _head(config: dict[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
+def _rotated(config: dict[str, Any], head: int) -> int:
+    """How many numbers of a head rotate."""
+    share = _rope(config).get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    return int(head * float(share)) if share else head
+
+
 def _sizes(config: dict[str, Any], architecture: str) -> dict[str, Any]:
     """Metadata below the architecture's name."""
     try:
         heads, head = int(config["num_attention_heads"]), _head(config)
         out: dict[str, Any] = {
             "block_count": int(config["num_hidden_layers"]), "context_length": int(config["max_position_embeddings"]),
-            "embedding_length": int(config["hidden_size"]), "feed_forward_length": int(config["intermediate_size"]),
+            "embedding_length": int(config["hidden_size"]),
+            "feed_forward_length": int(config.get("intermediate_size") or config["moe_intermediate_size"]),
             "attention.head_count": heads, "attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
             "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]), "attention.key_length": head,
-            "attention.value_length": head, "rope.dimension_count": head, "vocab_size": int(config["vocab_size"]),
+            "attention.value_length": head, "rope.dimension_count": _rotated(config, head), "vocab_size": int(config["vocab_size"]),
         }  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise OrganismError(f"config.json lacks what a model of this kind needs: {error}.") from error
-    out |= _rope_sizes(_rope(config))
+    out |= _rope_sizes(_rope(config)) | convert_experts.sizes(config, architecture)
+    if architecture.startswith("qwen35"):
+        sections = list(_rope(config).get("mrope_section") or (11, 11, 10))
+        out["rope.dimension_sections"] = [*sections, *[0] * (4 - len(sections))]
     if architecture.startswith("gemma"):
         out["attention.sliding_window"] = int(config.get("sliding_window") or 4096)
         out["attention.scale"] = float(config.get("query_pre_attn_scalar") or head) ** -0.5
@@ -273,6 +308,8 @@ def _rope_sizes(rope: dict[str, Any]) -> dict[str, Any]:
                           ("rope.scaling.attn_factor", "attention_factor")):  # fmt: skip
             if kind == "yarn" and rope.get(name) is not None:
                 out[key] = float(rope[name])
+        if kind == "yarn" and rope.get("truncate") is not None:
+            out["rope.scaling.yarn_truncate"] = bool(rope["truncate"])
     elif kind not in ("default", "llama3"):
         raise OrganismError(
             f"config.json scales RoPE by {kind!r}, which is not supported: linear, yarn and llama3 are."
@@ -293,22 +330,27 @@ def _llama3_factors(rope: dict[str, Any], head: int) -> np.ndarray:
 # Weights.
 
 
-def _tensors(folder: Path, config: dict[str, Any], architecture: str, neighbours: bool) -> Iterator[Tensor]:
+def _tensors(
+    folder: Path, config: dict[str, Any], architecture: str, neighbours: bool, layers: int
+) -> Iterator[Tensor]:
     import gguf
 
     arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
+    names = gguf.get_tensor_name_map(arch, layers)
     heads = int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     vocabulary = int(config["vocab_size"])
     found = 0
-    for name, shape, read in _stored(folder):
-        bare = name.removeprefix("language_model.")
+    for source in convert_experts.prepared(_stored(folder), config, architecture):
+        name, shape, read = source.name, source.shape, source.whole
+        bare = name.replace("model.language_model.", "model.").removeprefix("language_model.")
         if bare.endswith((".rotary_emb.inv_freq", "lm_head.weight")) and (
             config.get("tie_word_embeddings") or "rotary" in bare
         ):
             continue
-        new = names.get_name(bare, try_suffixes=(".weight", ".bias"))
+        if bare.startswith(("model.visual.", "visual.")):
+            continue
+        new = names.get_name(bare, try_suffixes=(".weight", ".bias")) or convert_experts.further_name(bare)
         if new is None:
             raise OrganismError(
                 f"{folder} holds the tensor {name!r}, which a model of the kind {architecture} does not have."
@@ -320,8 +362,11 @@ def _tensors(folder: Path, config: dict[str, Any], architecture: str, neighbours
             yield Tensor(new, shape, _compose(read, np.add, np.float32(1)))  # Gemma's norms multiply by 1 + weight
         elif new in ("token_embd.weight", "output.weight") and shape[0] > vocabulary:
             yield Tensor(new, (vocabulary, shape[1]), _compose(read, lambda x, n: x[:n], vocabulary))
+        elif source.packed:
+            data = lambda packed=source.packed: np.concatenate([part().reshape(-1) for part in packed])
+            yield Tensor(new, shape, read, "MXFP4", data, source.parts)
         else:
-            yield Tensor(new, shape, read)
+            yield Tensor(new, shape, read, parts=source.parts)
     if not found:
         raise OrganismError(f"{folder} holds no weights: *.safetensors are read.")
     rope = _rope(config)
@@ -341,8 +386,8 @@ def _interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-    """(name, shape, what reads it as float32) of every tensor of the folder's safetensors files."""
+def _stored(folder: Path) -> Iterator[Stored]:
+    """Every tensor of the folder's safetensors files."""
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     for path in files:
         with open(path, "rb") as stream:
@@ -357,18 +402,35 @@ def _stored(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[], n
             begin, end = entry["data_offsets"]
             if entry["dtype"] not in _STORED or 8 + length + end > size:
                 raise OrganismError(f"{path}: the tensor {name!r} is {entry['dtype']}, or lies beyond the file's end.")
-            yield name, tuple(entry["shape"]), _reader(path, 8 + length + begin, entry["dtype"], tuple(entry["shape"]))
+            yield Stored(name, tuple(entry["shape"]), path, 8 + length + begin, entry["dtype"])
 
 
-_STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}
 
 
-def _reader(path: Path, offset: int, kind: str, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        data = np.fromfile(path, _STORED[kind], math.prod(shape), offset=offset).reshape(shape)
-        return (data.astype(np.uint32) << 16).view(np.float32) if kind == "BF16" else data.astype(np.float32)
+class Stored(NamedTuple):
+    """A tensor in a safetensors file; called, it is read."""
 
-    return read
+    name: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    kind: str
+
+    def __call__(self) -> np.ndarray:
+        """float32 of its shape."""
+        return self._read(self.offset, self.shape)
+
+    def part(self, i: int, raw: bool = False) -> np.ndarray:
+        """float32 (raw: bytes as they are): the i-th along the first axis."""
+        size = math.prod(self.shape[1:]) * np.dtype(_STORED[self.kind]).itemsize
+        return self._read(self.offset + i * size, self.shape[1:], raw)
+
+    def _read(self, offset: int, shape: tuple[int, ...], raw: bool = False) -> np.ndarray:
+        data = np.fromfile(self.path, _STORED[self.kind], math.prod(shape), offset=offset).reshape(shape)
+        if raw:
+            return data
+        return (data.astype(np.uint32) << 16).view(np.float32) if self.kind == "BF16" else data.astype(np.float32)
 
 
 # Vocabulary.

@@ -27,7 +27,7 @@ from llvmlite import ir
 from numba import from_dtype, types
 
 from organs import kernels
-from organs.giant.attention import F16_KIND, KINDS, PAGE, QUERIES, attend, kernels_of, store_pair
+from organs.giant.attention import PAGE, Q4_KIND, QUERIES, attend, hadamard, kernels_of, settle, store_pair
 from organs.giant.lanes import c_function, callable_of, function, jit
 from organs.giant.products import (
     BLOCK,
@@ -45,7 +45,6 @@ ground = kernels.ground
 floats, longs, doubles = ground.floats, ground.longs, ground.doubles
 atomic_add, atomic_load, pause, exp = ground.atomic_add, ground.atomic_load, ground.pause, ground.exp
 f4, i8, HELP, FAST = np.float32, np.int64, ground.HELP, ground.FAST
-assert F16_KIND == list(KINDS).index("f16")
 
 # --- A row of a program, and what a thread knows. All addresses are absolute. ---
 
@@ -68,14 +67,19 @@ _ROW_WORDS = (
     "is_gelu", "merge",
     "queries", "heads", "head", "head_width", "rotated", "split", "angles",  # attention
     "inside", "stretch", "window", "bias", "query_norm", "key_norm",
-    "kind", "size", "attention_kernels",
+    "key_kind", "value_kind", "key_panel", "value_row", "values_at", "key_scales_at", "value_scales_at",  # in a stretch
+    "staged", "staged_stride", "staged_at",  # of 4-bit keys: room for a prompt's, from page to page, and where in a memory
+    "attention_kernels",
     "frequencies", "count",
+    "gate", "gate_stride", "sinks",  # of attention: what its output is multiplied by (sigmoid), and a score that each query has besides
+    "more",  # address of a record that only this operation knows
 )  # fmt: skip
 _ROW_REALS = ("epsilon", "factor", "cap", "magnitude")
 ROW = np.dtype([(n, i8) for n in _ROW_WORDS] + [(n, np.float64) for n in _ROW_REALS], align=True)
 _MACHINE_WORDS = (
     "thread", "threads", "n", "together", "all", "chunks",
     "tokens", "positions", "tables",  # addresses of int64 [n]
+    "memories",  # address of int64 [n]: where the recurrent state of each token's sequence is
     "logits", "logits_stride", "states",  # where to
     "own", "team", "slot",  # the thread's own memory; the team's words; two words for the clock
     "parts", "parts_stride",  # partial results of attention
@@ -88,7 +92,10 @@ OPERATIONS: dict[str, object] = {}
 
 
 def operation(f):
-    """Enter a function (row, machine) into OPERATIONS; it is compiled when a program first needs it."""
+    """Enter a function (row, machine) into OPERATIONS; it is compiled when a program first needs it.
+
+    Those of other modules (organs/giant/experts.py, …) are there once their module is imported.
+    """
     OPERATIONS[f.__name__] = f
     return f
 
@@ -105,6 +112,11 @@ def _record_pointer(record: np.dtype) -> ir.PointerType:
     return ir.ArrayType(ir.IntType(8), record.itemsize).as_pointer()
 
 
+def record_at(record: np.dtype):
+    """A function of an address: the record that lies there, for compiled code."""
+    return function(from_dtype(record)(types.int64), lambda b, at: b.inttoptr(at, _record_pointer(record)))
+
+
 def _jump_tile(b, entry, *arguments):
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(arguments))
     b.call(b.inttoptr(entry, kind.as_pointer()), arguments)
@@ -114,8 +126,7 @@ _call = function(types.void(ROW_T, MACHINE_T), _jump)
 _call_tile = function(types.void(*[types.int64] * 7), _jump_tile)
 _call_reader = function(types.void(*[types.int64] * 4), _jump_tile)
 
-_row_at = function(ROW_T(types.int64), lambda b, at: b.inttoptr(at, _record_pointer(ROW)))
-_machine_at = function(MACHINE_T(types.int64), lambda b, at: b.inttoptr(at, _record_pointer(MACHINE)))
+_row_at, _machine_at = record_at(ROW), record_at(MACHINE)
 
 # --- The team. ---
 
@@ -123,6 +134,7 @@ TEAM_WORDS = 64
 POSTED, ARRIVED, ROUND, SLEEPERS, STOP, PATIENCE, NAPS = (
     64 * i for i in range(7)
 )  # bytes; each on a cache line of its own
+NEAR = 160 << 10  # bytes of activations that a core's second cache holds beside a panel
 IDLE_NS = 1_500_000  # how long a helper spins between two steps
 _FUTEX = {"x86_64": 202, "AMD64": 202, "aarch64": 98}.get(platform.machine(), 0)
 _system_call = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
@@ -292,6 +304,9 @@ def _merge(r, m, out):
                 m.parts, (((q // group) * m.chunks + c) * group + q % group) * m.parts_stride, r.head_width + 2
             )
             best = max(best, part[r.head_width])
+        if r.sinks:
+            best = max(best, floats(r.sinks, q, 1)[0])
+            total = exp(floats(r.sinks, q, 1)[0] - best)
         for i in range(r.head):
             result[i] = f4(0)
         for c in range(m.chunks):
@@ -305,6 +320,16 @@ def _merge(r, m, out):
         total = f4(1) / total
         for i in range(r.head):
             result[i] *= total
+        if r.value_kind == Q4_KIND:
+            hadamard(out + 4 * q * r.head, r.head, 1)
+
+
+@jit(**HELP)
+def _shut(x, gate, n):
+    """x [n] *= sigmoid(gate)."""
+    v, g = floats(x, 0, n), floats(gate, 0, n)
+    for i in range(n):
+        v[i] /= f4(1) + exp(-ground.maximum(g[i], f4(-80)))
 
 
 @jit(**HELP)
@@ -341,6 +366,11 @@ def quantise(r, m):
         if r.merge and m.chunks > 1:
             x = m.own + m.scratch
             _merge(r, m, x)
+        if r.gate:
+            if x != m.own + m.scratch:  # other threads read it too
+                floats(m.own + m.scratch, 0, r.width)[:] = floats(x, 0, r.width)
+                x = m.own + m.scratch
+            _shut(x, r.gate + (m.n - 1) * r.gate_stride, r.width)
         factor = _root_mean_square(x, r.width, r.epsilon) if r.norm else f4(1)
         _into_one(r, m.own, x, n_blocks, factors, factor, 0)
         return
@@ -348,6 +378,8 @@ def quantise(r, m):
     for i in range(first, end):
         for t in range(TILE):
             x = r.input + (i * TILE + t) * r.input_stride
+            if r.gate and i * TILE + t < m.n:
+                _shut(x, r.gate + (i * TILE + t) * r.gate_stride, r.width)
             factor = _root_mean_square(x, r.width, r.epsilon) if r.norm else f4(1)
             _into_tile(r, x, n_blocks, factors, factor, i * n_blocks, t)
     barrier(m)
@@ -380,10 +412,12 @@ def product(r, m):
             _call_tile(r.kernel_one, r.weight + p * r.panel_bytes, x, out + 64 * p, r.blocks, stride, r.add)
         return
     n_tiles = _tiles(m)
-    for p in range(first, end):
-        for i in range(n_tiles):
-            _call_tile(r.kernel, r.weight + p * r.panel_bytes, r.tiles + i * r.tile_bytes,
-                       out + i * TILE * stride + 64 * p, r.blocks, stride, r.add)  # fmt: skip
+    some = max(1, NEAR // r.tile_bytes)  # tiles that stay near while all panels pass
+    for begin in range(0, n_tiles, some):
+        for p in range(first, end):
+            for i in range(begin, min(begin + some, n_tiles)):
+                _call_tile(r.kernel, r.weight + p * r.panel_bytes, r.tiles + i * r.tile_bytes,
+                           out + i * TILE * stride + 64 * p, r.blocks, stride, r.add)  # fmt: skip
 
 
 @jit(**HELP)
@@ -442,6 +476,22 @@ def add_normed(r, m):
 
 
 @operation
+def normalise(r, m):
+    """output = norm(output), with weights `norm`, cut to -cap … cap where there is a cap: all heads of a token together (OLMoE)."""
+    first, end = _share(m.n, m)
+    for t in range(first, end):
+        at = r.output + t * r.output_stride
+        out = floats(at, 0, r.width)
+        if r.norm:
+            weights, factor = floats(r.norm, 0, r.width), _root_mean_square(at, r.width, r.epsilon)
+            for i in range(r.width):
+                out[i] *= factor * weights[i]
+        if r.cap > 0:
+            for i in range(r.width):
+                out[i] = min(max(out[i], f4(-r.cap)), f4(r.cap))
+
+
+@operation
 def add_bias(r, m):
     """output += norm, which is a bias here."""
     first, end = _share(m.n, m)
@@ -470,28 +520,34 @@ def _head(x, out, step, r, bias, norm, turn, factor):
     """out[:: step] = factor · rotated (norm (x + bias)): one head of queries or keys, float32 [head]."""
     n = r.head
     source, target, scale = floats(x, 0, n), floats(out, 0, (n - 1) * step + 1), f4(factor)
+    # The source stays as it is: with chunks, several threads take the same query.
+    for i in range(n):
+        target[i * step] = source[i]
     if bias:
         added = floats(bias, 0, n)
         for i in range(n):
-            source[i] += added[i]
+            target[i * step] += added[i]
     if norm:
-        weights, root = floats(norm, 0, n), _root_mean_square(x, n, r.epsilon)
+        weights, total = floats(norm, 0, n), f4(0)
         for i in range(n):
-            source[i] *= root * weights[i]
+            total += target[i * step] * target[i * step]
+        root = f4(1) / f4(math.sqrt(total / f4(n) + f4(r.epsilon)))
+        for i in range(n):
+            target[i * step] *= root * weights[i]
     for i in range(r.rotated, n):
-        target[i * step] = source[i] * scale
+        target[i * step] *= scale
     half, turned = r.rotated // 2, floats(turn, 0, r.rotated)
     for i in range(half):
         a, b = (i, i + half) if r.split else (2 * i, 2 * i + 1)
         c, s = turned[2 * i], turned[2 * i + 1]
-        x0, x1 = source[a], source[b]
+        x0, x1 = target[a * step], target[b * step]
         target[a * step] = (x0 * c - x1 * s) * scale
         target[b * step] = (x1 * c + x0 * s) * scale
 
 
 @jit(**HELP)
-def _remember(r, m, t, h, space):
-    """Write the key and value of token t's head h into its sequence's page."""
+def _remember(r, m, t, h, space, staged):
+    """Write the key and value of token t's head h into its sequence's page, or the key to where the page's are staged."""
     table, position = longs(m.tables, m.n)[t], longs(m.positions, m.n)[t]
     row = r.input + t * r.input_stride
     key = row + 4 * (r.queries + h) * r.head
@@ -504,7 +560,8 @@ def _remember(r, m, t, h, space):
         for i in range(r.head):
             v[i] += added[i]
     stretch = longs(table + 8 * (position // PAGE), 1)[0] + r.inside + h * r.stretch
-    store_pair(r.kind, r.size, stretch, position, floats(space, 0, r.head), v, r.head, r.head_width)
+    store_pair(r, stretch, position, space, value, staged)
+    return stretch
 
 
 @jit(**HELP)
@@ -531,8 +588,11 @@ def _attend_apart(r, m):
         c, h, t = item % m.chunks, item // m.chunks % r.heads, item // (m.chunks * r.heads)
         position = longs(m.positions, m.n)[t]
         table = longs(longs(m.tables, m.n)[t], position // PAGE + 1)
+        staged = _own_staged(r, m, t, h)
         if c == m.chunks - 1:
-            _remember(r, m, t, h, q)
+            stretch = _remember(r, m, t, h, q, staged)
+            if r.key_kind == Q4_KIND and position % PAGE == PAGE - 1:
+                settle(r, stretch, staged)  # nobody reads it in this step
         start = _first_seen(r, position)
         panels = (position - start) // 16 + 1
         a, b = start + panels * c // m.chunks * 16, min(start + panels * (c + 1) // m.chunks * 16, position + 1)
@@ -542,12 +602,49 @@ def _attend_apart(r, m):
             for i in range(M):
                 _query(r, m, t, h * group + done + i, q + 4 * i, M)
                 limits[i] = position
-            _attend(r, table, h, 1, M, a, b, limits, q, work, out, state)
+            _attend(r, table, h, 1, M, a, b, limits, q, work, out, state, staged, position // PAGE)
             for i in range(M):
                 _deliver(
                     r, m, t, h * group + done + i, item * group + done + i, out + 4 * i * r.head_width, state + 8 * i
                 )
             done += M
+
+
+@jit(**HELP)
+def _own_staged(r, m, t, h):
+    """Where the keys of the page that token t's sequence is writing are staged, of head h; 0 if they are not."""
+    return longs(m.memories, m.n)[t] + r.staged_at + 4 * PAGE * r.head * h if r.key_kind == Q4_KIND else 0
+
+
+@jit(**HELP)
+def _settle_all(r, m):
+    """Of a prompt's piece: its full pages' keys become 4 bits, the last ones stay staged, in the sequence's memory."""
+    positions = longs(m.positions, m.n)
+    begin, end = positions[0], positions[m.n - 1] + 1
+    first, last = begin // PAGE, (end - 1) // PAGE
+    table = longs(longs(m.tables, m.n)[0], last + 1)
+    item, size = m.thread, 4 * PAGE * r.head
+    while item < (last - first + 1) * r.heads:
+        page, h = first + item // r.heads, item % r.heads
+        staged = r.staged + (page - first) * r.staged_stride + size * h
+        if (page + 1) * PAGE <= end:
+            settle(r, table[page] + r.inside + h * r.stretch, staged)
+        else:
+            floats(_own_staged(r, m, 0, h), 0, size // 4)[:] = floats(staged, 0, size // 4)
+        item += m.threads
+
+
+@jit(**HELP)
+def _restage(r, m):
+    """Before that: what is staged of the page that the piece begins in."""
+    known = longs(m.positions, m.n)[0] % PAGE
+    for h in range(m.thread, r.heads, m.threads):
+        source, target = _own_staged(r, m, 0, h), r.staged + 4 * PAGE * r.head * h
+        for at in range(known):
+            begin = at // 16 * 16 * r.head + at % 16
+            old, new = floats(source, begin, 16 * r.head), floats(target, begin, 16 * r.head)
+            for i in range(r.head):
+                new[16 * i] = old[16 * i]
 
 
 @jit(**HELP)
@@ -560,9 +657,9 @@ def _attention_space(r, m, groups):
 
 
 @jit(**HELP)
-def _attend(r, table, h, groups, M, first, end, limits, q, work, out, state):
-    attend(longs(r.attention_kernels, 2 * QUERIES), r.kind, r.size, table, r.inside + h * r.stretch, r.head, r.head_width,
-           groups, M, q, first, end, limits, r.window, f4(r.cap), work, out, state)  # fmt: skip
+def _attend(r, table, h, groups, M, first, end, limits, q, work, out, state, staged, staged_from):
+    attend(r, longs(r.attention_kernels, 3 * QUERIES), table, r.inside + h * r.stretch, groups, M, q, first, end, limits, work,
+           out, state, staged, staged_from)  # fmt: skip
 
 
 @jit(**HELP)
@@ -576,8 +673,14 @@ def _deliver(r, m, t, query, part, sums, state):
         out[r.head_width], out[r.head_width + 1] = s[0], s[1]
     else:
         out, inverse = floats(r.output + t * r.output_stride, query * r.head, r.head), f4(1) / s[1]
+        if r.sinks:
+            sink = floats(r.sinks, query, 1)[0]
+            best = max(sink, s[0])
+            inverse = exp(s[0] - best) / (s[1] * exp(s[0] - best) + exp(sink - best))
         for k in range(r.head):
             out[k] = x[k] * inverse
+        if r.value_kind == Q4_KIND:
+            hadamard(r.output + t * r.output_stride + 4 * query * r.head, r.head, 1)
 
 
 @jit(**HELP)
@@ -585,11 +688,17 @@ def _attend_together(r, m):
     """First all keys and values; then, for a few neighbouring tokens, all queries that share a head, so that it is read once."""
     group = r.queries // r.heads
     first, end = _share(m.n, m)
-    for t in range(first, end):
-        for h in range(r.heads):
-            _remember(r, m, t, h, m.own + m.scratch)
-    barrier(m)
     positions, limits = longs(m.positions, m.n), longs(m.own + m.scratch, QUERIES)
+    staged_from = positions[0] // PAGE
+    for t in range(first, end):
+        staged = r.staged + (positions[t] // PAGE - staged_from) * r.staged_stride
+        for h in range(r.heads):
+            _remember(r, m, t, h, m.own + m.scratch, staged + 4 * PAGE * r.head * h)
+    if r.key_kind == Q4_KIND:
+        _restage(r, m)
+    barrier(m)
+    if r.key_kind == Q4_KIND:
+        _settle_all(r, m)
     q, work, out, state = _attention_space(r, m, group)
     stretches, item = (m.n + QUERIES - 1) // QUERIES, m.thread
     while item < stretches * r.heads:
@@ -600,7 +709,8 @@ def _attend_together(r, m):
             for g in range(group):
                 _query(r, m, t + i, h * group + g, q + 4 * (g * M * r.head + i), M)
         table = longs(longs(m.tables, m.n)[t], limits[M - 1] // PAGE + 1)
-        _attend(r, table, h, group, M, _first_seen(r, limits[0]), limits[M - 1] + 1, limits, q, work, out, state)
+        _attend(r, table, h, group, M, _first_seen(r, limits[0]), limits[M - 1] + 1, limits, q, work, out, state,
+                r.staged + 4 * PAGE * r.head * h, staged_from)  # fmt: skip
         for i in range(M):
             for g in range(group):
                 k = g * M + i
@@ -649,7 +759,7 @@ LONGEST = "attention"  # takes as long to compile as all other operations of a m
 COMMON = ("angles", "embed", "quantise", "product", "gated", "states")  # operations of every model
 
 
-def compile_beside(kind: str) -> None:
+def compile_beside(kinds: tuple[str, str]) -> None:
     """Fill an empty cache on two cores: a child compiles LONGEST (numba compiles one thing at a time), we what is common."""
     code = f"from organs.giant import engine; engine.address({LONGEST!r})"
     environment = kernels.cache.environment()
@@ -657,17 +767,18 @@ def compile_beside(kind: str) -> None:
                              stderr=subprocess.DEVNULL, env=environment, cwd=kernels.cache.ROOT)  # fmt: skip
     for name in COMMON:
         address(name)
-    attention_addresses(kind)
+    attention_addresses(*kinds)
     child.wait()  # if it failed, we shall compile that too
 
 
-_attention_kernels: dict[str, tuple[list, np.ndarray]] = {}
+_attention_kernels: dict[tuple[str, str], tuple[list, np.ndarray]] = {}
 
 
-def attention_addresses(kind: str) -> np.ndarray:
-    """int64 [2 · QUERIES], kept alive here."""
+def attention_addresses(keys: str, values: str) -> np.ndarray:
+    """int64 [2 · QUERIES], for keys and values of these kinds; kept alive here."""
+    kind = keys, values
     if kind not in _attention_kernels:
-        made = kernels_of(kind)
+        made = kernels_of(keys, values)
         _attention_kernels[kind] = made, np.array([f.address for f in made], np.int64)
     return _attention_kernels[kind][1]
 

@@ -12,11 +12,24 @@ from pathlib import Path
 import numpy as np
 
 from organs.giant.cache import PAGE, Pages, PrefixCache
-from organs.giant.gguf import GGUFFile, open_gguf
+from organs.giant.gguf import GGUFError, GGUFFile, open_gguf
 
+INTERPRETER = 200 << 20  # bytes that Python, NumPy and compiled code take
 PREFIX_BYTES = 128 << 20  # what the prefix cache may hold
 MOST_THREADS = 8
-KV_CACHES = ("f32", "f16", "bf16", "q8")
+KV_CACHES = ("f32", "f16", "bf16", "q8", "q4")
+_ALIASES = {"fp16": "f16", "bfloat16": "bf16", "q8_0": "q8", "q4k": "q4", "q4_k": "q4", "q4_0": "q4"}
+
+
+def kinds_of(kv_cache: str) -> tuple[str, str]:
+    """(keys, values) of "f16", or of "q8/q4" for different ones. Raises ValueError for what there is not."""
+    keys, _, values = kv_cache.lower().partition("/")
+    kinds = _ALIASES.get(keys, keys), _ALIASES.get(values or keys, values or keys)
+    if any(kind not in KV_CACHES for kind in kinds):
+        raise ValueError(
+            f"kv_cache is {kv_cache!r}; it can be {', '.join(KV_CACHES)}, or two for keys and values, such as q8/q4"
+        )
+    return kinds
 
 
 class ContextFull(ValueError):
@@ -40,43 +53,59 @@ class Giant:
         kv_cache: str = "f16",
         threads: int | None = None,
         offload: str | None = None,
+        ram: float | None = None,
+        prefetch: bool = True,
         exact: bool = False,
-        prefix_bytes: int = PREFIX_BYTES,
+        prefix_bytes: int | None = None,
         prefix_folder: str | os.PathLike | None = None,
         say: Callable[[str], None] | None = None,
     ) -> Giant:
         """Read a GGUF and make it ready.
 
         context: tokens a session holds at most; None: what the model was trained for.
-        kv_cache: "f32", "f16", "bf16" or "q8".
+        kv_cache: "f32", "f16", "bf16", "q8" or "q4", or two for keys and values: "q8/q4".
         threads: None: the CPUs that this process may use, at most eight.
-        offload: None; what else there will be arrives with EXPERTS.
+        offload: None: everything is in memory. "disk": experts stay in the file and are read when they are wanted.
+        ram, prefetch: with "disk": GB that the process may take (None: half of what the machine has free), and whether experts
+        are read before they are wanted.
         exact: prompts are read with 16-bit activations, as single tokens always are; slower, and closer to float32.
-        prefix_bytes, prefix_folder: what the prefix cache may hold in memory, and where it keeps a copy on disk.
+        prefix_bytes, prefix_folder: what the prefix cache may hold in memory (None: 128 MB, and a dozen recurrent states of
+        models that have one), and where it keeps a copy on disk.
         say: hears one sentence when kernels have to be compiled first.
         Raises GGUFError for a file that is damaged or not supported, ValueError for settings that are impossible.
         """
-        if kv_cache not in KV_CACHES:
-            raise ValueError(f"kv_cache is {kv_cache!r}; it can be {', '.join(KV_CACHES)}")
-        if offload is not None:
-            raise ValueError(f"offload is {offload!r}; only None is supported")
+        kinds = kinds_of(kv_cache)
+        if offload not in (None, "none", "disk"):
+            raise ValueError(f"offload is {offload!r}; it can be none or disk")
+        if ram is not None and offload != "disk":
+            raise ValueError("ram is for offload='disk', where experts stay in the file")
+        if ram is not None and not ram > 0:
+            raise ValueError(f"ram is {ram}; it is a number of GB")
         for name, value in (("context", context), ("threads", threads)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         file = open_gguf(path)
         try:
             giant = cls.__new__(cls)
-            giant._set_up(file, context, kv_cache, threads or default_threads(), exact, say)
+            giant._set_up(file, context, kinds, threads or default_threads(), exact, say, offload == "disk")
+            if giant.residency is not None:
+                giant.residency.is_prefetching = prefetch
+                giant.residency.start(int(1e9 * (ram or free_memory() / 2e9)) - giant._fixed_bytes())
             folder = Path(prefix_folder) if prefix_folder else None
-            giant.prefixes = PrefixCache(giant._page_bytes, prefix_bytes, folder, giant._identity(kv_cache, exact))
+            state = giant._memory_bytes if giant._has_state else 0
+            limit = PREFIX_BYTES + 12 * state if prefix_bytes is None else prefix_bytes
+            giant.prefixes = PrefixCache(
+                giant._page_bytes, limit, folder, giant._identity(kinds, exact), memory_bytes=state
+            )
         except BaseException:
             file.close()
             raise
         return giant
 
     def _set_up(
-        self, file: GGUFFile, context: int | None, kind: str, threads: int, exact: bool, say: Callable | None
-    ) -> None:
+        self, file: GGUFFile, context: int | None, kinds: tuple[str, str], threads: int, exact: bool, say: Callable | None,
+        is_on_disk: bool = False,
+    ) -> None:  # fmt: skip
         is_cold = not _has_kernels()
         if is_cold and say is not None:
             say("compiling kernels for this model, once for this machine…")
@@ -85,8 +114,8 @@ class Giant:
 
         architectures.check(file)
         if is_cold:
-            engine.compile_beside(kind)
-        recorder = Recorder(file, kv_cache=kind, threads=threads, exact=exact)
+            engine.compile_beside(kinds)
+        recorder = Recorder(file, kv_cache=kinds, threads=threads, exact=exact, is_on_disk=is_on_disk)
         try:
             architectures.record(recorder)
         except BaseException:
@@ -96,6 +125,7 @@ class Giant:
         self.file, self.shape, self.threads, self._kept = file, recorder.shape, threads, recorder.kept
         self.vocab_size = recorder.shape.vocabulary
         self.context = min(context or recorder.shape.context, 1 << 24)
+        self._memory_bytes, self._has_state = recorder.memory_bytes, recorder.has_state
         self._page_bytes, self._chunk, self._tile = recorder.page_bytes, recorder.chunk, products.TILE
         self._logits_width = recorder.logits_width
         self._logits = products.aligned(4 * self._logits_width * products.TILE, np.float32)
@@ -105,41 +135,67 @@ class Giant:
         own = [products.aligned(recorder.own_bytes + recorder.scratch + 4096) for _ in range(threads)]
         parts = products.aligned(4 * stride * shape.queries * threads)
         self._kept += [*own, parts]
+        self._trouble, self._routes, self.residency = recorder.trouble, recorder.routes, recorder.residency
         self._machines["own"] = [a.ctypes.data for a in own]
         self._machines["scratch"] = recorder.own_bytes
         self._machines["parts"], self._machines["parts_stride"] = parts.ctypes.data, stride
-        self._inputs = np.zeros((3, self._chunk), np.int64)  # tokens, positions, tables
-        for row, name in zip(self._inputs, ("tokens", "positions", "tables"), strict=True):
+        self._inputs = np.zeros((4, self._chunk), np.int64)
+        for row, name in zip(self._inputs, ("tokens", "positions", "tables", "memories"), strict=True):
             self._machines[name] = row.ctypes.data
         self._team = engine.Team(program, self._machines)
         self._pace = engine.Pace()
         self._lock = threading.Lock()
 
-    def _identity(self, kind: str, exact: bool) -> str:
+    def _identity(self, kinds: tuple[str, str], exact: bool) -> str:
         path = self.file.path
-        return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kind} {exact}"
+        return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kinds} {exact}"
+
+    def _fixed_bytes(self) -> int:
+        """What the process takes besides experts: matrices, room for activations, and about as much again as an interpreter."""
+        stretch = max((a.nbytes for a in self._kept), default=0)  # of matrices, which it may not fill
+        dense = sum(i.nbytes for n, i in self.file.tensors.items() if "_exps." not in n)
+        return dense + sum(a.nbytes for a in self._kept) - stretch + INTERPRETER
+
+    def _sequence(self) -> Pages:
+        """Room for a new sequence."""
+        return Pages(self._page_bytes, self._memory_bytes)
 
     # --- Steps. ---
 
-    def _step(self, tokens: np.ndarray, positions: np.ndarray, tables: Sequence[np.ndarray], *, together: bool,
+    def _step(self, tokens: np.ndarray, positions: np.ndarray, sequences: Sequence[Pages], *, together: bool,
               logits: np.ndarray, is_all: bool = False, states: np.ndarray | None = None) -> None:  # fmt: skip
-        """Run tokens [n] at their positions; tables: one for all, or one for each. logits: where rows go."""
+        """Run tokens [n] at their positions; sequences: one for all, or one for each. logits: where rows go."""
         n, m, inputs = len(tokens), self._machines, self._inputs
         inputs[0, :n], inputs[1, :n] = tokens, positions
-        inputs[2, :n] = [t.ctypes.data for t in tables] if len(tables) == n else tables[0].ctypes.data
+        inputs[2, :n] = [s.table.ctypes.data for s in sequences]
+        inputs[3, :n] = [s.memory.ctypes.data for s in sequences]
         m["n"], m["together"], m["all"] = n, together, is_all
         heads = self.shape.heads
         m["chunks"] = self.threads // int(np.gcd(heads, self.threads)) if n == 1 and positions[0] >= 32 else 1
         m["logits"], m["logits_stride"] = logits.ctypes.data, 4 * self._logits_width
         m["states"] = 0 if states is None else states.ctypes.data
-        if n > 1 or self.threads == 1:
+        if (
+            n > 1 or self.threads == 1 or self.residency is not None
+        ):  # threads that wait for the disk sleep too, and that is well
             self._team.step()
+            self._check()
             return
         alone, naps, began = self._pace.choose(), self._team.naps, time.perf_counter()
         if alone:
             m["chunks"] = 1
         self._team.step(alone)
         self._pace.note(alone, time.perf_counter() - began, self._team.naps - naps)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise GGUFError where a router of the last step gave no numbers, or an expert could not be read."""
+        if self.residency is not None:
+            self.residency.check()
+        if self._trouble[0]:
+            layer, self._trouble[0] = int(self._trouble[0]) - 1, 0
+            raise GGUFError(
+                f"{self.file.path}: the router of layer {layer} gives no numbers (NaN or infinite); the file's weights are damaged"
+            )
 
     def _read(self, pages: Pages, start: int, tokens: np.ndarray, out: np.ndarray | None = None,
               states: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
@@ -147,15 +203,30 @@ class Giant:
         with self._lock:
             done = 0
             while done < len(tokens):
-                piece = tokens[done : done + self._chunk]
                 at = start + done
+                piece = tokens[done : done + self._piece(at, len(tokens) - done)]
                 pages.own(at)
                 pages.reserve(at + len(piece))
                 target = self._logits if out is None else out[done:]
-                self._step(piece, np.arange(at, at + len(piece)), [pages.table], together=len(piece) > 1, logits=target,
+                self._step(piece, np.arange(at, at + len(piece)), [pages], together=len(piece) > 1, logits=target,
                            is_all=out is not None, states=None if states is None else states[done:])  # fmt: skip
                 done += len(piece)
+                if self._has_state and (at + len(piece)) % PAGE == 0:
+                    pages.snapshot(at + len(piece), is_lasting=len(piece) > 1)
             return self._logits[: self.vocab_size].copy()
+
+    def _piece(self, at: int, left: int) -> int:
+        """How many of the tokens that are left are read next: where the model has a recurrent state, so that a snapshot of it
+        can be taken at whole multiples of a chunk, and at the last full page."""
+        if not self._has_state or left == 1:
+            return min(left, self._chunk)
+        end = at + left
+        stops = [
+            at + self._chunk - at % self._chunk if self._chunk % PAGE == 0 else at + self._chunk,
+            end - end % PAGE,
+            end,
+        ]
+        return min(stop for stop in stops if stop > at) - at
 
     def _ids(self, tokens: Sequence[int]) -> np.ndarray:
         """int64 [n]. Raises ValueError for an empty sequence or an id outside of the vocabulary."""
@@ -182,8 +253,17 @@ class Giant:
         ids = self._ids(tokens)
         self._room(0, len(ids))
         out = np.empty((len(ids) + self._tile, self._logits_width), np.float32)
-        self._read(Pages(self._page_bytes), 0, ids, out)
+        self._read(self._sequence(), 0, ids, out)
         return out[: len(ids), : self.vocab_size]
+
+    def routes(self, n: int) -> np.ndarray:
+        """int64 [layers with experts, n, used]: what experts the n tokens of the last step chose, best first.
+
+        A step is one token, or one piece of a prompt.
+        """
+        return np.stack(
+            [chosen.reshape(-1)[: n * chosen.shape[1]].reshape(n, -1)[:, :-1] for chosen in self._routes.values()]
+        )
 
     def session(self) -> Session:
         """A fresh context of this model."""
@@ -221,11 +301,18 @@ class Giant:
                     session._pages.own(len(session.tokens))
                     session._pages.reserve(len(session.tokens) + 1)
                 positions = np.array([len(session.tokens) for session in some])
-                tables = [session._pages.table for session in some]
+                sequences = [session._pages for session in some]
                 self._step(
-                    ids[first : first + len(some)], positions, tables, together=False, logits=out[first:], is_all=True
+                    ids[first : first + len(some)],
+                    positions,
+                    sequences,
+                    together=False,
+                    logits=out[first:],
+                    is_all=True,
                 )
         for session, token in zip(sessions, ids.tolist(), strict=True):
+            if self._has_state and (len(session.tokens) + 1) % PAGE == 0:
+                session._pages.snapshot(len(session.tokens) + 1, is_lasting=False)
             session._joined([token])
         return out[: len(ids), : self.vocab_size]
 
@@ -234,13 +321,15 @@ class Giant:
         ids = self._ids(tokens)
         self._room(0, len(ids))
         states = np.empty((len(ids), self.shape.width), np.float32)
-        self._read(Pages(self._page_bytes), 0, ids, states=states)
+        self._read(self._sequence(), 0, ids, states=states)
         mean = states.mean(0)
         return mean / max(float(np.linalg.norm(mean)), 1e-12)
 
     def close(self) -> None:
         """Send the threads home and close the file."""
         self._team.close()
+        if self.residency is not None:
+            self.residency.close()
         self.file.close()
 
     def __del__(self) -> None:
@@ -253,7 +342,7 @@ class Session:
 
     def __init__(self, giant: Giant):
         self.giant, self.tokens = giant, []
-        self._pages = Pages(giant._page_bytes)
+        self._pages = giant._sequence()
 
     giant: Giant
     tokens: list[int]
@@ -269,26 +358,44 @@ class Session:
         giant._room(len(self.tokens), len(ids))
         start, skipped = len(self.tokens), 0
         if start == 0 and len(ids) > PAGE:
-            found = giant.prefixes.find(ids[:-1].tolist())
-            self._pages.adopt(found)
-            skipped = len(found) * PAGE
+            skipped = self._begin(ids[:-1])
         logits = giant._read(self._pages, start + skipped, ids[skipped:])
         self._joined(ids.tolist())
         return logits
+
+    def _begin(self, ids: np.ndarray) -> int:
+        """Take what is known of a beginning from the prefix cache; how many tokens that is."""
+        found, memory = self.giant.prefixes.resume(ids.tolist())
+        self._pages.adopt(found, memory)
+        return len(found) * PAGE
 
     def _joined(self, ids: list[int]) -> None:
         before = len(self.tokens) // PAGE
         self.tokens += ids
         if len(self.tokens) // PAGE > before:
-            kept = self.giant.prefixes.keep(self.tokens, self._pages.pages)
+            kept = self.giant.prefixes.keep(self.tokens, self._pages.pages, self._pages.take_snapshots())
             self._pages.shared = max(self._pages.shared, kept)
 
     def rewind(self, n: int) -> None:
-        """Keep the first n tokens only. Raises ValueError unless 0 <= n <= len(tokens)."""
+        """Keep the first n tokens only. Raises ValueError unless 0 <= n <= len(tokens).
+
+        A recurrent state cannot be undone: it comes back from the nearest snapshot before, and tokens since then are read again.
+        """
         if not 0 <= n <= len(self.tokens):
             raise ValueError(f"a session of {len(self.tokens)} tokens cannot be rewound to {n}")
+        if self.giant._memory_bytes and 0 < n < len(self.tokens):
+            ids, full = np.array(self.tokens[:n]), self._pages.pages[: n // PAGE]
+            self._pages = self.giant._sequence()
+            if self.giant._has_state:
+                begin = self._begin(ids)
+            else:  # only keys of the last page are gone
+                self._pages.adopt(full)
+                begin = len(full) * PAGE
+            if begin < n:
+                self.giant._read(self._pages, begin, ids[begin:])
+        elif n < len(self.tokens):
+            self._pages.truncate(n)
         del self.tokens[n:]
-        self._pages.truncate(n)
 
     def fork(self) -> Session:
         """A second session with the same context; what they share is held once."""
@@ -299,6 +406,15 @@ class Session:
     def close(self) -> None:
         """Give the memory back; the prefix cache may keep what it likes."""
         self.rewind(0)
+
+
+def free_memory() -> int:
+    """Bytes that programs can still have (Linux; elsewhere 8 GB are assumed)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 8 << 30
 
 
 def default_threads() -> int:

@@ -29,11 +29,17 @@ ground = kernels.ground
 SOURCES = tuple(Path(__file__).with_name(f"{n}.py") for n in ("formats", "lanes", "products", "attention", "engine"))
 
 
+def sources_of(f) -> tuple[Path, ...]:
+    """The files whose change makes a function's compiled code stale: the common ones, and its own."""
+    own = Path(f.__code__.co_filename)
+    return SOURCES if own in SOURCES else (*SOURCES, own)
+
+
 def jit(**options):
     """numba.njit, cached in the giant's folder; not so what only compiled code calls (HELP), which is part of its callers."""
 
     def decorate(f):
-        with kernels.compiling("giant", SOURCES):
+        with kernels.compiling("giant", sources_of(f)):
             return njit(**{**options, "cache": not options.get("no_cpython_wrapper")})(f)
 
     return decorate
@@ -56,7 +62,7 @@ class _CFunction(CFunc):
 def c_function(signature, f, **options):
     """numba.cfunc, cached in the giant's folder."""
     options = {k: v for k, v in options.items() if k != "cache"}
-    with kernels.compiling("giant", SOURCES):
+    with kernels.compiling("giant", sources_of(f)):
         made = _CFunction(f, (signature.args, signature.return_type), locals={}, options=options)
         made.enable_caching()
         made.compile()

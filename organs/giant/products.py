@@ -333,6 +333,24 @@ def _interleave(source, to, fields, n_fields, rows, row_bytes, n_blocks, size):
                 turned = fields[f, 2] < 0
                 for k in range(count):
                     inside = block * size + begin + k * item
+                    if (
+                        first + 16 <= rows and inside + item <= row_bytes and not turned
+                    ):  # nearly always: without questions
+                        s = first * row_bytes + inside
+                        if item == 4:
+                            for r in range(16):
+                                _copy_word(to + at + 4 * r, source + s + r * row_bytes)
+                        elif item == 2:
+                            for r in range(16):
+                                out[at + 2 * r], out[at + 2 * r + 1] = (
+                                    raw[s + r * row_bytes],
+                                    raw[s + r * row_bytes + 1],
+                                )
+                        else:
+                            for r in range(16):
+                                out[at + r] = raw[s + r * row_bytes]
+                        at += 16 * item
+                        continue
                     for r in range(16):
                         row = first + r
                         if row >= rows or inside + item > row_bytes:

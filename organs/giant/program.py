@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from organs.giant import attention, engine, products
-from organs.giant.gguf import GGUFError, GGUFFile
+from organs.giant.gguf import GGUFError, GGUFFile, TensorInfo
 from organs.giant.products import BLOCK, BYTES, PLAIN, ROWS, TILE
 
 SLAB = 8 << 20  # bytes that are read and packed at a time
@@ -50,7 +51,9 @@ class Shape:
             raise GGUFError(f"{file.path}: {queries} heads and a width of {width} make no model")
         heads = number("attention.head_count_kv", queries)
         head = number("attention.key_length", width // queries)
-        shape = cls(name, width, number("block_count"), queries, heads, head, number("feed_forward_length"),
+        layers = number("block_count") - number("nextn_predict_layers", 0)
+        hidden = number("feed_forward_length", file.metadata.get(f"{name}.expert_feed_forward_length"))
+        shape = cls(name, width, layers, queries, heads, head, hidden,
                     embedding.shape[0], number("context_length"), file.get(f"{name}.attention.layer_norm_rms_epsilon", float))  # fmt: skip
         if min(shape.layers, heads, head, shape.hidden, shape.context) < 1 or queries % max(heads, 1) or head % 2:
             raise GGUFError(f"{file.path}: its sizes make no model: {shape}")
@@ -111,9 +114,10 @@ class Recorder:
     """Collects rows, matrices and memory of a model; `program()` is the result."""
 
     def __init__(
-        self, file: GGUFFile, *, kv_cache: str, threads: int, exact: bool, say: Callable[[str], None] | None = None
-    ):
-        self.file, self.shape, self.kind, self.threads, self.exact = file, Shape.of(file), kv_cache, threads, exact
+        self, file: GGUFFile, *, kv_cache: tuple[str, str], threads: int, exact: bool, say: Callable[[str], None] | None = None,
+        is_on_disk: bool = False,
+    ):  # fmt: skip
+        self.file, self.shape, self.kinds, self.threads, self.exact = file, Shape.of(file), kv_cache, threads, exact
         s = self.shape
         self.rows: list[dict] = []
         self.kept: list[np.ndarray] = []  # whatever rows point to
@@ -127,17 +131,29 @@ class Recorder:
             TILE * 4, min(LONGEST_CHUNK, WORKSPACE // (4 * floats + 3 * (s.hidden + 2 * s.width)) // 16 * 16)
         )
         self.x, self.x_stride = self.buffer(s.width)
-        self.qkv, self.qkv_stride = self.buffer(self.joined)
+        self.qkv, self.qkv_stride = self.buffer(self.joined + ROWS)
         self.out, self.out_stride = self.buffer(self.attention_width)
         self.spare: tuple[int, int] | None = None  # for norms behind, when one is asked for
-        self.ones = self.keep(np.ones(max(s.width, s.hidden, self.attention_width) + BLOCK, np.float32))
+        self.n_ones = 0
+        self.wide(max(s.width, s.hidden, self.attention_width))
         self.own_bytes = 0
         self.left: np.ndarray | None = None  # of the stretch for matrices
         self.activations: dict[tuple[str, int], Activations] = {}
         self.turned: dict[Rope, int] = {}
         self.scratch = 0
         self.token_table: Matrix | None = None
-        self.page_bytes = s.layers * s.heads * attention.stretch_bytes(kv_cache, s.head)
+        self.rooms: dict[str, np.ndarray] = {}
+        self.page_bytes = 0  # of a page of keys and values; grows with each layer of attention
+        self.is_on_disk = is_on_disk  # whether experts stay in the file
+        self.residency: Any = None  # who brings them (residency.Residency), once a layer has some
+        self.memory_bytes = 0  # of a sequence's memory beside pages; grows with each layer that has one
+        self.has_state = (
+            False  # whether that memory is more than keys of the last page, which are read again where need be
+        )
+        self.routes: dict[
+            int, np.ndarray
+        ] = {}  # by layer: the experts that the last step's tokens chose, int64 [chunk, used + 1]
+        self.trouble = np.zeros(1, np.int64)  # the number, from 1, of a layer whose router gave no numbers
 
     # --- Memory. ---
 
@@ -150,6 +166,26 @@ class Recorder:
         """Room for so many float32 of every token of a chunk: (address, bytes from token to token)."""
         stride = 4 * -(-numbers // 16) * 16
         return self.keep(products.aligned(stride * self.chunk)), stride
+
+    def room(self, use: str, nbytes: int) -> int:
+        """The address of room for one use, shared by all layers, which come one after the other."""
+        have = self.rooms.get(use)
+        if have is None or len(have) < nbytes:
+            assert have is None, f"room for {use} was too small"
+            have = self.rooms[use] = products.aligned(nbytes)
+            self.kept.append(have)
+        return have.ctypes.data
+
+    def wide(self, numbers: int) -> None:
+        """Have as many ones as this: factors of what is quantised without a norm."""
+        if numbers + BLOCK > self.n_ones:
+            self.n_ones = numbers + BLOCK
+            self.ones = self.keep(np.ones(self.n_ones, np.float32))
+
+    def buffered(self, use: str, numbers: int) -> tuple[int, int]:
+        """As `buffer`, but shared by all layers that name this use."""
+        stride = 4 * -(-numbers // 16) * 16
+        return self.room(f"{use}, {numbers}", stride * self.chunk), stride
 
     def own(self, nbytes: int) -> int:
         """Room in each thread's own memory: where it begins."""
@@ -176,7 +212,9 @@ class Recorder:
         """
         nbytes = -(-nbytes // 64) * 64
         if self.left is None or len(self.left) < nbytes:
-            wanted = sum(info.nbytes for info in self.file.tensors.values()) if self.left is None else 0
+            stay = lambda name: self.is_on_disk and "_exps." in name
+            sizes = [info.nbytes for name, info in self.file.tensors.items() if not stay(name)]
+            wanted = sum(sizes) if self.left is None else 0
             self.left = products.aligned(max(nbytes, wanted))
             self.kept.append(self.left)
         space, self.left = self.left[:nbytes], self.left[nbytes:]
@@ -187,41 +225,82 @@ class Recorder:
     def has(self, name: str) -> bool:
         return name in self.file.tensors
 
-    def vector(self, name: str, numbers: int) -> np.ndarray:
-        """float32 [numbers]."""
-        info = self.file.tensors.get(name)
-        if info is None:
-            raise GGUFError(f"{self.file.path}: it lacks the tensor {name}")
-        if info.shape != (numbers,):
-            raise GGUFError(f"{self.file.path}: {name} has the shape {info.shape}, not ({numbers},)")
+    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """float32 of a small tensor. Raises GGUFError where it is missing or has another shape."""
+        info = self.info(name, shape)
         from organs.giant.formats import dequantise
 
         raw = np.empty(info.nbytes, np.uint8)
         self.file.read(info, raw)
-        return dequantise(raw, info.format)
+        return dequantise(raw, info.format).reshape(shape)
 
-    def matrix(self, name: str, rows: int, columns: int, multiple: int = ROWS) -> Matrix:
-        """Packed, in the background; rows are filled up with zeros to a multiple."""
+    def vector(self, name: str, numbers: int) -> np.ndarray:
+        """float32 [numbers], with zeros behind up to a multiple of 32, since blocks are read whole."""
+        out = np.zeros(-(-numbers // BLOCK) * BLOCK, np.float32)
+        out[:numbers] = self.array(name, (numbers,))
+        return out[:numbers]
+
+    def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        """A tensor's. Raises GGUFError where it is missing or has another shape."""
         info = self.file.tensors.get(name)
         if info is None:
             raise GGUFError(f"{self.file.path}: it lacks the tensor {name}")
-        if info.shape != (rows, columns):
-            raise GGUFError(f"{self.file.path}: {name} has the shape {info.shape}, not {(rows, columns)}")
+        if info.shape != shape and not (shape[0] == 1 and info.shape == shape[1:]):
+            raise GGUFError(f"{self.file.path}: {name} has the shape {info.shape}, not {shape}")
+        return info
+
+    def matrix(
+        self, name: str, rows: int, columns: int, multiple: int = ROWS, order: np.ndarray | None = None,
+        of: int | None = None,
+    ) -> Matrix:  # fmt: skip
+        """Packed, in the background; rows are filled up with zeros to a multiple.
+
+        order: int64 [rows], which rows of a tensor that has `of` rows, and in what order; None: all of them as they come.
+        """
+        info = self.info(name, (of or rows, columns))
         panels, size = -(-rows // multiple) * multiple // ROWS, products.panel_bytes(info.format, columns)
         data = self.space(panels * size)[: panels * size]
-        if panels * ROWS - rows >= ROWS:
-            data[(panels - 1) * size :] = 0
-        row_bytes = info.nbytes // rows
+        self._pack(info, rows, columns, np.arange(rows) if order is None else order, data)
+        return Matrix(info.format, rows, columns, data)
+
+    def stack(self, name: str, shape: tuple[int, ...], rows: range, multiple: int) -> tuple[Matrix, int]:
+        """Those rows of every expert's matrix, of a tensor [experts, rows, columns] or [rows, columns], packed in the background.
+
+        Returns the first expert's matrix, and how many bytes behind it the next one's is.
+        """
+        info = self.info(name, shape)
+        experts, height, columns = (1, *shape)[-3:]
+        panels = -(-len(rows) // multiple) * multiple // ROWS
+        size = panels * products.panel_bytes(info.format, columns)
+        step = -(-size // 64) * 64
+        data = self.space(experts * step)
+        for i in range(experts):
+            self._pack(
+                info,
+                len(rows),
+                columns,
+                np.arange(rows.start, rows.stop) + i * height,
+                data[i * step : i * step + size],
+            )
+        return Matrix(info.format, len(rows), columns, data[:size]), step
+
+    def _pack(self, info: TensorInfo, rows: int, columns: int, order: np.ndarray, data: np.ndarray) -> None:
+        """Pack rows of a tensor (in this order) into panels, in the background, a slab at a time."""
+        size, row_bytes = products.panel_bytes(info.format, columns), info.nbytes // (math.prod(info.shape) // columns)
+        panels, full = len(data) // size, -(-rows // ROWS)
+        if panels > full:
+            data[full * size :] = 0
         step = max(1, SLAB // (ROWS * row_bytes)) * ROWS
 
         def pack(first: int) -> None:
-            count = min(step, rows - first)
-            slab = np.empty(count * row_bytes, np.uint8)
-            self.file.read(info, slab, first * row_bytes)
-            products.pack(slab, info.format, count, columns, data[first // ROWS * size :])
+            wanted = order[first : min(first + step, rows)]
+            slab = np.empty(len(wanted) * row_bytes, np.uint8)
+            breaks = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1), len(wanted)]
+            for a, b in zip(breaks[:-1], breaks[1:]):
+                self.file.read(info, slab[a * row_bytes : b * row_bytes], int(wanted[a]) * row_bytes)
+            products.pack(slab, info.format, len(wanted), columns, data[first // ROWS * size :])
 
         self.jobs += [self.pool.submit(pack, first) for first in range(0, rows, step)]
-        return Matrix(info.format, rows, columns, data)
 
     # --- Rows. ---
 
@@ -305,56 +384,89 @@ class Recorder:
         return dict(rotated=2 * len(rope.frequencies), split=int(rope.split), angles=self.turned[rope])
 
     def attention(
-        self, layer: int, rope: Rope | None, window: int = 0, cap: float = 0.0, scale: float | None = None
-    ) -> None:
-        """x += attention(norm(x)): with biases and norms where the layer has tensors for them."""
+        self, layer: int, rope: Rope | None, window: int = 0, cap: float = 0.0, scale: float | None = None,
+        is_gated: bool = False, clamp: float = 0.0, behind: str = "post_attention_norm",
+    ) -> None:  # fmt: skip
+        """x += attention(norm(x)): with biases, norms and sinks where the layer has tensors for them.
+
+        is_gated: the projection of queries gives, for every head, queries and then a gate (of the output, by a sigmoid).
+        clamp: queries, keys and values are cut to ±clamp; 0: they are not. behind: the norm of the output, where there is one.
+        """
         s, block = self.shape, f"blk.{layer}."
         norm = self.keep(self.vector(block + "attn_norm.weight", s.width))
         rows = {"q": s.queries * s.head, "k": s.heads * s.head, "v": s.heads * s.head}
-        matrices = {n: self.matrix(f"{block}attn_{n}.weight", rows[n], s.width) for n in rows}
+        matrices, gates = {}, None
+        if is_gated:
+            heads = np.arange(2 * rows["q"]).reshape(s.queries, 2, s.head)
+            of = 2 * rows["q"]
+            matrices["q"], gates = (
+                self.matrix(block + "attn_q.weight", rows["q"], s.width, order=heads[:, i].reshape(-1), of=of)
+                for i in (0, 1)
+            )
+        for n in rows:
+            if n not in matrices:
+                matrices[n] = self.matrix(f"{block}attn_{n}.weight", rows[n], s.width)
         a = self.quantise("x", (self.x, self.x_stride), s.width, list(matrices.values()), norm)
-        at = self.qkv
+        at, gate = self.qkv, (0, 0)
+        if gates is not None:
+            gate = self.buffered("gate", self.attention_width)
+            self.product(a, gates, gate)
         for name, matrix in matrices.items():
-            if matrix.panels * ROWS != rows[name] and name != "v":
-                at = self._apart(a, matrices, rows)
-                break
             self.product(a, matrix, (at, self.qkv_stride))
             at += 4 * rows[name]
+            if (
+                matrix.panels * ROWS != rows[name]
+            ):  # its last panel reaches into what comes next, which has to be written later
+                self.rows[-1]["barrier"] = 1
         self.rows[-1]["barrier"] = 1
         bias = 0
         if self.has(block + "attn_q.bias"):
             bias = self.keep(np.concatenate([self.vector(f"{block}attn_{n}.bias", rows[n]) for n in rows]))
-        norms = {}
-        for n in ("q", "k"):
+        norms = {"q": 0, "k": 0}
+        at = self.qkv
+        for n in rows:
             name = f"{block}attn_{n}_norm.weight"
-            norms[n] = self.keep(self.vector(name, s.head)) if self.has(name) else 0
-        width, kinds = attention.width_of(s.head), list(attention.KINDS)
-        stretch = attention.stretch_bytes(self.kind, s.head)
+            is_whole = self.has(name) and self.file.tensors[name].shape == (rows[n],) != (s.head,)
+            if is_whole or clamp:
+                whole = self.keep(self.vector(name, rows[n])) if is_whole else 0
+                self.row("normalise", output=at, output_stride=self.qkv_stride, width=rows[n], norm=whole, cap=clamp,
+                         epsilon=s.epsilon, barrier=1)  # fmt: skip
+            elif self.has(name):
+                norms[n] = self.keep(self.vector(name, s.head))
+            at += 4 * rows[n]
+        sinks = 0
+        if self.has(block + "attn_sinks.weight"):
+            sinks = self.keep(self.vector(block + "attn_sinks.weight", s.queries))
+        width, layout = attention.width_of(s.head), attention.layout_of(*self.kinds, s.head)
         groups = s.queries // s.heads
-        self.need(64 + 4 * attention.QUERIES * (groups * (s.head + width + 2) + attention.PAGE) + 4 * s.head)
+        self.need(64 + 4 * attention.QUERIES * ((groups + 1) * (s.head + width + 3) + attention.PAGE) + 4 * s.head)
+        if self.kinds[0] == "q4":
+            size = 4 * attention.PAGE * s.head * s.heads
+            layout |= dict(staged=self.room("staged keys", size * (self.chunk // attention.PAGE + 2)), staged_stride=size,
+                           staged_at=self.memory_bytes)  # fmt: skip
+            self.memory_bytes += size
         self.row("attention", input=self.qkv, input_stride=self.qkv_stride, output=self.out, output_stride=self.out_stride,
-                 queries=s.queries, heads=s.heads, head=s.head, head_width=width, inside=layer * s.heads * stretch,
-                 stretch=stretch, window=window, bias=bias, query_norm=norms["q"], key_norm=norms["k"],
-                 kind=kinds.index(self.kind), size=attention.KINDS[self.kind], epsilon=s.epsilon, cap=cap,
+                 queries=s.queries, heads=s.heads, head=s.head, head_width=width, inside=self.page_bytes, sinks=sinks,
+                 window=window, bias=bias, query_norm=norms["q"], key_norm=norms["k"],
+                 epsilon=s.epsilon, cap=cap, **layout,
                  factor=scale if scale is not None else 1 / math.sqrt(s.head),
-                 attention_kernels=engine.attention_addresses(self.kind).ctypes.data, barrier=1, **self.turns(rope))  # fmt: skip
+                 attention_kernels=engine.attention_addresses(*self.kinds).ctypes.data, barrier=1, **self.turns(rope))  # fmt: skip
+        self.page_bytes += s.heads * layout["stretch"]
         matrix = self.matrix(block + "attn_output.weight", s.width, self.attention_width)
         self.need(4 * self.attention_width + 4 * BLOCK)
         a = self.quantise("attention", (self.out, self.out_stride), self.attention_width, [matrix], merge=1,
-                          queries=s.queries, heads=s.heads, head=s.head, head_width=width)  # fmt: skip
-        self._back(a, matrix, block + "attn_output.bias", block + "post_attention_norm.weight")
+                          queries=s.queries, heads=s.heads, head=s.head, head_width=width, sinks=sinks, gate=gate[0],
+                          gate_stride=gate[1], value_kind=layout["value_kind"])  # fmt: skip
+        self._back(a, matrix, block + "attn_output.bias", f"{block}{behind}.weight")
 
-    def _apart(self, a: Activations, matrices: dict[str, Matrix], rows: dict[str, int]) -> int:
-        raise GGUFError(f"{self.file.path}: heads whose sizes are no multiple of {ROWS} are not supported")
-
-    def feed_forward(self, layer: int, is_gelu: bool = False) -> None:
+    def feed_forward(self, layer: int, is_gelu: bool = False, norm: str = "ffn_norm") -> None:
         """x += down(act(gate(norm(x))) · up(norm(x)))."""
         s, block = self.shape, f"blk.{layer}."
-        norm = self.keep(self.vector(block + "ffn_norm.weight", s.width))
+        weights = self.keep(self.vector(f"{block}{norm}.weight", s.width))
         gate = self.matrix(block + "ffn_gate.weight", s.hidden, s.width, BLOCK)
         up = self.matrix(block + "ffn_up.weight", s.hidden, s.width, BLOCK)
         down = self.matrix(block + "ffn_down.weight", s.width, s.hidden)
-        a = self.quantise("x", (self.x, self.x_stride), s.width, [gate, up], norm)
+        a = self.quantise("x", (self.x, self.x_stride), s.width, [gate, up], weights)
         h = self.quantised("hidden", s.hidden, [down], is_shared=True)
         self.need(256 * TILE)
         self.row("gated", panels=gate.panels, is_gelu=int(is_gelu), ones=self.ones, barrier=1, **self.kernels(gate),
@@ -362,10 +474,13 @@ class Recorder:
         self._back(h, down, block + "ffn_down.bias", block + "post_ffw_norm.weight")
 
     def _back(self, a: Activations, matrix: Matrix, bias: str, norm: str) -> None:
-        """x += product, or x += norm(product + bias) where the layer has such tensors."""
+        """x += product + bias, or x += norm(product + bias) where the layer has such tensors."""
         s = self.shape
-        if not self.has(bias) and not self.has(norm):
+        if not self.has(norm):
             self.product(a, matrix, (self.x, self.x_stride), add=1, barrier=1)
+            if self.has(bias):
+                self.row("add_bias", output=self.x, output_stride=self.x_stride, width=s.width,
+                         norm=self.keep(self.vector(bias, s.width)), barrier=1)  # fmt: skip
             return
         if self.spare is None:
             self.spare = self.buffer(s.width)
@@ -373,11 +488,8 @@ class Recorder:
         common = dict(width=s.width, epsilon=s.epsilon, output_stride=self.spare[1], barrier=1)
         if self.has(bias):
             self.row("add_bias", output=self.spare[0], norm=self.keep(self.vector(bias, s.width)), **common)
-        if self.has(norm):
-            self.row("add_normed", input=self.spare[0], input_stride=self.spare[1], output=self.x,
-                     norm=self.keep(self.vector(norm, s.width)), **common)  # fmt: skip
-        else:
-            raise GGUFError(f"{self.file.path}: {bias} without a norm behind it is not supported")
+        self.row("add_normed", input=self.spare[0], input_stride=self.spare[1], output=self.x,
+                 norm=self.keep(self.vector(norm, s.width)), **common)  # fmt: skip
 
     def head(self, cap: float = 0.0) -> None:
         """Logits: of the last token, or of all."""
@@ -413,8 +525,10 @@ class Recorder:
 
 
 def rope_of(file: GGUFFile, shape: Shape, *, split: bool, base_key: str = "rope.freq_base", default: float = 10_000.0,
-            is_scaled: bool = True) -> Rope:  # fmt: skip
+            is_scaled: bool = True, is_rounded: bool = True) -> Rope:  # fmt: skip
     """The rotation that a file's metadata describes; scaling "linear", "ntk", "yarn" and llama3's factors.
+
+    is_rounded: YaRN's ramp begins and ends at whole pairs.
 
     Sources: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071), as llama.cpp computes it; llama3's factors come as a tensor.
     """
@@ -436,7 +550,7 @@ def rope_of(file: GGUFFile, shape: Shape, *, split: bool, base_key: str = "rope.
     if kind == "linear":
         frequencies = frequencies / factor
     elif kind == "yarn":
-        frequencies, magnitude = _yarn(file, name, frequencies, base, rotated, factor, shape.context)
+        frequencies, magnitude = _yarn(file, name, frequencies, base, rotated, factor, shape.context, is_rounded)
     elif kind not in ("none", "ntk"):
         raise GGUFError(
             f"{file.path}: RoPE scaling {kind!r} is not supported (linear, ntk, yarn and llama3's factors are)"
@@ -449,13 +563,16 @@ def rope_of(file: GGUFFile, shape: Shape, *, split: bool, base_key: str = "rope.
     return Rope(tuple(float(f) for f in frequencies), magnitude, split)
 
 
-def _yarn(file: GGUFFile, name: str, frequencies: np.ndarray, base: float, rotated: int, factor: float, context: int):
+def _yarn(file: GGUFFile, name: str, frequencies: np.ndarray, base: float, rotated: int, factor: float, context: int,
+          is_rounded: bool):  # fmt: skip
     """(frequencies, magnitude): slow pairs are interpolated, fast ones are not, those between are mixed."""
     get = lambda key, default: file.get(f"{name}.rope.scaling.{key}", float, default)
     original = get("original_context_length", context / factor)
     ramp_at = lambda turns: rotated * math.log(max(original, 1) / (turns * 2 * math.pi)) / (2 * math.log(base))
-    low = max(0.0, math.floor(ramp_at(get("yarn_beta_fast", 32.0))))
-    high = min(rotated - 1.0, math.ceil(ramp_at(get("yarn_beta_slow", 1.0))))
+    low, high = ramp_at(get("yarn_beta_fast", 32.0)), ramp_at(get("yarn_beta_slow", 1.0))
+    if is_rounded:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(0.0, low), min(rotated - 1.0, high)
     interpolated = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 0.001), 0, 1)
     mixed = frequencies / factor * interpolated + frequencies * (1 - interpolated)
     return mixed, get("attn_factor", 1.0) * (1 + 0.1 * math.log(factor) if factor > 1 else 1.0)

@@ -87,6 +87,7 @@ _longs = instruction(types.CPointer(_l)(_l), _word)
 _ints = instruction(types.CPointer(_i)(_l), lambda b, x: b.inttoptr(x, INT.as_pointer()))
 _bytes = instruction(types.CPointer(types.uint8)(_l), lambda b, x: b.inttoptr(x, BYTES))
 _halves = instruction(types.CPointer(types.uint16)(_l), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer()))
+_octets = instruction(types.CPointer(types.uint8)(_l), lambda b, x: b.inttoptr(x, ir.IntType(8).as_pointer()))
 usleep = types.ExternalFunction("usleep", _i(types.uint32))
 
 # Flush-to-zero and denormals-are-zero: a well-learned text makes gradients and moments denormal, and those cost fifty times
@@ -133,6 +134,12 @@ def ints(base, n):
 def halves(base, offset, n):
     """n 16-bit numbers."""
     return carray(_halves(base + 2 * offset), (n,))
+
+
+@njit(forceinline=True, **HELP)
+def octets(base, offset, n):
+    """n bytes."""
+    return carray(_octets(base + offset), (n,))
 
 
 # --- Functions that vectorise without a vector library. ---

@@ -76,7 +76,9 @@ def apart(model: Giant, tokens: list[int]) -> np.ndarray:
 # --- Logits. ---
 
 
-@pytest.mark.parametrize(("kind", "error"), [("f32", 1e-4), ("f16", 2e-2), ("bf16", 0.15), ("q8", 0.3)])
+@pytest.mark.parametrize(
+    ("kind", "error"), [("f32", 1e-4), ("f16", 2e-2), ("bf16", 0.15), ("q8", 0.3), ("q4", 4), ("q8/q4", 3)]
+)
 def test_logits_equal_a_plain_forward_pass_with_every_kind_of_cache(small_llama, kind, error):
     want = forward(small_llama, TOKENS)
     for threads in (1, 2):
@@ -178,8 +180,9 @@ def test_impossible_tokens_are_refused(giant, tokens, message):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    (dict(kv_cache="q3"), "f32, f16, bf16, q8"), (dict(threads=0), "at least 1"), (dict(context=-1), "at least 1"),
-    (dict(offload="gpu"), "only None"),
+    (dict(kv_cache="q3"), "f32, f16, bf16, q8, q4"), (dict(threads=0), "at least 1"), (dict(context=-1), "at least 1"),
+    (dict(offload="gpu"), "none or disk"), (dict(ram=4), "offload=.disk."),
+        (dict(offload="disk", ram=-1), "number of GB"),
 ])  # fmt: skip
 def test_impossible_settings_are_refused(small_llama, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -9,7 +9,8 @@ from organs.giant.program import Recorder
 
 FILES = {  # general.architecture: file
     "llama": "llama", "mistral": "llama", "smollm3": "smollm3", "qwen2": "qwen", "qwen3": "qwen",
-    "gemma2": "gemma", "gemma3": "gemma",
+    "gemma2": "gemma", "gemma3": "gemma", "qwen2moe": "qwen_moe", "qwen3moe": "qwen_moe", "olmoe": "qwen_moe",
+    "gpt-oss": "gpt_oss", "qwen3next": "qwen_next", "qwen35": "qwen_next", "qwen35moe": "qwen_next",
 }  # fmt: skip
 
 
@@ -23,5 +24,7 @@ def check(file: GGUFFile) -> str:
 
 def record(recorder: Recorder) -> None:
     """Record the model of the recorder's file. Raises GGUFError for what is not supported."""
-    name = check(recorder.file)
-    importlib.import_module(f"organs.giant.architectures.{FILES[name]}").record(recorder)
+    name = FILES[check(recorder.file)]
+    if name == "llama" and recorder.has("blk.0.ffn_gate_inp.weight"):
+        name = "mixtral"
+    importlib.import_module(f"organs.giant.architectures.{name}").record(recorder)
