@@ -87,6 +87,8 @@ ORGANS = {  # name: (package, the extra that brings what it needs)
     "giant": ("organs.giant", "giant"),
     "giant.commands": ("organs.giant.commands", "giant"),
     "giant.bridge": ("organs.giant.bridge", "giant"),
+    "swarm.member": ("swarm.member", None),
+    "swarm.commands": ("swarm.commands", None),
 }
 
 
@@ -7656,6 +7658,7 @@ def _home_trouble(path: Path, error: OSError) -> str:
 
 SEED_CORPUS = "nonames.txt"
 HISTORY_CHARS = 260  # of each remembered line that is fed back into the prompt
+CHILD_STAGE = "infant"  # what a child is born as (issue SWARM)
 RECALL_STRONG = 0.75  # a recollection that matches this well is worth repeating almost word for word
 
 
@@ -8530,6 +8533,69 @@ class Organism:
             self._learner.release()
             self._learner = None
 
+    # Division.
+
+    def divide(self, home: str | Path, clone: bool = False, seconds: float = 30.0) -> dict[str, Any]:
+        """Make a child in a home of its own; what is known of it.
+
+        It is born an infant and taught: it reads the newer half of what its parent lived, judged by its own immunity, and
+        trains for at most `seconds`. Or it is a clone: all that its parent is, with an id of its own. birth.json names
+        the parent. Raises UsageError where the home is not empty; a division that fails leaves nothing behind.
+        """
+        child = Path(home).expanduser().absolute()
+        if child.exists() and (not child.is_dir() or any(child.iterdir())):
+            raise UsageError(f"{child} is not empty: a child needs a home of its own (--to PATH).")
+        self.save()
+        try:
+            if clone:
+                self._clone_to(child)
+            facts = self._child_facts(child, clone, [] if clone else self._legacy(), seconds)
+        except BaseException:
+            shutil.rmtree(child, ignore_errors=True)
+            raise
+        self.memory.event("divide", facts)
+        return facts
+
+    def _legacy(self) -> list[Lived]:
+        """The newer half of what was lived, by bytes, without what every newborn reads anyway."""
+        rows = [row for row in self.memory.lived() if row.source != SEED_CORPUS]
+        total, half = 0, sum(len(row.text) for row in rows) / 2
+        for at, row in enumerate(reversed(rows), 1):
+            total += len(row.text)
+            if total >= half:
+                return rows[-at:]
+        return rows
+
+    def _clone_to(self, child: Path) -> None:
+        """All of this home, memory and generations, but birth.json, which names it."""
+        import tarfile
+
+        child.mkdir(mode=0o700, parents=True, exist_ok=True)
+        archive = self.home.backup(child / ".tmp-parent.tar.gz")
+        with tarfile.open(archive) as tar:
+            tar.extractall(child, filter="data")
+        archive.unlink()
+        (child / "birth.json").unlink()
+
+    def _child_facts(self, child: Path, clone: bool, legacy: list[Lived], seconds: float) -> dict[str, Any]:
+        """Let the child wake, learn its legacy, and say who it is."""
+        birth = self.home.birth_record
+        stage = self.published.body.stage if clone else CHILD_STAGE
+        seed = int.from_bytes(os.urandom(4), "little")
+        cradle = Home(child)
+        cradle.birth(
+            dict(born=time.time(), seed=seed, stage=stage, parent=self.home.id, corpus=birth.get("corpus"), clone=clone)
+        )
+        cradle.close()
+        with Organism(child, self.config, seed=seed, threads=self.threads, kernels=self.kernels, stage=stage) as life:
+            for row in legacy:
+                life.memory.queue(row.source, row.text)
+            if legacy:
+                with life._lock:
+                    life._burst(force=True, seconds=seconds)
+            return dict(id=life.home.id, home=str(child), parent=self.home.id, stage=life.published.body.stage, clone=clone,
+                        lived_bytes=life.state["lived_bytes"], training_tokens=life.state["training_tokens"])  # fmt: skip
+
     # Forgetting.
 
     def forget(self, source: str | None = None, text: str | None = None, since: float | None = None) -> dict[str, Any]:
@@ -8617,6 +8683,8 @@ class Organism:
             learner.rebuild(iter(past), getattr(learner.field.config, "table_mb", None))
         return learner, past
 
+    peers = 0  # others who live in its mesh, as far as it has heard (swarm/member.py)
+
     def gamma(self) -> Gamma:
         return Gamma.of(self.published.body.arena["embedding"], self.published.body.birth)
 
@@ -8634,8 +8702,8 @@ class Organism:
             gamma=dict(magnitude=gamma.magnitude, sparsity=gamma.sparsity, shift=gamma.shift,
                        most_changed=[_as_str(snap.tokenizer.decode([t])) for t in gamma.most_changed(5)]),
             deltas=len(snap.body.deltas), immune=self._immune_counts(),
-            growth=self.growth_gates(), mesh=dict(peers=0), training_flops=self.state["training_flops"], messages=counts.get("messages", 0),
-            waiting=counts.get("pending", 0), learning=self._busy, trouble=self.trouble or None,
+            growth=self.growth_gates(), mesh=dict(peers=self.peers), training_flops=self.state["training_flops"],
+            messages=counts.get("messages", 0), waiting=counts.get("pending", 0), learning=self._busy, trouble=self.trouble or None,
         )  # fmt: skip
 
 
@@ -9399,6 +9467,7 @@ _GROUPS = {  # name: (what it is about, an example)
     "quarantine": ("What it refused to learn, and why.", "organism quarantine list"),
     "giant": ("Large language models in GGUF files, on this machine's CPU.", "organism giant pull smollm2"),
     "delta": ("Low-rank adapters beside its weights, one by one.", "organism delta list"),
+    "swarm": ("Colonies: many organisms as processes of their own.", "organism swarm up -n 4"),
     "gamma": ("How it differs from its birth, as a file.", "organism gamma export -o anna.gamma"),
 }
 _SHARED = (
@@ -9500,8 +9569,12 @@ def _run_command(run: Callable[..., None], **options: Any) -> None:
 _GIANT = ("--giant", "text", "Let this large model answer (a path, or a name that was pulled), with what it remembers.")
 
 
-@_command("chat", _GIANT)
-def _run_chat(asking: _Asking, giant: str | None) -> None:
+_MESH = ("--mesh", "text", "The mesh to join: a path, or none (default: ORGANISM_MESH, else one a user).")
+MESH_DELAY = 1.0  # seconds of chat before it looks for others: its first reply does not wait for that
+
+
+@_command("chat", _GIANT, _MESH)
+def _run_chat(asking: _Asking, giant: str | None, mesh: str | None) -> None:
     """Talk with it: it answers at once, and learns in the background.
 
     Reads piped lines too; /help lists what else can be typed.
@@ -9513,9 +9586,34 @@ def _run_chat(asking: _Asking, giant: str | None) -> None:
         life.giant = advisor
         asking.note(_greeting(life, born))
         life.start()
-        _Conversation(asking, life).run()
+        with _among_peers(life, mesh):
+            _Conversation(asking, life).run()
         if sys.stdin.isatty():
             asking.note("Saving…")
+
+
+@contextlib.contextmanager
+def _among_peers(life: Organism, mesh: str | None) -> Iterator[None]:
+    """In a mesh with others while the block runs, from its second second on."""
+    where, members = mesh or os.environ.get("ORGANISM_MESH") or "", []
+
+    def join() -> None:
+        member = organ("swarm.member").Member(life, where)
+        members.append(member)
+        member.run()
+
+    timer = threading.Timer(MESH_DELAY, join)
+    timer.daemon = True
+    if where != "none":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for member in members:
+            member.end()
+        if timer.is_alive():
+            timer.join()
 
 
 @contextlib.contextmanager
@@ -10013,6 +10111,30 @@ def _grown_sentence(facts: dict[str, Any]) -> str:
 # --- delta, gamma ---
 
 
+@_command(
+    "divide",
+    ("--to", "path", "The child's home (default: beside this one, with -child1 and so on after its name)."),
+    ("--clone", "switch", "All that it is, with an id of its own, instead of a taught infant."),
+    ("--seconds", "more than 0", "How long the infant trains at most (default: 30)."),
+)
+def _run_divide(asking: _Asking, to: str | None, clone: bool, seconds: float | None) -> None:
+    """Make a child: an infant that reads the newer half of what its parent lived, in a home of its own.
+
+    organism divide --to ~/annas-child
+    """
+    if not (asking.folder / "body" / "CURRENT").exists():
+        raise OrganismError(f"Nothing lives in {asking.folder} yet: start `organism chat` there first.")
+    beside = (asking.folder.with_name(f"{asking.folder.name}-child{n}") for n in itertools.count(1))
+    child = Path(to) if to else next(path for path in beside if not path.exists())
+    with asking.wake(kernels=_patient_kernels()) as life:
+        facts = life.divide(child, clone, seconds or 30.0)
+    kind = "a clone" if clone else f"an {facts['stage']}"
+    asking.result(
+        facts,
+        f"{facts['id']}, {kind} with {facts['lived_bytes']:,} bytes of life behind it, is born in {facts['home']}.",
+    )
+
+
 @_command("delta list")
 def _run_delta_list(asking: _Asking) -> None:
     """What each delta is: why it grew, how far it moves the weights, whether it is on.
@@ -10469,6 +10591,70 @@ def _run_giant_convert(asking: _Asking, **options: Any) -> None:
     organism giant convert model-folder/ -o model.gguf --type q4_k_m
     """
     organ("giant.commands").convert(asking, **options)
+
+
+# --- swarm: the bodies are in swarm/commands.py. ---
+
+
+@_command(
+    "swarm up",
+    ("-n", "count", "How many organisms at least (default: those who live here)."),
+    ("--corpus", "texts", "NAME=PATH: an organism of that name that reads that file; again for more."),
+    ("--max", "count", "How many at most (default: 64)."),
+    ("--ram", "more than 0", "GB of memory that they may take together."),
+    ("--exchange", "switch", "Let them give each other of what they learn; the receiver's immunity judges."),
+)
+def _run_swarm_up(asking: _Asking, **options: Any) -> None:
+    """Start a colony and supervise it until Ctrl-C; --home is the colony's folder.
+
+    organism swarm up -n 8 --home ~/colony
+    """
+    organ("swarm.commands").run_up(asking, **options)
+
+
+@_command("swarm status")
+def _run_swarm_status(asking: _Asking) -> None:
+    """Who lives in the colony, each process checked now.
+
+    organism swarm status --json
+    """
+    organ("swarm.commands").run_status(asking)
+
+
+@_command("swarm watch")
+def _run_swarm_watch(asking: _Asking) -> None:
+    """A table of the colony that renews itself, until Ctrl-C.
+
+    organism swarm watch
+    """
+    organ("swarm.commands").run_watch(asking)
+
+
+@_command("swarm logs", ("name", "text or nothing", ""))
+def _run_swarm_logs(asking: _Asking, name: str | None) -> None:
+    """The last lines that organisms wrote to their logs.
+
+    organism swarm logs o1
+    """
+    organ("swarm.commands").run_logs(asking, name)
+
+
+@_command("swarm ask", ("text", "text", ""))
+def _run_swarm_ask(asking: _Asking, text: str) -> None:
+    """Ask the colony: whom the question surprises least answers.
+
+    organism swarm ask "What happened in the beginning?"
+    """
+    organ("swarm.commands").run_ask(asking, text)
+
+
+@_command("swarm down")
+def _run_swarm_down(asking: _Asking) -> None:
+    """Put the whole colony to sleep.
+
+    organism swarm down
+    """
+    organ("swarm.commands").run_down(asking)
 
 
 # --- doctor ---

@@ -1,0 +1,131 @@
+"""What one more organism of a colony costs: unique memory (proportional set size) of each, all alive and learning; how long
+it takes until all are heard, and until `status` tells of four that were killed.
+
+    python benchmarks/colony.py                32 embryos, each with a text to learn
+    python benchmarks/colony.py -n 8 --seconds 20
+
+The peer is the same number of processes that share nothing: as many `organism chat` as --alone says, their mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import ROOT, table, texts
+
+from swarm.colony import Colony, proportional_mb
+
+
+def alive(colony: Colony) -> list[dict]:
+    return [row for row in colony.status() if row["status"] == "alive"]
+
+
+def until(condition, seconds: float = 120.0) -> float:
+    """Seconds until it holds."""
+    began = time.perf_counter()
+    while not condition():
+        if time.perf_counter() - began > seconds:
+            raise SystemExit("error: waited in vain")
+        time.sleep(0.02)
+    return time.perf_counter() - began
+
+
+def alone(text: Path, folder: Path, count: int, seconds: float) -> float:
+    """Mean MB of `organism chat` processes that learn the same text, each started by itself."""
+    command = [
+        sys.executable,
+        str(ROOT / "organism.py"),
+        "chat",
+        "--quiet",
+        "--threads",
+        "1",
+        "--mesh",
+        "none",
+        "--home",
+    ]
+    chats = [
+        subprocess.Popen(
+            [*command, str(folder / f"alone{k}")], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        for k in range(count)
+    ]
+    for one in chats:
+        assert one.stdin
+        one.stdin.write(f"/learn {text}\n")
+        one.stdin.flush()
+    time.sleep(seconds)
+    mean = statistics.mean(proportional_mb(one.pid) for one in chats)
+    for one in chats:
+        one.communicate()
+    return mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of learning before memory is looked at")
+    parser.add_argument("--alone", type=int, default=2, help="processes that share nothing")
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=PATH")
+    options = parser.parse_args()
+    source = next(iter(texts(options.text).values())).read_bytes()
+    with tempfile.TemporaryDirectory(prefix="organism-bench-") as name:
+        folder = Path(name)
+        corpora, part = [], 20_000
+        for k in range(options.n):
+            path = folder / f"text{k}.txt"
+            path.write_bytes(source[k * part % len(source) :][:part])
+            corpora += ["--corpus", f"o{k}={path}"]
+        colony = Colony(folder / "colony")
+        began = time.perf_counter()
+        command = [
+            sys.executable,
+            str(ROOT / "organism.py"),
+            "swarm",
+            "up",
+            "--quiet",
+            "--home",
+            str(colony.folder),
+            *corpora,
+        ]
+        supervisor = subprocess.Popen(command)
+        try:
+            until(lambda: len(alive(colony)) == options.n)
+            heard = time.perf_counter() - began
+            time.sleep(options.seconds)
+            rows = alive(colony)
+            sizes = [proportional_mb(row["pid"]) for row in rows]
+            learned = sum(bool(row["training_tokens"]) for row in rows)
+            victims = {row["pid"] for row in rows[:4]}
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            truth = until(lambda: not victims & {row["pid"] for row in alive(colony)})
+            again = until(lambda: len(alive(colony)) == options.n)
+        finally:
+            supervisor.send_signal(signal.SIGINT)
+            supervisor.wait()
+        single = alone(folder / "text0.txt", folder, options.alone, 20.0) if options.alone else float("nan")
+        left = len(alive(colony))
+    head = ["", "measured"]
+    lines = [
+        ["alive, of them with training behind them", f"{len(sizes)}, {learned}"],
+        ["MB an organism, proportional set size: mean", statistics.mean(sizes)],
+        ["MB an organism: largest", max(sizes)],
+        ["MB a process that shares nothing (`organism chat`), mean", single],
+        ["s from `swarm up` to all heard", heard],
+        ["s from `kill -9` of 4 to `status` without them", truth],
+        ["s until they live again", again],
+        ["processes left after Ctrl-C", left],
+    ]
+    print(table(f"A colony of {options.n}, {os.cpu_count()} cores", head, lines))
+
+
+if __name__ == "__main__":
+    main()

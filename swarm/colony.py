@@ -1,0 +1,277 @@
+"""A colony: a folder with a home for each organism, the mesh they share, and the supervisor that runs in the foreground.
+
+COLONY/colony.lock   who supervises: process id and start time (flock: one at a time)
+COLONY/mesh.db       the colony's mesh
+COLONY/homes/NAME/   an organism each, with its `log`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from organism import OrganismError, UsageError
+from swarm.mesh import SQLiteMesh, start_time
+from swarm.topology import Topology, gammas_of, topology
+
+ROOT = Path(__file__).resolve().parent.parent
+BACK_OFF = (1.0, 60.0)  # seconds before a crashed organism is started again: the first time, and at most
+STABLE = 60.0  # seconds after which a crash counts as the first again
+EMBRYO_MB = 60  # that one more organism is expected to take
+
+
+class Colony:
+    """The folder of a colony. Raises OrganismError in one sentence."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser().absolute()
+        self.mesh_path, self.lock_path = self.folder / "mesh.db", self.folder / "colony.lock"
+
+    def homes(self) -> list[str]:
+        """Names of those who live here, in order."""
+        homes = self.folder / "homes"
+        return sorted((p.name for p in homes.iterdir() if p.is_dir()), key=_natural) if homes.is_dir() else []
+
+    def supervisor(self) -> int | None:
+        """Process id of whoever supervises it now; None where nobody does."""
+        try:
+            pid, started = (int(word) for word in self.lock_path.read_text("ascii").split())
+        except (OSError, ValueError):
+            return None
+        return pid if start_time(pid) == started else None
+
+    def take(self) -> int:
+        """Become the supervisor; the handle holds until it is closed."""
+        try:
+            (self.folder / "homes").mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise OrganismError(f"The colony {self.folder} cannot be used: {error.strerror}.") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise OrganismError(
+                f"The colony {self.folder} is supervised by process {self.supervisor()} already: "
+                "`organism swarm down` ends that, or choose another --home."
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()} {start_time(os.getpid()) or 0}\n".encode(), 0)
+        return handle
+
+    def status(self) -> list[dict[str, Any]]:
+        """Who is known, each checked at this moment; empty where nothing ever ran."""
+        if not self.mesh_path.exists():
+            return []
+        with SQLiteMesh(self.mesh_path) as mesh:
+            return [dict(id=p.id, name=Path(p.home).name, pid=p.pid, stage=p.facts.get("stage"), status=p.status,
+                         syntropy=p.facts.get("syntropy"), entropy=p.facts.get("entropy"), loss=p.facts.get("loss"),
+                         lived_bytes=p.facts.get("lived_bytes"), training_tokens=p.facts.get("training_tokens"),
+                         heartbeat_age_s=round(p.heartbeat_age_s, 3)) for p in mesh.peers()]  # fmt: skip
+
+    def topology(self) -> Topology:
+        """How alike those who live now have become."""
+        if not self.mesh_path.exists():
+            return topology({})
+        with SQLiteMesh(self.mesh_path) as mesh:
+            return topology(gammas_of({p.id: mesh.blob(p.id, "gamma") for p in mesh.peers(living=True)}))
+
+    def down(self, patience: float = 60.0) -> int:
+        """End the supervisor, and with it everybody; how many were alive. Whoever is left is asked to end directly."""
+        alive = [row for row in self.status() if row["status"] == "alive"]
+        if (pid := self.supervisor()) is not None:
+            os.kill(pid, signal.SIGTERM)
+            _await(lambda: self.supervisor() is None, patience)
+        for row in self.status():
+            if row["status"] == "alive":
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(row["pid"], signal.SIGTERM)
+        if not _await(lambda: all(row["status"] != "alive" for row in self.status()), patience):
+            raise OrganismError(f"Some of the colony {self.folder} do not end: `organism swarm status` shows which.")
+        return len(alive)
+
+
+def _await(condition: Callable[[], bool], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _natural(name: str) -> list[Any]:
+    """Sort key: o2 before o10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def names_of(count: int, corpora: Sequence[tuple[str, str]], there: Sequence[str], most: int) -> dict[str, str | None]:
+    """Who shall live, as {name: corpus}: one for each corpus, those who were there, then newborns up to `count`."""
+    names: dict[str, str | None] = dict(corpora)
+    names |= {name: names.get(name) for name in there if name in names or len(names) < count}
+    number = 1
+    while len(names) < count:
+        names.setdefault(f"o{number}", None)
+        number += 1
+    if len(names) > most:
+        raise UsageError(f"{len(names)} organisms are more than --max {most}: raise it, or start fewer.")
+    return names
+
+
+def corpora_of(given: Sequence[str]) -> list[tuple[str, str]]:
+    """NAME=PATH arguments."""
+    pairs = []
+    for item in given:
+        name, separator, path = item.partition("=")
+        if not separator or not re.fullmatch(r"[\w-]{1,64}", name):
+            raise UsageError(f"--corpus {item!r} is not NAME=PATH, where a name is letters, digits, - and _.")
+        if not Path(path).expanduser().exists():
+            raise UsageError(f"The corpus {path} of {name} does not exist: check the path.")
+        pairs.append((name, str(Path(path).expanduser().absolute())))
+    return pairs
+
+
+def proportional_mb(pid: int) -> float:
+    """Proportional set size of a process in MB: pages that n share count as 1/n (Linux); 0 where that cannot be told."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+        return int(found[1]) / 1024 if found else 0.0
+    return 0.0
+
+
+class Supervisor:
+    """Starts organisms, starts the crashed again, and brings all down; asyncio's own processes and signals."""
+
+    def __init__(self, colony: Colony, names: dict[str, str | None], ram_gb: float | None, say: Callable[[str], None],
+                 exchange: bool = False):  # fmt: skip
+        self.colony, self.names, self.ram_gb, self.say, self.exchange = colony, names, ram_gb, say, exchange
+        self.started: dict[str, float] = {}
+        self.alive: dict[str, int] = {}  # process ids
+        self.crashes: dict[str, int] = {}
+        self.stopping = asyncio.Event()
+        self.nursery: asyncio.subprocess.Process | None = None
+        self.tasks: set[asyncio.Task] = set()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self.stopping.set)
+        attempts = 0
+        while not self.stopping.is_set():
+            await self._raise_all()
+            if not self.stopping.is_set():  # the nursery itself has gone
+                attempts += 1
+                await self._pause(min(BACK_OFF[1], 2.0**attempts))
+        self.say("Everybody is asleep.")
+
+    async def _raise_all(self) -> None:
+        """One nursery, until it ends or everything shall."""
+        one_thread = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self.nursery = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "swarm.nursery", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, **one_thread, "PYTHONPATH": path}, start_new_session=True)  # fmt: skip
+        listening = asyncio.create_task(self._listen(self.nursery))
+        stop = asyncio.create_task(self.stopping.wait())
+        await asyncio.wait((listening, stop), return_when=asyncio.FIRST_COMPLETED)
+        for task in self.tasks:
+            task.cancel()
+        if self.nursery.stdin:
+            self.nursery.stdin.close()  # which tells it to bring all down
+        await listening
+        await self.nursery.wait()
+        stop.cancel()
+
+    async def _listen(self, nursery: asyncio.subprocess.Process) -> None:
+        assert nursery.stdout
+        async for line in nursery.stdout:
+            told = json.loads(line)
+            if told.get("ready"):
+                for name in self.names:
+                    self._later(self._start(name))
+            elif "started" in told:
+                self.started[told["started"]] = time.monotonic()
+                self.alive[told["started"]] = told["pid"]
+            elif "ended" in told:
+                self.alive.pop(told["ended"], None)
+                if not self.stopping.is_set():
+                    self._ended(told["ended"], told["code"])
+
+    def _later(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def _ended(self, name: str, code: int) -> None:
+        if code == 0:
+            self.say(f"{name} went to sleep.")
+            return
+        lived = time.monotonic() - self.started.get(name, time.monotonic())
+        self.crashes[name] = 1 if lived > STABLE else self.crashes.get(name, 0) + 1
+        pause = min(BACK_OFF[1], BACK_OFF[0] * 2 ** (self.crashes[name] - 1))
+        how = (
+            f"was killed by signal {-code}"
+            if code < 0
+            else f"ended with code {code} ({self.colony.folder}/homes/{name}/log)"
+        )
+        self.say(f"{name} {how}; it is started again in {pause:g} s.")
+        self._later(self._start(name, pause))
+
+    async def _start(self, name: str, pause: float = 0.0) -> None:
+        await self._pause(pause)
+        while (
+            self.ram_gb is not None
+            and not self.stopping.is_set()
+            and self._memory_mb() + EMBRYO_MB > self.ram_gb * 1024
+        ):
+            self.say(f"{name} waits: {len(self.alive)} organisms fill --ram {self.ram_gb:g} GB.")
+            await self._pause(BACK_OFF[1])
+        if self.stopping.is_set() or self.nursery is None or self.nursery.stdin is None:
+            return
+        order = dict(
+            start=name,
+            home=str(self.colony.folder / "homes" / name),
+            mesh=str(self.colony.mesh_path),
+            corpus=self.names[name],
+            exchange=self.exchange,
+        )
+        self.nursery.stdin.write(json.dumps(order).encode() + b"\n")
+
+    def _memory_mb(self) -> float:
+        """What they take together; one that has just been started counts as what it will take."""
+        return sum(max(EMBRYO_MB, proportional_mb(pid)) for pid in self.alive.values())
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), seconds or 0.001)
+
+
+def up(
+    folder: Path,
+    count: int,
+    corpora: Sequence[str],
+    most: int,
+    ram_gb: float | None,
+    say: Callable[[str], None],
+    exchange: bool = False,
+) -> None:
+    """Supervise a colony until a signal ends it."""
+    pairs, colony = corpora_of(corpora), Colony(folder)
+    names = names_of(count, pairs, colony.homes(), most)
+    handle = colony.take()
+    try:
+        say(f"{len(names)} organisms wake in {colony.folder}; Ctrl-C puts them to sleep.")
+        asyncio.run(Supervisor(colony, names, ram_gb, say, exchange).run())
+    finally:
+        os.ftruncate(handle, 0)
+        os.close(handle)

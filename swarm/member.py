@@ -1,0 +1,166 @@
+"""An organism's life in a mesh: it registers, says every two seconds that it lives, and answers what it is asked.
+
+A chat runs a `Member` in a thread of its own, which lists it and tells how surprising a text is to it. In a colony the
+process does nothing else (`Member.run`), and there it also answers questions, learns what it is sent and goes to sleep.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from organism import SEED_CORPUS, Organism, OrganismError
+from swarm.mesh import HEARTBEAT, Letter, Mesh, MeshError, open_mesh
+from swarm.topology import gamma_blob
+
+log = logging.getLogger("organism.swarm")
+TICK = 0.1  # seconds between two looks into the inbox
+EXCHANGE = 60.0  # seconds between two gifts
+GIFT_BYTES = 4096  # of a gift at most
+PRIVATE = ("chat", "giant", SEED_CORPUS)  # sources that are never given away: what was said, and what all have read
+
+
+def surprise_per_byte(life: Organism, text: str) -> float:
+    """Bits a byte that its field would pay for a text, frozen: what questions are routed by. Safe beside a reply."""
+    snap, data = life.published, text.encode("utf-8", "replace")
+    bits, _ = snap.field.reader().read(snap.tokenizer.encode(data), learn=False)
+    return float(bits.sum()) / max(1, len(data))
+
+
+class Member:
+    """One organism in one mesh. `answers`: it may speak for others, because nobody else makes it speak; `exchange`: it
+    gives others of what it learns, and lets its immunity judge what they give."""
+
+    def __init__(self, life: Organism, where: str, answers: bool = False, exchange: bool = False):
+        self.life, self.where, self.answers, self.exchange = life, where, answers, exchange
+        self._given = life.memory.last_seq() if exchange else 0  # the last row that was looked at for a gift
+        self.id = str(life.home.id)
+        self._stop = threading.Event()
+        self._mesh: Mesh | None = None
+        self._trouble = ""
+        self._told = -1  # generation whose gamma the mesh knows
+
+    def run(self) -> None:
+        """Until `stop`, or a letter that says so. A mesh that cannot be used is reported once and tried again."""
+        last, gave = -HEARTBEAT, time.monotonic()
+        while not self._stop.is_set():
+            try:
+                mesh = self._joined()
+                if time.monotonic() - last >= HEARTBEAT:
+                    mesh.heartbeat(self.id, self.facts(), self._news())
+                    self.life.peers = sum(peer.id != self.id for peer in mesh.peers(living=True))
+                    last = time.monotonic()
+                if self.exchange and time.monotonic() - gave >= EXCHANGE:
+                    self.trade(mesh)
+                    gave = time.monotonic()
+                for letter in mesh.inbox(self.id):
+                    self._open(mesh, letter)
+            except MeshError as error:
+                self._complain(str(error))
+                self._stop.wait(HEARTBEAT)
+            self._stop.wait(TICK)
+        self._leave()
+
+    def end(self) -> None:
+        """Let `run` return soon; may be called by a signal."""
+        self._stop.set()
+
+    def _joined(self) -> Mesh:
+        if self._mesh is None:
+            self._mesh = open_mesh(self.where)
+            self._mesh.register(
+                self.id, str(self.life.home.path), self.facts(), self.life.home.birth_record.get("parent")
+            )
+        return self._mesh
+
+    def _leave(self) -> None:
+        if self._mesh is not None:
+            try:
+                self._mesh.leave(self.id)
+                self._mesh.close()
+            except MeshError as error:
+                self._complain(str(error))
+            self._mesh = None
+
+    def _complain(self, text: str) -> None:
+        if text != self._trouble:
+            log.warning("%s", text)
+        self._trouble = text
+
+    def facts(self) -> dict[str, Any]:
+        """What it tells of itself with a heartbeat; cheap, and nothing of what was said to it."""
+        body, state = self.life.published.body, self.life.state
+        return dict(stage=body.stage, n_params=body.n_params, loss=state.get("loss"), generation=self.life.published.number,
+                    lived_bytes=state.get("lived_bytes"), training_tokens=state.get("training_tokens"), answers=self.answers)  # fmt: skip
+
+    def _news(self) -> dict[str, bytes]:
+        """Its gamma, where that is another than the mesh knows."""
+        number = self.life.published.number
+        if number == self._told:
+            return {}
+        self._told = number
+        return dict(gamma=gamma_blob(self.life))
+
+    def trade(self, mesh: Mesh) -> tuple[int, int]:
+        """Offer the newest text that it has learned since the last time, and queue what others offer; (given, taken).
+
+        What comes from others, or from a conversation, is not given on. What is taken waits under the source "mesh:ID", to be
+        judged like all that waits; what is refused lies in the quarantine under that name.
+        """
+        rows = list(self.life.memory.lived(after_seq=self._given))
+        self._given = rows[-1].seq if rows else self._given
+        own = [row for row in rows if row.source not in PRIVATE and not row.source.startswith("mesh:")]
+        for row in own[-1:]:
+            mesh.offer(self.id, "text", _whole_lines(row.text))
+        gifts = mesh.claim(self.id, "text")
+        for gift in gifts:
+            self.life.learn(gift.payload[:GIFT_BYTES], source=f"mesh:{gift.sender}")
+        return len(own[-1:]), len(gifts)
+
+    # Letters.
+
+    def _open(self, mesh: Mesh, letter: Letter) -> None:
+        """Do what a letter asks; whatever it is, its writer hears of it, and the next letter is opened."""
+        kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"surprise": self._surprise}
+        if self.answers:
+            kinds |= {"ask": self._ask, "learn": self._learn, "stop": self._end}
+        if letter.kind in ("answer", "undelivered"):
+            mesh.settle([letter.id])
+            return
+        try:
+            if letter.kind not in kinds:
+                raise OrganismError(f"{self.id} does not take letters of kind {letter.kind!r}.")
+            answer = kinds[letter.kind](letter.payload)
+        except (OrganismError, KeyError, TypeError, ValueError, AttributeError) as error:  # letters come from others
+            answer = dict(
+                error=str(error)
+                if isinstance(error, OrganismError)
+                else f"The letter is not as it should be: {error!r}."
+            )
+        mesh.post(self.id, letter.sender, "answer", dict(answer, to=letter.id))
+        mesh.settle([letter.id])
+
+    def _surprise(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return dict(bits_per_byte=surprise_per_byte(self.life, payload["text"]))
+
+    def _ask(self, payload: dict[str, Any]) -> dict[str, Any]:
+        reply = self.life.say(payload["text"])
+        text = reply.text  # the reply is made here
+        return dict(reply.as_dict(), text=text)
+
+    def _learn(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Text from somebody else waits for this one's own immunity, as any text does."""
+        return dict(queued=self.life.learn(payload["text"], source=str(payload.get("source", "mesh"))))
+
+    def _end(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self.end()
+        return dict(asleep=True)
+
+
+def _whole_lines(text: bytes) -> bytes:
+    """The beginning of a text, at most GIFT_BYTES, up to the end of a line where there is one."""
+    head = text[:GIFT_BYTES]
+    return head if len(text) <= GIFT_BYTES else head[: head.rfind(b"\n") + 1] or head

@@ -1,0 +1,139 @@
+"""The fork server of a colony: it loads the libraries and the kernels once, and every organism is a fork of it.
+
+Lines of JSON on stdin: {"start": NAME, "home": …, "mesh": …, "corpus": PATH or null, "exchange": true or false}; on
+stdout: {"ready": true}, {"started": NAME, "pid": N}, {"ended": NAME, "pid": N, "code": N}. It has one thread, so that a
+fork is clean. When stdin ends (the supervisor wants that, or was killed) it asks all organisms to end, waits, and ends
+itself; when it is killed itself, the kernel asks them (PR_SET_PDEATHSIG). So nobody is ever an orphan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import organism
+
+PATIENCE = 40.0  # seconds that organisms get to save themselves
+
+
+def preload() -> None:
+    """Everything that organisms share, loaded before the first fork and never collected."""
+    import safetensors.numpy  # noqa: F401
+
+    import swarm.member  # noqa: F401
+
+    if organism.kernels_ready():
+        kernels = organism.organ("kernels")
+        kernels.compile_parts(kernels.PARTS)
+        kernels.release_compiler()
+    gc.collect()
+    gc.freeze()
+
+
+class Nursery:
+    """Who was started, by process id."""
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
+
+    def say(self, **data: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.write(json.dumps(data) + "\n")
+            sys.stdout.flush()
+
+    def run(self) -> None:
+        self.say(ready=True)
+        waiting = b""
+        while True:
+            self.reap()
+            if not select.select([0], [], [], 0.05)[0]:
+                continue
+            data = os.read(0, 65_536)
+            if not data:
+                break
+            *lines, waiting = (waiting + data).split(b"\n")
+            for line in lines:
+                self.start(json.loads(line))
+        self.end()
+
+    def start(self, order: dict[str, Any]) -> None:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                code = dwell(order, parent)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        self.names[pid] = order["start"]
+        self.say(started=order["start"], pid=pid)
+
+    def reap(self) -> None:
+        for pid in list(self.names):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                self.say(ended=self.names.pop(pid), pid=pid, code=os.waitstatus_to_exitcode(status))
+
+    def end(self) -> None:
+        until = time.monotonic() + PATIENCE
+        self.signal(signal.SIGTERM)
+        while self.names and time.monotonic() < until:
+            self.reap()
+            time.sleep(0.05)
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        for pid in self.names:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def dwell(order: dict[str, Any], parent: int) -> int:
+    """The life of one organism, in the forked process; its exit code. 0: it went to sleep because it was told to."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        return 1
+    home = Path(order["home"])
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    logs = os.open(home / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (logs, 1), (logs, 2)):
+        os.dup2(source, target)
+    return live(order, home)
+
+
+def live(order: dict[str, Any], home: Path) -> int:
+    from swarm.member import Member
+
+    newborn = not (home / "body" / "CURRENT").exists()
+    with organism.Organism(home, threads=1) as life:
+        member = Member(life, order["mesh"], answers=True, exchange=bool(order.get("exchange")))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: member.end())
+        if newborn and order.get("corpus"):
+            life.learn_file(order["corpus"])
+        life.start()
+        member.run()
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # as organism.main does
+    preload()
+    Nursery().run()
