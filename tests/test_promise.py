@@ -41,7 +41,8 @@ def names(pattern: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in names(r"[a-z]+\.[a-z_0-9]+") if n not in ("memory.db", "birth.json", "organism.toml")]
+    "name",
+    [n for n in names(r"[a-z]+\.[a-z_0-9]+") if n not in ("memory.db", "mesh.db", "birth.json", "organism.toml")],
 )
 def test_each_named_setting_exists(name):
     section, _, key = name.partition(".")
