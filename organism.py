@@ -6103,6 +6103,11 @@ class Syntropy:
         return dict(action=self.action, wanted=self.wanted, records=self.records, trend=list(self.trend), rising=self.rising,
                     divided=self.divided)  # fmt: skip
 
+    @property
+    def entropy(self) -> float | None:
+        """Mean over the probe after the last burst, nats a token; None before the first since it woke."""
+        return float(self.history[-1].mean()) if self.history else None
+
     def measure(self, learner: Learner, guard: Guard, health: Health) -> Pulse:
         """How it is now; changes nothing. `health` is what the guard has just measured."""
         if self.probe is not guard:
@@ -9004,7 +9009,7 @@ def _npz(arrays: dict[str, Any]) -> Callable[[Path], None]:
                 array = np.asarray(array, order="C")
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
                     np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
-                    stream.write(array.reshape(-1).view(np.uint8))
+                    stream.write(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type, call-overload]
 
     return write
 

@@ -92,8 +92,9 @@ class Member:
 
     def facts(self) -> dict[str, Any]:
         """What it tells of itself with a heartbeat; cheap, and nothing of what was said to it."""
-        body, state = self.life.published.body, self.life.state
+        body, state, syntropy = self.life.published.body, self.life.state, self.life.syntropy
         return dict(stage=body.stage, n_params=body.n_params, loss=state.get("loss"), generation=self.life.published.number,
+                    syntropy=syntropy.trend.mean, entropy=syntropy.entropy,
                     lived_bytes=state.get("lived_bytes"), training_tokens=state.get("training_tokens"), answers=self.answers)  # fmt: skip
 
     def _news(self) -> dict[str, bytes]:

@@ -294,6 +294,9 @@ class Residency:
     def check(self) -> None:
         """Raise what reading ended with, once; then those experts are read anew when they are wanted."""
         if self.error is not None:
+            end = time.monotonic() + 5
+            while self.busy and time.monotonic() < end:  # what else is being read fails of the same cause
+                time.sleep(0.001)
             error, self.error, self.marks[0] = self.error, None, 0
             raise GGUFError(f"{self.file.path}: an expert cannot be read: {error}") from error
 

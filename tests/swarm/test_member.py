@@ -62,6 +62,7 @@ def test_two_chats_find_each_other_say_how_surprised_they_are_and_leave(two):
     with open_mesh(where) as mesh, Correspondent(mesh) as me:
         peers = mesh.peers(living=True)
         assert len(peers) == 2 and not any(peer.facts["answers"] for peer in peers)
+        assert all(isinstance(peer.facts["syntropy"], float) and "entropy" in peer.facts for peer in peers)
         asked = {me.send(peer.id, "surprise", text="Where do you live?") for peer in peers}
         answers = me.answers(asked, 20)
         assert all(0 < letter.payload["bits_per_byte"] < 8 for letter in answers.values()) and len(answers) == 2
