@@ -208,6 +208,7 @@ class Residency:
                                 stall=self.marks.ctypes.data + 8).items():  # fmt: skip
             self.desk[0][name] = value
         self.error: BaseException | None = None
+        self.has_failed = False  # whether the last step did
         self.thread: threading.Thread | None = None
         self.slot_bytes = 0
 
@@ -294,11 +295,18 @@ class Residency:
     def check(self) -> None:
         """Raise what reading ended with, once; then those experts are read anew when they are wanted."""
         if self.error is not None:
-            end = time.monotonic() + 5
-            while self.busy and time.monotonic() < end:  # what else is being read fails of the same cause
-                time.sleep(0.001)
-            error, self.error, self.marks[0] = self.error, None, 0
+            error, self.error, self.marks[0], self.has_failed = self.error, None, 0, True
             raise GGUFError(f"{self.file.path}: an expert cannot be read: {error}") from error
+
+    def recover(self) -> None:
+        """Before a step: after one that failed, let what else was being read end, so that it does not end this one, too."""
+        if not self.has_failed:
+            return
+        idle, end = 0, time.monotonic() + 5
+        while idle < 10 and time.monotonic() < end:  # between two reads the loader is not busy for a moment
+            time.sleep(0.005)
+            idle = 0 if self.busy else idle + 1
+        self.error, self.marks[0], self.has_failed = None, 0, False
 
     def report(self) -> dict[str, Any]:
         """The counters, with their rates."""
