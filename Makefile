@@ -18,7 +18,7 @@ help:  ## this list
 chat: .venv/warm.stamp  ## talk with the organism; also when you only want to see whether it runs
 	@$(BIN)/organism
 
-test: .venv/dev.stamp .venv/warm.stamp .venv/model.stamp  ## the default tests, under 8 minutes; before every commit
+test: .venv/dev.stamp .venv/warm.stamp .venv/model.stamp  ## the default tests, ten minutes or so; before every commit
 	@$(BIN)/python -m pytest
 
 bench: .venv/dev.stamp .venv/warm.stamp  ## print every benchmark's table; when a change should be faster or predict better

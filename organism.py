@@ -4177,11 +4177,8 @@ class Voice:
 
     def _blend(self) -> np.ndarray:
         """The body on the field, and the gate's share of the field alone."""
-        g = (
-            1.0
-            if self._alone
-            else float(self.snapshot.gate.weight[self.snapshot.gate.bucket(self._view.scalars[0, 0])])
-        )
+        gate = self.snapshot.gate
+        g = 1.0 if self._alone else float(gate.weight[gate.bucket(self._view.scalars[0, 0])])
         if self.snapshot.compiled:
             return organ("kernels").blended(self._logits, self._view, g)
         p = _softmax(self._logits.astype(np.float64))
@@ -10113,7 +10110,7 @@ def _grown_sentence(facts: dict[str, Any]) -> str:
             f"no ln p changed by more than {facts['change']:.1g}.")  # fmt: skip
 
 
-# --- delta, gamma ---
+# --- divide ---
 
 
 @_command(
@@ -10138,6 +10135,9 @@ def _run_divide(asking: _Asking, to: str | None, clone: bool, seconds: float | N
         facts,
         f"{facts['id']}, {kind} with {facts['lived_bytes']:,} bytes of life behind it, is born in {facts['home']}.",
     )
+
+
+# --- delta, gamma ---
 
 
 @_command("delta list")

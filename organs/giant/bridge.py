@@ -32,9 +32,7 @@ CONTEXT = 2048  # tokens: recall and the last turns fit, and reading them stays 
 RECALLED = 5  # remembered sentences that join the prompt
 MATCH = 0.34  # least score of a sentence that is worth the giant's attention
 SMALL = 1 << 30  # bytes of a model up to which it is helped to keep to what is remembered
-WHISPER = (
-    3.0  # help for a small one: added to the logits of the words that such a sentence has and the question has not
-)
+WHISPER = 3.0  # added, for a small one, to the logits of words that such a sentence has and the question lacks
 TURN_CHARS = 600  # of each remembered turn
 ANSWER_TOKENS = 320
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
