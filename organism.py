@@ -9598,24 +9598,28 @@ def _run_chat(asking: _Asking, giant: str | None, mesh: str | None) -> None:
 def _among_peers(life: Organism, mesh: str | None) -> Iterator[None]:
     """In a mesh with others while the block runs, from its second second on."""
     where, members = mesh or os.environ.get("ORGANISM_MESH") or "", []
+    leaving = threading.Event()
 
     def join() -> None:
+        if leaving.wait(MESH_DELAY):
+            return
         member = organ("swarm.member").Member(life, where)
-        members.append(member)
-        member.run()
+        members.append(member)  # before the look at `leaving`: who sets that then finds it here
+        if not leaving.is_set():
+            member.run()
 
-    timer = threading.Timer(MESH_DELAY, join)
-    timer.daemon = True
-    if where != "none":
-        timer.start()
+    if where == "none":
+        yield
+        return
+    joining = threading.Thread(target=join, name="mesh", daemon=True)
+    joining.start()
     try:
         yield
     finally:
-        timer.cancel()
+        leaving.set()
         for member in members:
             member.end()
-        if timer.is_alive():
-            timer.join()
+        joining.join()
 
 
 @contextlib.contextmanager
