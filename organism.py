@@ -7755,7 +7755,8 @@ class Organism:
             )
         tokenizer = Tokenizer.from_state(self.state["tokenizer"])
         body = self._load_body(generation.path)
-        field = self._load_field(generation.path, tokenizer, body)
+        load = lambda: self._load_field(generation.path, tokenizer, body)
+        field = load if self.read_only else load()  # who only looks may never ask for it, and numba takes its time
         gate = Gate().load(self.state["gate"])
         self.published = Snapshot(tokenizer, field, body, gate, generation.number, self.compiled)
         self._finish_forgetting()
