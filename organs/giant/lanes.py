@@ -131,6 +131,22 @@ def function(signature, build):
     return intrinsic(typings[len(signature.args)])
 
 
+@intrinsic
+def address_of(context, record):
+    """Where a record lies, for compiled code."""
+    return types.int64(record), lambda context, b, signature, arguments: b.ptrtoint(arguments[0], I64)
+
+
+def _jump(b, entry, *arguments):
+    kind = ir.FunctionType(VOID, [I64] * len(arguments))
+    b.call(b.inttoptr(entry, kind.as_pointer()), arguments)
+
+
+def caller(n: int):
+    """Calls a C function of n int64 by its address."""
+    return function(types.void(*[types.int64] * (n + 1)), _jump)
+
+
 def named(b, name: str, result, *arguments, fast=()):
     """Call one of LLVM's own functions."""
     kind = ir.FunctionType(result, [a.type for a in arguments])
