@@ -3700,8 +3700,8 @@ class Gamma:
                      mean / shift if shift > 0 else mean, shift, np.linalg.norm(change, axis=1))  # fmt: skip
 
     def most_changed(self, count: int = 10) -> list[int]:
-        """Tokens whose rows moved farthest."""
-        return [int(token) for token in np.argsort(-self.rows, kind="stable")[:count]]
+        """Tokens whose rows moved farthest; none that did not move."""
+        return [int(token) for token in np.argsort(-self.rows, kind="stable")[:count] if self.rows[token] > 0]
 
     def drift(self, before: Gamma) -> float:
         """1 - cosine of the two directions; 0 where one of them has none. A wider body is compared in the old columns."""
