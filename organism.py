@@ -330,6 +330,17 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
 }  # fmt: skip
 
 
+CONFIG_ORDER = (  # (this, is at most that), or the two contradict each other
+    ("field.table_mb", "field.max_table_mb"), ("tokenizer.start_bytes", "tokenizer.full_bytes"),
+    ("tokenizer.first_merges", "tokenizer.full_merges"),
+    ("voice.entropy_low", "voice.entropy_high"), ("syntropy.deviation_low", "syntropy.deviation_high"),
+)  # fmt: skip
+CONFIG_NEEDS = (  # (this value, does nothing without that one)
+    ("learning.precision", "bf16", "learning.engine", "torch"), ("syntropy.steer", True, "syntropy.measure", True),
+    ("syntropy.delta_births", True, "syntropy.steer", True), ("deltas.on_domain", True, "body.field", True),
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of one organism. `Config()` is the table above; `Config.load(home)` what this home makes of it."""
@@ -364,7 +375,21 @@ class Config:
         if config.body.stage not in (known := stages(config.body)):
             raise UsageError(f"body.stage must be one of {', '.join(known)}, not {config.body.stage!r}.")
         stage_batch(config.body.stage, config)  # raises where growth.batches cannot be read
+        config._must_agree()
         return config
+
+    def _must_agree(self) -> None:
+        """Raises UsageError where two settings contradict each other."""
+        for low, high in CONFIG_ORDER:
+            if self.get(low) > self.get(high):
+                raise UsageError(
+                    f"{low} is {self.get(low)}, which is more than {high}, {self.get(high)}: one of them must change."
+                )
+        for name, value, needed, other in CONFIG_NEEDS:
+            if self.get(name) == value and self.get(needed) != other:
+                raise UsageError(
+                    f"{_toml(name, value)} does nothing without {_toml(needed, other)}: set both, or neither."
+                )
 
     def replace(self, values: dict[str, object], where: str = "the settings") -> Config:
         """A copy with {"section.key": value} changed; `where` is named when one of them is wrong."""
@@ -407,6 +432,11 @@ class Config:
                     document[section] = tomlkit.table()
                 document[section][key] = list(value) if isinstance(value, tuple) else value  # type: ignore[index]
         write_atomically(path, tomlkit.dumps(document).encode())
+
+
+def _toml(name: str, value: object) -> str:
+    """A setting as a file has it."""
+    return f"{name} = {json.dumps(value)}"
 
 
 def settings_table() -> list[tuple[str, Any, str]]:
