@@ -246,6 +246,8 @@ class VoiceConfig:
     dissonance: bool = False  # follow jumps of the entropy within a reply with the temperature (docs/self.md)
     anti_field: float = 0.0  # share of tokens, from the ninth on, that leave the gate's field out (molequla §1.6: .05)
     conscience: bool = False  # weigh deltas down while its replies become more doubtful (molequla §1.11; docs/self.md)
+    overthink: int = 0  # rounds of what it would have said next, after each reply; 0: never (molequla §1.11: 2)
+    overthink_tokens: int = 32  # tokens of such a round at most (molequla §1.11)
     recall: int = 5  # remembered lines that may join a reply
     context_messages: int = 12  # last messages that are fed back into the prompt (molequla §1.6)
 
@@ -318,7 +320,7 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "field.view_width": (8, 1024), "field.view_floor": (1e-6, 0.5),
     "learning.rate_min": (0, 1), "learning.horizon_steps": (1, 10**9), "learning.beta1": (0, 0.9999),
     "learning.beta2": (0, 0.99999), "learning.epsilon": (1e-12, 1), "learning.average": (0, 0.99999),
-    "learning.batch": (1, 65_536), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
+    "learning.batch": (1, 65_536), "voice.overthink": (0, 64), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
     "deltas.rank": (1, 1024), "deltas.most": (1, 64), "growth.flat": (0, 1), "growth.dampen": (0, 1),
     "growth.memory_share": (0.01, 1),
     "voice.surprise_shift": (0, 0.05), "voice.trend_shift": (0, 0.05), "voice.anti_field": (0, 1),
@@ -6847,9 +6849,9 @@ class Memory:
         self, connection: sqlite3.Connection, rows: Iterable[tuple[str, str | bytes, int]], burst_id: int
     ) -> None:
         now = time.time()
-        for source, text, part in rows:  # what was said in chat is found as a message already: it counts as indexed
+        for source, text, part in rows:  # what was said in chat is found as a message already, and thoughts never are
             _insert(connection, "lived", ts=now, source=source, text=_stored(text), burst_id=burst_id, part=part,
-                    bytes=len(_as_bytes(text)), indexed=source == "chat")  # fmt: skip
+                    bytes=len(_as_bytes(text)), indexed=source in ("chat", THOUGHT))  # fmt: skip
 
     def lived(self, after_seq: int = 0) -> Iterator[Lived]:
         """Accepted rows with seq > after_seq, in the order of learning; rows are fetched few at a time."""
@@ -7824,6 +7826,7 @@ def _home_trouble(path: Path, error: OSError) -> str:
 # --- The Organism, the one object that others hold: it wakes, speaks, learns, saves, and sleeps. ---
 
 SEED_CORPUS = "nonames.txt"
+THOUGHT = "thought"  # the source of what it said to itself, by which it can be forgotten
 HISTORY_CHARS = 260  # of each remembered line that is fed back into the prompt
 CHILD_STAGE = "infant"  # what a child is born as (issue SWARM)
 RECALL_STRONG = 0.75  # a recollection that matches this well is worth repeating almost word for word
@@ -8005,7 +8008,9 @@ class Organism:
         text = text.strip()
         asked = self.memory.add_message("user", text, learn=f"H: {_one_line(text)}\n")
         self._wake_up.set()
-        reply = self._remembered(self.giant.reply(self, text, asked) if self.giant else self._prepare(text, asked))
+        reply = self._remembered(
+            self.giant.reply(self, text, asked) if self.giant else self._prepare(text, asked), text
+        )
         if on_piece is not None:
             for piece in reply:
                 on_piece(piece)
@@ -8037,7 +8042,7 @@ class Organism:
         reply.recalled = strong[0] if strong else None
         return reply
 
-    def _remembered(self, reply: Reply) -> Reply:
+    def _remembered(self, reply: Reply, question: str) -> Reply:
         """The same reply, which stores itself once it has been spoken."""
         pieces = reply._pieces
 
@@ -8066,10 +8071,33 @@ class Organism:
                                             conscience=self.conscience.scale,
                                             shifts=reply.shifts))  # fmt: skip
             self._reply = None
+            if self.config.voice.overthink and said and reply.source != "giant":
+                self._overthink(question, said)
 
         reply._pieces = told()
         self._reply = reply
         return reply
+
+    def _overthink(self, question: str, said: str) -> None:
+        """Read its own reply again, and what it would have gone on to say: both wait for immunity's verdict like any text.
+
+        It draws with a generator of its own, so that what it says aloud does not depend on what it thinks.
+        """
+        voice, rounds = self.config.voice, []
+        brief = dataclasses.replace(
+            voice, max_tokens=voice.overthink_tokens, min_tokens=min(voice.min_tokens, voice.overthink_tokens)
+        )
+        config = dataclasses.replace(self.config, voice=brief)
+        rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"{question}\n{said}".encode())))
+        for _ in range(voice.overthink):
+            so_far = " ".join([_one_line(said), *rounds])
+            rounds.append(
+                _one_line(Voice(self.published, config, rng).speak(f"H: {_one_line(question)}\nA: {so_far}").text)
+            )
+        thought = " ".join(filter(None, [_one_line(said), *rounds]))
+        self.memory.queue(THOUGHT, f"A: {thought}\n".encode())
+        self.memory.event("thought", dict(rounds=voice.overthink, bytes=len(thought.encode())))
+        self._wake_up.set()
 
     def _set_speaking(self, change: int) -> None:
         """The trainer yields between micro-batches while a reply is being made."""
@@ -8202,7 +8230,7 @@ class Organism:
         accepted = [(row, part) for row, part, verdict in judged if verdict.accepted and verdict.weight > 0]
         refused = [(row.source, part, verdict) for row, part, verdict in judged if not verdict.accepted]
         copies = [text_digest(part) for _, part, verdict in judged if verdict.accepted and len(part) >= 1]
-        rows = [(row.source, part, int(row.source in ("chat", "giant"))) for row, part in accepted]
+        rows = [(row.source, part, int(row.source in ("chat", "giant", THOUGHT))) for row, part in accepted]
         before, guard = Backup(learner, self.published), self._guard_of(learner)
         was = guard.measure(learner)
         felt = self.syntropy.measure(learner, guard, was) if rows and self.config.syntropy.measure else None
