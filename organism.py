@@ -4802,6 +4802,7 @@ class Learner:
         self.experience: Any = self._new_experience()
         self.curve = LearningCurve()
         self.urge, self.accumulate = 1.0, 1  # syntropy's factors on rate and batch, of this burst
+        self.unweighed = 0  # tokens trained since the gate judged the body last
         self.trainer: Any = None
         self.past = np.full(1, Tokenizer.BOS, np.int32)  # the last tokens read, for predictions that go on from them
         self.past_view: FieldView | None = None
@@ -4862,12 +4863,18 @@ class Learner:
             return 0
         return Stretch.SIZE
 
-    def weigh(self) -> None:
-        """Let the gate judge the present body, domain by domain, on the stretches that are held back."""
+    WEIGH = 8  # tokens trained for each that is held back, before the gate judges anew: so it takes a few percent of the time
+
+    def weigh(self) -> bool:
+        """Let the gate judge the present body, domain by domain, on the stretches that are held back, where it is due."""
+        held = self.experience.held
+        if self.unweighed < self.WEIGH * Stretch.SIZE * sum(map(len, held.values())):
+            return False
         self.sync()
-        for domain, stretches in self.experience.held.items():
-            log_body, log_field, entropy = self._hearing(self.body, stretches)
-            self.gate.refit(domain, log_body, log_field, entropy)
+        for domain, stretches in held.items():
+            self.gate.refit(domain, *self._hearing(self.body, stretches))
+        self.unweighed = 0
+        return True
 
     def _hearing(self, body: Body, stretches: Sequence[Stretch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ln p by the body and by the field, and the field's entropy as views have it, of the tokens of stretches that have as
@@ -4912,6 +4919,7 @@ class Learner:
     def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> float:
         if self.trainer is None:
             self.trainer = Trainer(self.body, self.config.learning, self.engine, self.threads, self.seed)
+        self.unweighed += x.size
         return float(self.trainer.step(x, y, view, self.rate))
 
     def sync(self) -> None:
@@ -4927,10 +4935,14 @@ class Learner:
 
     # The guard of old domains.
 
-    GUARD_WINDOWS = 16  # of a domain that are measured
+    GUARD_WINDOWS, GUARD_STRETCHES = (
+        16,
+        5,
+    )  # of a domain that are measured; the newest that are held back, three windows each
 
     def domain_bits(self, body: Body | None = None) -> dict[int, float]:
-        """Bits a token that a body (this one's) takes for each domain of the experience, as that is kept."""
+        """Bits a token that a body (this one's) and the field take together for each domain, as the gate would weigh them, on
+        what is held back; of a domain without such, the body's on what is kept of it."""
         self.sync()
         body, kept, length = body or self.body, self.experience, min(self.body.context, self.experience.length - 1)
         if length < 1:
@@ -4938,7 +4950,12 @@ class Learner:
         out = {}
         for domain in np.unique(kept.domains[: kept.length]).tolist():
             ends = kept.domain_ends(domain, self.GUARD_WINDOWS, length)
-            if len(ends) >= 4:
+            held = kept.held.get(domain, ())[-self.GUARD_STRETCHES :]
+            if len(held) >= 4:
+                gate, heard = Gate(), self._hearing(body, held)
+                gate.refit(0, *heard)
+                out[domain] = -float(gate.mix(*heard, learn=False).mean()) / math.log(2)
+            elif len(ends) >= 4:
                 x, y, view = kept.windows_at(ends, length)
                 log_p = body.log_probs(x, y, view, self.compiled)
                 out[domain] = -float(log_p.mean()) / math.log(2)
@@ -9076,6 +9093,7 @@ class Excision:
             learner.train(1, 0)
             life._count_training(learner, learning.batch * learning.accum * learner.body.context)
         learner.sync()
+        learner.weigh()
 
     def _samples(self) -> tuple[bytes, bytes]:
         removed, rest = [], []

@@ -197,6 +197,7 @@ def test_a_body_that_went_astray_is_hardly_asked(sample_text):
     learner = a_reader(sample_text)
     learner.body.arena["head"][:] = np.random.default_rng(0).normal(0, 1, learner.body.arena["head"].shape)
     learner.body.arena.average[:] = learner.body.arena.parameters
-    learner.body.steps = 1
-    learner.weigh()
+    assert not learner.weigh()  # nothing was trained
+    learner.unweighed = 1 << 20
+    assert learner.weigh() and not learner.weigh()
     assert learner.gate.weight[0].max() < 0.15
