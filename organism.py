@@ -4754,9 +4754,12 @@ class Gate:
         then one a bucket, which stays near it while it holds few."""
         self._know(domain)
         ratio = np.exp(np.clip(log_body.astype(np.float64) - log_field, -50, 50))
-        everywhere = np.zeros(len(ratio), np.int64)
+        bucket, everywhere = self.bucket(entropy_scalar), np.zeros(len(ratio), np.int64)
         overall = self._likeliest(ratio, everywhere, 1, 0.5, self.DOUBT[0])[0]
-        self.weight[domain] = self._likeliest(ratio, self.bucket(entropy_scalar), self.BUCKETS, overall, self.DOUBT[1])
+        self.weight[domain] = self._likeliest(ratio, bucket, self.BUCKETS, overall, self.DOUBT[1])
+        self.count[domain] = self.DOUBT[1] + np.bincount(
+            bucket, minlength=self.BUCKETS
+        )  # online learning goes on gently
 
     @staticmethod
     def _likeliest(ratio: np.ndarray, bucket: np.ndarray, buckets: int, prior: float, doubt: float) -> np.ndarray:
@@ -4935,10 +4938,8 @@ class Learner:
 
     # The guard of old domains.
 
-    GUARD_WINDOWS, GUARD_STRETCHES = (
-        16,
-        5,
-    )  # of a domain that are measured; the newest that are held back, three windows each
+    GUARD_WINDOWS = 16  # of a domain that are measured,
+    GUARD_STRETCHES = 5  # or its newest stretches that are held back, three windows each
 
     def domain_bits(self, body: Body | None = None) -> dict[int, float]:
         """Bits a token that a body (this one's) and the field take together for each domain, as the gate would weigh them, on
@@ -5129,7 +5130,7 @@ class Learner:
             self._rebuild([list(self.slices(data, part)) for data, part in past], size)
 
     def _rebuild(self, rows: list[list[np.ndarray]], table_mb: int) -> None:
-        counts = np.bincount(np.concatenate(sum(rows, [])), minlength=len(self.tokenizer)) if rows else None
+        counts = np.bincount(np.concatenate([*itertools.chain(*rows)]), minlength=len(self.tokenizer)) if rows else None
         sizes = [sum(map(len, row)) for row in rows]
         self.field = fresh_field(self.tokenizer, self.config, counts, compiled=self.compiled, seen=sum(sizes),
                                  table_mb=table_mb, plain=not self.on_field)  # fmt: skip
