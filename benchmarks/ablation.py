@@ -54,9 +54,9 @@ def pieces(path: Path, count: int, seed: int) -> Iterator[bytes]:
 
 
 def live(
-    domains: list[Path], bursts: int, seed: int, overrides: dict
+    domains: list[Path], bursts: int, seed: int, overrides: dict, aloud: dict[str, dict]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """(figures of a life, figures of its speech by feature)."""
+    """(figures of a life, figures of its speech by feature, for those of `aloud`)."""
     first, second = domains
     held_out = [path.read_bytes()[:HELD_OUT] for path in domains]
     with fresh_home() as home, o.Organism(home, overrides=overrides, seed=seed, threads=1, kernels="wait") as life:
@@ -69,7 +69,7 @@ def live(
         prompts = [
             line[:60] for text in held_out for line in text.decode(errors="replace").splitlines() if len(line) > 40
         ][::4]
-        speech = {name: speak(life, prompts[:24], seed, change) for name, change in {"off": {}, **SPEECH}.items()}
+        speech = {name: speak(life, prompts[:24], seed, change) for name, change in {"off": {}, **aloud}.items()}
     return figures | speech["off"], speech
 
 
@@ -129,10 +129,10 @@ def main() -> None:
     differences: dict[str, dict[str, list[float]]] = {}
     off: dict[str, list[float]] = {}
     for seed in range(seeds):
-        base, speech = live(domains, bursts, seed, {})
+        base, speech = live(domains, bursts, seed, {}, SPEECH)
         for metric, value in base.items():
             off.setdefault(metric, []).append(value)
-        results = {name: live(domains, bursts, seed, change)[0] for name, change in LIVES.items()}
+        results = {name: live(domains, bursts, seed, change, {})[0] for name, change in LIVES.items()}
         results |= {name: speech[name] for name in SPEECH}
         for name, figures in results.items():
             for metric, value in figures.items():
