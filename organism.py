@@ -4805,7 +4805,7 @@ class Learner:
         self.experience: Any = self._new_experience()
         self.curve = LearningCurve()
         self.urge, self.accumulate = 1.0, 1  # syntropy's factors on rate and batch, of this burst
-        self.unweighed = 0  # tokens trained since the gate judged the body last
+        self.unweighed = 0.0  # tokens trained since the gate judged the body last; infinite where it must judge anew
         self.trainer: Any = None
         self.past = np.full(1, Tokenizer.BOS, np.int32)  # the last tokens read, for predictions that go on from them
         self.past_view: FieldView | None = None
@@ -4876,7 +4876,7 @@ class Learner:
         self.sync()
         for domain, stretches in held.items():
             self.gate.refit(domain, *self._hearing(self.body, stretches))
-        self.unweighed = 0
+        self.unweighed = 0.0
         return True
 
     def _hearing(self, body: Body, stretches: Sequence[Stretch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -5134,7 +5134,7 @@ class Learner:
         sizes = [sum(map(len, row)) for row in rows]
         self.field = fresh_field(self.tokenizer, self.config, counts, compiled=self.compiled, seen=sum(sizes),
                                  table_mb=table_mb, plain=not self.on_field)  # fmt: skip
-        self.experience = self._new_experience()
+        self.experience, self.unweighed = self._new_experience(), math.inf
         self.past, self.past_view = np.full(1, Tokenizer.BOS, np.int32), None
         kept = spread_rows(sizes, self.experience.capacity)
         for number, row in enumerate(rows):

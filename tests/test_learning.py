@@ -195,9 +195,12 @@ def test_what_is_held_back_comes_back_from_disk(sample_text):
 
 def test_a_body_that_went_astray_is_hardly_asked(sample_text):
     learner = a_reader(sample_text)
+    learner.weigh()
     learner.body.arena["head"][:] = np.random.default_rng(0).normal(0, 1, learner.body.arena["head"].shape)
     learner.body.arena.average[:] = learner.body.arena.parameters
     assert not learner.weigh()  # nothing was trained
     learner.unweighed = 1 << 20
     assert learner.weigh() and not learner.weigh()
     assert learner.gate.weight[0].max() < 0.15
+    learner.rebuild(iter([(sample_text[:30_000], 0)]))
+    assert learner.weigh()  # the same body on other views
