@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+import organism
+from organism import Organism
+from swarm.member import Member
 from swarm.mesh import open_mesh
 from swarm.thinking import Correspondent
 
@@ -93,3 +97,26 @@ def test_a_mesh_that_cannot_be_used_is_said_once_and_the_chat_goes_on(tmp_path):
     assert tell(one, "again")["text"]
     _, errors = one.communicate(timeout=60)
     assert errors.count("cannot be used") == 1 and "Traceback" not in errors
+
+
+def test_a_chat_that_ends_while_it_joins_ends(tmp_path, monkeypatch):
+    joins, left = threading.Event(), threading.Event()
+
+    class Slow(Member):
+        def __init__(self, *given):
+            joins.set()
+            left.wait(1)
+            super().__init__(*given)
+
+    monkeypatch.setattr("swarm.member.Member", Slow)
+    monkeypatch.setattr(organism, "MESH_DELAY", 0.0)
+
+    def brief_chat() -> None:
+        with Organism(tmp_path / "home") as life, organism._among_peers(life, str(tmp_path / "mesh.db")):
+            joins.wait(10)
+        left.set()
+
+    threading.Thread(target=brief_chat, daemon=True).start()
+    assert joins.wait(30) and left.wait(30)
+    with open_mesh(str(tmp_path / "mesh.db")) as mesh:
+        assert not mesh.peers(living=True)
