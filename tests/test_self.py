@@ -248,6 +248,10 @@ def test_what_it_says_to_itself_is_judged_learned_and_not_recalled(tmp_path):
         assert [row.text for row in lived] == [waiting[o.THOUGHT]]
         indexed = life.memory._all("SELECT ref FROM passages WHERE kind = 'lived'")
         assert lived[0].seq not in {ref for (ref,) in indexed}
+        noise = bytes(np.random.default_rng(0).integers(33, 127, 900).astype(np.uint8))
+        life.memory.queue(o.THOUGHT, b"A: " + noise)  # as a broken body would think
+        assert life.learn_now("The dog sleeps on the warm stone.", "dogs").decision == "refuse"
+        assert [row for row in life.memory.lived() if row.source == o.THOUGHT] == lived
 
 
 def test_thinking_changes_nothing_of_what_is_said(tmp_path):
@@ -258,16 +262,6 @@ def test_thinking_changes_nothing_of_what_is_said(tmp_path):
         life.voice_rng.bit_generator.state = state
         life._overthink("Hello.", "Hello to you.")
         assert life.voice_rng.bit_generator.state == state != after
-
-
-def test_its_own_noise_is_kept_out(tmp_path):
-    """A thought is a text like any other: what has no order is refused, and nothing is learned from it."""
-    with o.Organism(tmp_path / "home", overrides={"learning.batch": 2}, seed=3, threads=1) as life:
-        noise = bytes(np.random.default_rng(0).integers(33, 127, 900).astype(np.uint8))
-        life.memory.queue(o.THOUGHT, b"A: " + noise)
-        verdict = life.learn_now("The cat sleeps on the warm stone.", "cats")
-        assert verdict.decision == "refuse"
-        assert all(row.source != o.THOUGHT for row in life.memory.lived())
 
 
 # --- The biography. ---
