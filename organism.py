@@ -246,6 +246,8 @@ class VoiceConfig:
     dissonance: bool = False  # follow jumps of the entropy within a reply with the temperature (docs/self.md)
     anti_field: float = 0.0  # share of tokens, from the ninth on, that leave the gate's field out (molequla §1.6: .05)
     conscience: bool = False  # weigh deltas down while its replies become more doubtful (molequla §1.11; docs/self.md)
+    overthink: int = 0  # rounds of what it would have said next, after each reply; 0: never (molequla §1.11: 2)
+    overthink_tokens: int = 32  # tokens of such a round at most (molequla §1.11)
     recall: int = 5  # remembered lines that may join a reply
     context_messages: int = 12  # last messages that are fed back into the prompt (molequla §1.6)
 
@@ -318,7 +320,7 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "field.view_width": (8, 1024), "field.view_floor": (1e-6, 0.5),
     "learning.rate_min": (0, 1), "learning.horizon_steps": (1, 10**9), "learning.beta1": (0, 0.9999),
     "learning.beta2": (0, 0.99999), "learning.epsilon": (1e-12, 1), "learning.average": (0, 0.99999),
-    "learning.batch": (1, 65_536), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
+    "learning.batch": (1, 65_536), "voice.overthink": (0, 64), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
     "deltas.rank": (1, 1024), "deltas.most": (1, 64), "growth.flat": (0, 1), "growth.dampen": (0, 1),
     "growth.memory_share": (0.01, 1),
     "voice.surprise_shift": (0, 0.05), "voice.trend_shift": (0, 0.05), "voice.anti_field": (0, 1),
@@ -328,6 +330,17 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "immunity.noise_drift_threshold": (-1, 1), "memory.candidates": (1, 10_000), "memory.quarantine_mb": (1, 1_000_000),
     "life.keep_generations": (1, 10_000),
 }  # fmt: skip
+
+
+CONFIG_ORDER = (  # (this, is at most that), or the two contradict each other
+    ("field.table_mb", "field.max_table_mb"), ("tokenizer.start_bytes", "tokenizer.full_bytes"),
+    ("tokenizer.first_merges", "tokenizer.full_merges"),
+    ("voice.entropy_low", "voice.entropy_high"), ("syntropy.deviation_low", "syntropy.deviation_high"),
+)  # fmt: skip
+CONFIG_NEEDS = (  # (this value, does nothing without that one)
+    ("learning.precision", "bf16", "learning.engine", "torch"), ("syntropy.steer", True, "syntropy.measure", True),
+    ("syntropy.delta_births", True, "syntropy.steer", True), ("deltas.on_domain", True, "body.field", True),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -364,7 +377,21 @@ class Config:
         if config.body.stage not in (known := stages(config.body)):
             raise UsageError(f"body.stage must be one of {', '.join(known)}, not {config.body.stage!r}.")
         stage_batch(config.body.stage, config)  # raises where growth.batches cannot be read
+        config._must_agree()
         return config
+
+    def _must_agree(self) -> None:
+        """Raises UsageError where two settings contradict each other."""
+        for low, high in CONFIG_ORDER:
+            if self.get(low) > self.get(high):
+                raise UsageError(
+                    f"{low} is {self.get(low)}, which is more than {high}, {self.get(high)}: one of them must change."
+                )
+        for name, value, needed, other in CONFIG_NEEDS:
+            if self.get(name) == value and self.get(needed) != other:
+                raise UsageError(
+                    f"{_toml(name, value)} does nothing without {_toml(needed, other)}: set both, or neither."
+                )
 
     def replace(self, values: dict[str, object], where: str = "the settings") -> Config:
         """A copy with {"section.key": value} changed; `where` is named when one of them is wrong."""
@@ -407,6 +434,11 @@ class Config:
                     document[section] = tomlkit.table()
                 document[section][key] = list(value) if isinstance(value, tuple) else value  # type: ignore[index]
         write_atomically(path, tomlkit.dumps(document).encode())
+
+
+def _toml(name: str, value: object) -> str:
+    """A setting as a file has it."""
+    return f"{name} = {json.dumps(value)}"
 
 
 def settings_table() -> list[tuple[str, Any, str]]:
@@ -2250,6 +2282,8 @@ class _FieldBase:
     config: FieldConfig
     tree: FieldTree
     boosts: np.ndarray  # float64 [V]: p(t) is multiplied by 1 + boosts[t] when speaking
+    domain = 0  # whose turn it is
+    read_by: np.ndarray | int = 0  # whose turn it was at each of the tokens that were read last, [N] or one for all
 
     def read(self, tokens, views: bool = False, learn: bool = True) -> tuple[np.ndarray, FieldView | None]:
         raise NotImplementedError
@@ -2353,7 +2387,9 @@ class Field(_FieldBase):
         bits, parts = np.zeros(len(tokens)), []
         if learn and self._borrowed:
             self.arrays, self._borrowed = _own_field_state(self.arrays), False
+        self.read_by = np.full(len(tokens), self.domain)
         for begin, end in self._stretches(len(tokens), views, learn):
+            self.read_by[begin:end] = self.domain
             view = self._read_part(tokens[begin:end], views, learn, bits[begin:end])
             parts += [] if view is None else [view]
             if not learn and end < len(tokens):
@@ -4180,7 +4216,7 @@ class Voice:
     def _blend(self) -> np.ndarray:
         """The body on the field, and the gate's share of the field alone."""
         gate = self.snapshot.gate
-        g = 1.0 if self._alone else float(gate.weight[gate.bucket(self._view.scalars[0, 0])])
+        g = 1.0 if self._alone else float(gate.share(self._view.scalars[0, 0], self.field.domain))
         if self.snapshot.compiled:
             return organ("kernels").blended(self._logits, self._view, g)
         p = _softmax(self._logits.astype(np.float64))
@@ -4467,6 +4503,17 @@ class LearningCurve:
 # --- The experience, which keeps what was read beside what the field thought of it then. ---
 
 
+class Stretch(NamedTuple):
+    """A piece of lived text that is held back from training: tokens int32 [SIZE + 1], of which the first only leads in;
+    what each of the others cost the field, float32 [SIZE] in bits; and the field's views of its time, SIZE rows."""
+
+    tokens: np.ndarray
+    costs: np.ndarray
+    view: FieldView
+
+    SIZE = 192  # not annotated, hence not a field
+
+
 class Experience:
     """Tokens it has read, in order, each with the field's pruned prediction *of its time* (notes/stack.md).
 
@@ -4474,9 +4521,13 @@ class Experience:
     beyond `capacity` tokens half of the older blocks is let go, at random, sooner from domains that have many. Replay
     draws blocks by domain, surprise and age as the settings say. Single writer; a burst that is rolled back calls
     `rollback(mark)`.
+
+    Some stretches of long texts are *held back*: they are kept aside and never replayed, so that the gate can judge the body
+    by text that it was not trained on.
     """
 
     BLOCK = 1024  # tokens that stay or go together
+    HELD = 16  # stretches held back that are kept of a domain, the newest
 
     PER_TOKEN = "tokens", "starts", "logmass", "scalars", "domains", "costs"
 
@@ -4486,6 +4537,7 @@ class Experience:
         self.capacity, self.width, self.tree = max(capacity, 4 * self.BLOCK), width, tree
         self.config, self._drawn = config or LearningConfig(), (-1, np.zeros(0))
         self.length, self.rng = 0, np.random.Generator(np.random.PCG64(seed))
+        self.held: dict[int, tuple[Stretch, ...]] = {}  # by domain, the oldest first
         self._allocate(4 * self.BLOCK)
 
     def _allocate(self, size: int) -> None:
@@ -4514,6 +4566,10 @@ class Experience:
             for name in ("starts", "logmass", "scalars"):
                 getattr(self, name)[self.length : end] = getattr(view, name)
         self.length = end
+
+    def hold_back(self, stretch: Stretch, domain: int) -> None:
+        """Keep a stretch aside to judge by; the oldest of its domain goes when there are enough."""
+        self.held = self.held | {domain: (*self.held.get(domain, ()), stretch)[-self.HELD :]}
 
     def trim(self) -> None:
         """Let go of a random half of the older three quarters once the capacity is passed."""
@@ -4600,26 +4656,43 @@ class Experience:
             ends[0] = self.length - 1
         return self.windows_at(ends, length)
 
-    def mark(self) -> int:
-        return self.length
+    def mark(self) -> tuple[int, dict[int, tuple[Stretch, ...]]]:
+        return self.length, self.held
 
-    def rollback(self, mark: int) -> None:
-        self.length = mark
+    def rollback(self, mark: tuple[int, dict[int, tuple[Stretch, ...]]]) -> None:
+        self.length, self.held = mark
 
     def state(self) -> dict[str, np.ndarray]:
         n = self.length
         arrays = dict(tokens=self.tokens[:n], domains=self.domains[:n], costs=self.costs[:n])
         if self.tree is not None:
             arrays |= dict(starts=self.starts[:n], logmass=self.logmass[:n], scalars=self.scalars[:n])
-        return arrays
+        return arrays | self._held_state()
+
+    def _held_state(self) -> dict[str, np.ndarray]:
+        held = [(domain, stretch) for domain, kept in self.held.items() for stretch in kept]
+        if not held:
+            return {}
+        view = FieldView.concat([stretch.view for _, stretch in held])
+        return dict(held_domains=np.array([domain for domain, _ in held]), held_tokens=np.stack([s.tokens for _, s in held]),
+                    held_costs=np.stack([s.costs for _, s in held]), held_starts=view.starts, held_logmass=view.logmass,
+                    held_scalars=view.scalars)  # fmt: skip
+
+    def _load_held(self, arrays: dict[str, np.ndarray], tree: FieldTree) -> None:
+        view = FieldView(arrays["held_starts"], arrays["held_logmass"], arrays["held_scalars"], tree)
+        for k, domain in enumerate(arrays["held_domains"].tolist()):
+            rows = view[k * Stretch.SIZE : (k + 1) * Stretch.SIZE]
+            self.hold_back(Stretch(arrays["held_tokens"][k], arrays["held_costs"][k], rows), domain)
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
         """Put back what `state` gave; the tree must be the one that the views were cut from."""
         view = (
             None if self.tree is None else FieldView(arrays["starts"], arrays["logmass"], arrays["scalars"], self.tree)
         )
-        self.length, self._drawn = 0, (-1, np.zeros(0))
+        self.length, self._drawn, self.held = 0, (-1, np.zeros(0)), {}
         self.append(arrays["tokens"], view)
+        if self.tree is not None and "held_domains" in arrays:
+            self._load_held(arrays, self.tree)
         for name in ("domains", "costs"):
             if name in arrays:  # not in the first format
                 getattr(self, name)[: self.length] = arrays[name]
@@ -4629,36 +4702,76 @@ class Experience:
 
 
 class Gate:
-    """p = g·p_body + (1 - g)·p_field with one g for each bucket of the field's entropy, learned by online EM.
+    """p = g·p_body + (1 - g)·p_field, with one g for each domain and bucket of the field's entropy.
 
-    An insurance: a body that stands on the field starts as the field, so g matters only where one of the two errs.
+    An insurance: a body that stands on the field starts as the field, so g matters only where one of the two errs. A body
+    that goes on to learn other things comes to err on what it learned long ago; the field's domains do not. `mix` learns
+    from what comes by online EM, `refit` by EM on text that the body was not trained on.
     """
 
     BUCKETS = 12
+    DOUBT = 10, 100  # tokens that speak for one half in a domain's g, and for the domain's g in a bucket's
 
     def __init__(self) -> None:
-        self.weight = np.full(self.BUCKETS, 0.5)
-        self.count = np.full(self.BUCKETS, 10.0)
+        self.weight = np.full((1, self.BUCKETS), 0.5)
+        self.count = np.full((1, self.BUCKETS), 10.0)
 
     def bucket(self, entropy_scalar: np.ndarray) -> np.ndarray:
         """Bucket of a view's first scalar (entropy in nats / 2 - 1)."""
         nats = (np.asarray(entropy_scalar, np.float64) + 1) * 2
         return np.clip((nats * 2.2).astype(np.int64), 0, self.BUCKETS - 1)
 
-    def mix(
-        self, log_body: np.ndarray, log_field: np.ndarray, entropy_scalar: np.ndarray, learn: bool = True
-    ) -> np.ndarray:
+    def share(self, entropy_scalar: np.ndarray, domain: np.ndarray | int = 0) -> np.ndarray:
+        """g where a view has this first scalar and this domain's turn it is; any shape."""
+        known = np.minimum(domain, len(self.weight) - 1)  # a domain that was never judged is taken for the newest
+        return self.weight[known, self.bucket(entropy_scalar)]
+
+    def mix(self, log_body: np.ndarray, log_field: np.ndarray, entropy_scalar: np.ndarray, domain: np.ndarray | int = 0,
+            learn: bool = True) -> np.ndarray:  # fmt: skip
         """ln p of what came, for n positions in order; learns from each after it was predicted. All arrays [n]."""
         body, base = np.exp(log_body.astype(np.float64)), np.exp(log_field.astype(np.float64))
+        if not learn:
+            g = self.share(entropy_scalar, domain)
+            return np.log(np.maximum(g * body + (1 - g) * base, 1e-300))
         out = np.empty(len(log_body))
-        for i, k in enumerate(self.bucket(entropy_scalar).tolist()):
-            g = self.weight[k]
+        domains = np.broadcast_to(domain, out.shape)
+        self._know(int(domains.max(initial=0)))
+        for i, at in enumerate(zip(domains.tolist(), self.bucket(entropy_scalar).tolist(), strict=True)):
+            g = self.weight[at]
             p = g * body[i] + (1 - g) * base[i]
             out[i] = p
-            if learn:
-                self.count[k] += 1
-                self.weight[k] += (g * body[i] / p - g) / min(self.count[k], 500.0)
+            self.count[at] += 1
+            self.weight[at] += (g * body[i] / p - g) / min(self.count[at], 500.0)
         return np.log(np.maximum(out, 1e-300))
+
+    def _know(self, domain: int) -> None:
+        """Make room for a domain that is new."""
+        new = domain + 1 - len(self.weight)
+        if new > 0:
+            self.weight = np.concatenate([self.weight, np.full((new, self.BUCKETS), 0.5)])
+            self.count = np.concatenate([self.count, np.full((new, self.BUCKETS), 10.0)])
+
+    def refit(self, domain: int, log_body: np.ndarray, log_field: np.ndarray, entropy_scalar: np.ndarray) -> None:
+        """The likeliest weights of a domain by n tokens that the body was not trained on, all arrays [n]: one for all of them,
+        then one a bucket, which stays near it while it holds few."""
+        self._know(domain)
+        ratio = np.exp(np.clip(log_body.astype(np.float64) - log_field, -50, 50))
+        bucket, everywhere = self.bucket(entropy_scalar), np.zeros(len(ratio), np.int64)
+        overall = self._likeliest(ratio, everywhere, 1, 0.5, self.DOUBT[0])[0]
+        self.weight[domain] = self._likeliest(ratio, bucket, self.BUCKETS, overall, self.DOUBT[1])
+        self.count[domain] = self.DOUBT[1] + np.bincount(
+            bucket, minlength=self.BUCKETS
+        )  # online learning goes on gently
+
+    @staticmethod
+    def _likeliest(ratio: np.ndarray, bucket: np.ndarray, buckets: int, prior: float, doubt: float) -> np.ndarray:
+        """g [buckets] by EM, where p_body / p_field was `ratio` [n] and `doubt` tokens speak for the prior."""
+        g, count = np.full(buckets, prior), np.bincount(bucket, minlength=buckets)
+        for _ in range(50):
+            mine = g[bucket]
+            owed = mine * ratio / (mine * ratio + 1 - mine)
+            g = (np.bincount(bucket, owed, buckets) + doubt * prior) / (count + doubt)
+        return g
 
     def copy(self) -> Gate:
         other = Gate()
@@ -4669,7 +4782,8 @@ class Gate:
         return dict(weight=self.weight.tolist(), count=self.count.tolist())
 
     def load(self, state: dict) -> Gate:
-        self.weight, self.count = np.array(state["weight"]), np.array(state["count"])
+        """Put back what `state` gave; before there were domains, that was one row."""
+        self.weight, self.count = np.atleast_2d(state["weight"]), np.atleast_2d(state["count"])
         return self
 
 
@@ -4693,6 +4807,7 @@ class Learner:
         self.experience: Any = self._new_experience()
         self.curve = LearningCurve()
         self.urge, self.accumulate = 1.0, 1  # syntropy's factors on rate and batch, of this burst
+        self.unweighed = 0.0  # tokens trained since the gate judged the body last; infinite where it must judge anew
         self.trainer: Any = None
         self.past = np.full(1, Tokenizer.BOS, np.int32)  # the last tokens read, for predictions that go on from them
         self.past_view: FieldView | None = None
@@ -4712,6 +4827,21 @@ class Learner:
         """Tokens of a piece; a document begins with BOS."""
         return _row_tokens(self.tokenizer, data, part)
 
+    SLICE = 4096  # bytes of a long piece that are read at a time
+
+    def slice(self, data: bytes, part: int) -> tuple[np.ndarray, bytes]:
+        """Tokens of the first slice of a piece, and what is left of it."""
+        cut = Tokenizer.boundary(data, self.SLICE) if len(data) > self.SLICE else len(data)
+        return self.encode(data[:cut], part), data[cut:]
+
+    def slices(self, data: bytes, part: int) -> Iterator[np.ndarray]:
+        """Tokens of a piece, slice by slice; at least one."""
+        tokens, rest = self.slice(data, part)
+        yield tokens
+        while rest:
+            tokens, rest = self.slice(rest, max(1, part))
+            yield tokens
+
     def read(self, tokens: np.ndarray) -> tuple[np.ndarray, FieldView | None]:
         """Let field and experience read tokens [n]; returns the field's cost of each in bits [n] and the views."""
         if not self.on_field:
@@ -4720,9 +4850,53 @@ class Learner:
             self.experience.append(tokens, None)
             return np.zeros(len(tokens)), None
         costs, view = self.field.read(tokens, views=True)
-        domain = self.field.domain if isinstance(self.field, Field) else 0
-        self.experience.append(tokens, view, domain, costs)
+        kept = len(tokens) - self._held_back(tokens)
+        self.experience.append(tokens[:kept], view[:kept], self.field.domain, costs[:kept])
+        if kept < len(tokens):
+            stretch = Stretch(
+                tokens[kept - 1 :].copy(), costs[kept:].astype(np.float32), view.take(np.arange(kept, len(tokens)))
+            )
+            self.experience.hold_back(stretch, self.field.domain)
         return costs, view
+
+    HOLD_BACK = 1024, 3  # texts of so many tokens lose their end to the stretches held back, one in so many
+
+    def _held_back(self, tokens: np.ndarray) -> int:
+        """How many of the last of these tokens [n] are held back. The text decides, so that a replay comes to the same."""
+        size, one_in = self.HOLD_BACK
+        if len(tokens) < size or zlib.crc32(self.tokenizer.decode(tokens)) % one_in:
+            return 0
+        return Stretch.SIZE
+
+    WEIGH = 8  # tokens trained for each that is held back, before the gate judges anew: so it takes a few percent of the time
+
+    def weigh(self) -> bool:
+        """Let the gate judge the present body, domain by domain, on the stretches that are held back, where it is due."""
+        held = self.experience.held
+        if self.unweighed < self.WEIGH * Stretch.SIZE * sum(map(len, held.values())):
+            return False
+        self.sync()
+        for domain, stretches in held.items():
+            self.gate.refit(domain, *self._hearing(self.body, stretches))
+        self.unweighed = 0.0
+        return True
+
+    def _hearing(self, body: Body, stretches: Sequence[Stretch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ln p by the body and by the field, and the field's entropy as views have it, of the tokens of stretches that have as
+        much before them as `predict` would show: float64 [n] each."""
+        length = min(body.context, Stretch.SIZE)
+        half = length // 2
+        starts = np.arange(0, Stretch.SIZE - length + 1, half)
+        at = (starts[:, None] + np.arange(length)).ravel()  # within a stretch
+        tokens = np.stack([stretch.tokens for stretch in stretches])
+        view = FieldView.concat([stretch.view for stretch in stretches])
+        rows = (np.arange(len(stretches))[:, None] * Stretch.SIZE + at).ravel()
+        shape = len(stretches) * len(starts), length
+        x, y = (tokens[:, at + k].astype(np.int64).reshape(shape) for k in (0, 1))
+        log_body = body.log_probs(x, y, view.take(rows), self.compiled)
+        late = lambda values: np.asarray(values, np.float64).reshape(shape)[:, half:].ravel()
+        costs = np.stack([stretch.costs for stretch in stretches])[:, at]
+        return late(log_body), late(-costs * math.log(2)), late(view.scalars[rows, 0])
 
     # Training.
 
@@ -4750,6 +4924,7 @@ class Learner:
     def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> float:
         if self.trainer is None:
             self.trainer = Trainer(self.body, self.config.learning, self.engine, self.threads, self.seed)
+        self.unweighed += x.size
         return float(self.trainer.step(x, y, view, self.rate))
 
     def sync(self) -> None:
@@ -4765,10 +4940,12 @@ class Learner:
 
     # The guard of old domains.
 
-    GUARD_WINDOWS = 16  # of a domain that are measured
+    GUARD_WINDOWS = 16  # of a domain that are measured,
+    GUARD_STRETCHES = 5  # or its newest stretches that are held back, three windows each
 
     def domain_bits(self, body: Body | None = None) -> dict[int, float]:
-        """Bits a token that a body (this one's) takes for each domain of the experience, as that is kept."""
+        """Bits a token that a body (this one's) and the field take together for each domain, as the gate would weigh them, on
+        what is held back; of a domain without such, the body's on what is kept of it."""
         self.sync()
         body, kept, length = body or self.body, self.experience, min(self.body.context, self.experience.length - 1)
         if length < 1:
@@ -4776,7 +4953,12 @@ class Learner:
         out = {}
         for domain in np.unique(kept.domains[: kept.length]).tolist():
             ends = kept.domain_ends(domain, self.GUARD_WINDOWS, length)
-            if len(ends) >= 4:
+            held = kept.held.get(domain, ())[-self.GUARD_STRETCHES :]
+            if len(held) >= 4:
+                gate, heard = Gate(), self._hearing(body, held)
+                gate.refit(0, *heard)
+                out[domain] = -float(gate.mix(*heard, learn=False).mean()) / math.log(2)
+            elif len(ends) >= 4:
                 x, y, view = kept.windows_at(ends, length)
                 log_p = body.log_probs(x, y, view, self.compiled)
                 out[domain] = -float(log_p.mean()) / math.log(2)
@@ -4809,7 +4991,8 @@ class Learner:
     def predict(
         self, tokens: np.ndarray, view: FieldView | None, field_bits: np.ndarray, learn_gate: bool
     ) -> np.ndarray:
-        """ln p of each of the tokens [n], from the body (averaged weights) in windows that reach back, and the gate."""
+        """ln p of each of the tokens [n], which the field has just read, from the body (averaged weights) in windows that reach
+        back, and the gate."""
         self.sync()
         context, half = self.body.context, self.body.context // 2
         joined = np.concatenate([self.past, tokens]).astype(np.int64)
@@ -4829,7 +5012,7 @@ class Learner:
                 out[first - lead : b - lead] = row[first - a :]
         if view is None:
             return out
-        return self.gate.mix(out, -field_bits * math.log(2), view.scalars[:, 0], learn_gate)
+        return self.gate.mix(out, -field_bits * math.log(2), view.scalars[:, 0], self.field.read_by, learn_gate)
 
     def follow(self, tokens: np.ndarray, view: FieldView | None) -> None:
         """Remember the last tokens and views, so that the next prediction can reach back to them."""
@@ -4946,22 +5129,24 @@ class Learner:
             size = max(table_mb or 0, self.field.config.table_mb)
             if frugal:
                 self.field = self.experience = None
-            self._rebuild([self.encode(data, part) for data, part in past], size)
+            self._rebuild([list(self.slices(data, part)) for data, part in past], size)
 
-    def _rebuild(self, rows: list[np.ndarray], table_mb: int) -> None:
-        counts = np.bincount(np.concatenate(rows), minlength=len(self.tokenizer)) if rows else None
-        self.field = fresh_field(self.tokenizer, self.config, counts, compiled=self.compiled, seen=sum(map(len, rows)),
+    def _rebuild(self, rows: list[list[np.ndarray]], table_mb: int) -> None:
+        counts = np.bincount(np.concatenate([*itertools.chain(*rows)]), minlength=len(self.tokenizer)) if rows else None
+        sizes = [sum(map(len, row)) for row in rows]
+        self.field = fresh_field(self.tokenizer, self.config, counts, compiled=self.compiled, seen=sum(sizes),
                                  table_mb=table_mb, plain=not self.on_field)  # fmt: skip
-        self.experience = self._new_experience()
+        self.experience, self.unweighed = self._new_experience(), math.inf
         self.past, self.past_view = np.full(1, Tokenizer.BOS, np.int32), None
-        kept = spread_rows([len(tokens) for tokens in rows], self.experience.capacity)
-        for number, tokens in enumerate(rows):
-            self.field.route(tokens)
-            if number in kept:
-                _, view = self.read(tokens)
-                self.follow(tokens, view)
-            elif self.on_field:
-                self.field.read(tokens)
+        kept = spread_rows(sizes, self.experience.capacity)
+        for number, row in enumerate(rows):
+            self.field.route(row[0])
+            for tokens in row:
+                if number in kept:
+                    _, view = self.read(tokens)
+                    self.follow(tokens, view)
+                elif self.on_field:
+                    self.field.read(tokens)
 
 
 GROWTH_TOLERANCE = 1e-3  # nats of ln p that growth may change by rounding; a mistake would change more
@@ -6684,9 +6869,9 @@ class Memory:
         self, connection: sqlite3.Connection, rows: Iterable[tuple[str, str | bytes, int]], burst_id: int
     ) -> None:
         now = time.time()
-        for source, text, part in rows:  # what was said in chat is found as a message already: it counts as indexed
+        for source, text, part in rows:  # what was said in chat is found as a message already, and thoughts never are
             _insert(connection, "lived", ts=now, source=source, text=_stored(text), burst_id=burst_id, part=part,
-                    bytes=len(_as_bytes(text)), indexed=source == "chat")  # fmt: skip
+                    bytes=len(_as_bytes(text)), indexed=source in ("chat", THOUGHT))  # fmt: skip
 
     def lived(self, after_seq: int = 0) -> Iterator[Lived]:
         """Accepted rows with seq > after_seq, in the order of learning; rows are fetched few at a time."""
@@ -7661,6 +7846,7 @@ def _home_trouble(path: Path, error: OSError) -> str:
 # --- The Organism, the one object that others hold: it wakes, speaks, learns, saves, and sleeps. ---
 
 SEED_CORPUS = "nonames.txt"
+THOUGHT = "thought"  # the source of what it said to itself, by which it can be forgotten
 HISTORY_CHARS = 260  # of each remembered line that is fed back into the prompt
 CHILD_STAGE = "infant"  # what a child is born as (issue SWARM)
 RECALL_STRONG = 0.75  # a recollection that matches this well is worth repeating almost word for word
@@ -7843,7 +8029,9 @@ class Organism:
         text = text.strip()
         asked = self.memory.add_message("user", text, learn=f"H: {_one_line(text)}\n")
         self._wake_up.set()
-        reply = self._remembered(self.giant.reply(self, text, asked) if self.giant else self._prepare(text, asked))
+        reply = self._remembered(
+            self.giant.reply(self, text, asked) if self.giant else self._prepare(text, asked), text
+        )
         if on_piece is not None:
             for piece in reply:
                 on_piece(piece)
@@ -7875,7 +8063,7 @@ class Organism:
         reply.recalled = strong[0] if strong else None
         return reply
 
-    def _remembered(self, reply: Reply) -> Reply:
+    def _remembered(self, reply: Reply, question: str) -> Reply:
         """The same reply, which stores itself once it has been spoken."""
         pieces = reply._pieces
 
@@ -7904,10 +8092,33 @@ class Organism:
                                             conscience=self.conscience.scale,
                                             shifts=reply.shifts))  # fmt: skip
             self._reply = None
+            if self.config.voice.overthink and said and reply.source != "giant":
+                self._overthink(question, said)
 
         reply._pieces = told()
         self._reply = reply
         return reply
+
+    def _overthink(self, question: str, said: str) -> None:
+        """Read its own reply again, and what it would have gone on to say: both wait for immunity's verdict like any text.
+
+        It draws with a generator of its own, so that what it says aloud does not depend on what it thinks.
+        """
+        voice, rounds = self.config.voice, []
+        brief = dataclasses.replace(
+            voice, max_tokens=voice.overthink_tokens, min_tokens=min(voice.min_tokens, voice.overthink_tokens)
+        )
+        config = dataclasses.replace(self.config, voice=brief)
+        rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"{question}\n{said}".encode())))
+        for _ in range(voice.overthink):
+            so_far = " ".join([_one_line(said), *rounds])
+            rounds.append(
+                _one_line(Voice(self.published, config, rng).speak(f"H: {_one_line(question)}\nA: {so_far}").text)
+            )
+        thought = " ".join(filter(None, [_one_line(said), *rounds]))
+        self.memory.queue(THOUGHT, f"A: {thought}\n".encode())
+        self.memory.event("thought", dict(rounds=voice.overthink, bytes=len(thought.encode())))
+        self._wake_up.set()
 
     def _set_speaking(self, change: int) -> None:
         """The trainer yields between micro-batches while a reply is being made."""
@@ -8040,7 +8251,7 @@ class Organism:
         accepted = [(row, part) for row, part, verdict in judged if verdict.accepted and verdict.weight > 0]
         refused = [(row.source, part, verdict) for row, part, verdict in judged if not verdict.accepted]
         copies = [text_digest(part) for _, part, verdict in judged if verdict.accepted and len(part) >= 1]
-        rows = [(row.source, part, int(row.source in ("chat", "giant"))) for row, part in accepted]
+        rows = [(row.source, part, int(row.source in ("chat", "giant", THOUGHT))) for row, part in accepted]
         before, guard = Backup(learner, self.published), self._guard_of(learner)
         was = guard.measure(learner)
         felt = self.syntropy.measure(learner, guard, was) if rows and self.config.syntropy.measure else None
@@ -8232,8 +8443,9 @@ class Organism:
         return False
 
     def _keep_domains(self, learner: Learner) -> dict[int, tuple[float, float]]:
-        """Measure the old domains before what was learned is published, and replay those that were hurt."""
+        """Measure the old domains before what was learned is published, replay those that were hurt, and weigh the body anew."""
         numbers = learner.guard(self.published.body)
+        learner.weigh()
         if numbers:
             self.memory.event("guard", {str(domain): [round(b, 4) for b in bits] for domain, bits in numbers.items()})
         return numbers
@@ -8885,6 +9097,7 @@ class Excision:
             learner.train(1, 0)
             life._count_training(learner, learning.batch * learning.accum * learner.body.context)
         learner.sync()
+        learner.weigh()
 
     def _samples(self) -> tuple[bytes, bytes]:
         removed, rest = [], []
@@ -9047,8 +9260,6 @@ class Schooling:
     it is passed on.
     """
 
-    SLICE = 4096  # bytes read between two looks at the training credit
-
     def __init__(self, life: Organism, paths: Sequence[str], on_event: Callable[[dict], None], *, steps: int | None = None,
                  seconds: float | None = None, tokens: int | None = None, epochs: float | None = None, vocab: int | None = None,
                  evaluate: str | None = None, log_every: int = 50, save_every: int = 0, strip_tags: bool = False,
@@ -9170,17 +9381,16 @@ class Schooling:
         """Read a piece and train on it, slice by slice; returns what is left of it when a limit was reached."""
         learner, rest = self.learner, piece.data
         while rest and not (piece.plain and self._enough()):
-            cut = Tokenizer.boundary(rest, self.SLICE) if len(rest) > self.SLICE else len(rest)
-            part = piece.part if len(rest) == len(piece.data) else piece.part + 1
-            some, rest = learner.encode(rest[:cut], part), rest[cut:]
-            self.bytes_per_token = cut / max(1, len(some))
-            if len(rest) + cut == len(piece.data):  # a row begins
+            begins, before = len(rest) == len(piece.data), len(rest)
+            some, rest = learner.slice(rest, piece.part if begins else piece.part + 1)
+            self.bytes_per_token = (before - len(rest)) / max(1, len(some))
+            if begins:
                 self.life._route(learner, some)
             costs, view = learner.read(some)
             learner.follow(some, view)
             learner.credit += len(some) * self.life._replay
             self.read_tokens += len(some)
-            self.fresh = min(self.fresh + len(some), 2 * self.SLICE)
+            self.fresh = min(self.fresh + len(some), 2 * Learner.SLICE)
             self._pay()
         lived = piece.data[: len(piece.data) - len(rest)]
         self.waiting.append((piece.source, lived, piece.part))

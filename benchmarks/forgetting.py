@@ -4,8 +4,8 @@ Usage: python benchmarks/forgetting.py --domain bible=bible.txt --domain python=
 
 Each life learns the domains in the order given, through the real `organism train`. Beside it lives one with plain
 fine-tuning: a single mixer in the field, no replay beyond the last few thousand tokens, no guard. Of each text the last
-twentieth, at least 20 KB, is held out. Without --domain: nonames.txt, then a
-megabyte of Python's library.
+twentieth, at least 20 KB, is held out. Without --domain: nonames.txt, then a megabyte of Python's library. With --keep the
+lives stay in a folder, and a run that was interrupted goes on there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from common import ROOT, fresh_home, organism, table, texts
+from common import ROOT, organism, table, texts
 
 PLAIN = dict(FIELD_DOMAINS=1, LEARNING_EXPERIENCE_TOKENS=4096, LEARNING_GUARD=0, DELTAS_ON_DOMAIN="off")
 
@@ -32,24 +32,24 @@ def split(path: Path, size: int, folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def live(
-    parts: dict[str, tuple[Path, Path]], settings: dict[str, object], options: list[str], seed: str
+    parts: dict[str, tuple[Path, Path]], settings: dict[str, object], options: list[str], folder: Path
 ) -> list[dict[str, float]]:
     """After each domain, {domain: bits per byte on what was held out of it}; domains to come as well."""
     variables = {f"ORGANISM_{key}": str(value) for key, value in settings.items()}
     os.environ.update(variables)
-    measured = []
+    folder.mkdir(parents=True, exist_ok=True)
+    home, notes = folder / "home", folder / "measured.json"
+    measured = json.loads(notes.read_text()) if notes.exists() else []
     try:
-        with fresh_home() as home:
-            for learned, _ in parts.values():
-                done = organism(
-                    "train", "--corpus", str(learned), "--seed", seed, "--quiet", "--json", *options, home=home
-                )
-                assert done.returncode == 0, done.stderr
-                facts = json.loads(done.stdout.splitlines()[-1])
-                scores = {name: score(home, held) for name, (_, held) in parts.items()}
-                found = {name: bits["bits_per_byte"] for name, bits in scores.items()}
-                field = next(iter(scores.values()))["field_bits_per_byte"]
-                measured.append(found | dict(stage=facts["stage"], seconds=facts["seconds"], field=field))
+        for learned, _ in list(parts.values())[len(measured) :]:
+            done = organism("train", "--corpus", str(learned), "--quiet", "--json", *options, home=home)
+            assert done.returncode == 0, done.stderr
+            facts = json.loads(done.stdout.splitlines()[-1])
+            scores = {name: score(home, held) for name, (_, held) in parts.items()}
+            found = {name: bits["bits_per_byte"] for name, bits in scores.items()}
+            field = next(iter(scores.values()))["field_bits_per_byte"]
+            measured.append(found | dict(stage=facts["stage"], seconds=facts["seconds"], field=field))
+            notes.write_text(json.dumps(measured))
     finally:
         for variable in variables:
             del os.environ[variable]
@@ -72,13 +72,16 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION_KEY=VALUE", help="a setting of our life")
     parser.add_argument("--seed", default="1")
     parser.add_argument("--only-ours", action="store_true", help="leave the plain life out")
+    parser.add_argument("--keep", metavar="FOLDER", help="keep the lives there, and go on with what is there")
     options = parser.parse_args()
     given = texts(options.domain) if options.domain else {"stories": ROOT / "nonames.txt"} | texts([])
-    train = ["--stage", options.stage] if options.stage else []
-    with tempfile.TemporaryDirectory() as folder:
-        parts = {name: split(path, options.bytes, Path(folder), name) for name, path in given.items()}
-        ours = live(parts, dict(item.split("=", 1) for item in options.set), train, options.seed)
-        plain = [] if options.only_ours else live(parts, PLAIN, train, options.seed)
+    train = ["--seed", options.seed, *(["--stage", options.stage] if options.stage else [])]
+    with tempfile.TemporaryDirectory() as passing:
+        folder = Path(options.keep or passing).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = {name: split(path, options.bytes, folder, name) for name, path in given.items()}
+        ours = live(parts, dict(item.split("=", 1) for item in options.set), train, folder / "ours")
+        plain = [] if options.only_ours else live(parts, PLAIN, train, folder / "plain")
     names, rows = list(parts), []
     for life, measured in (("organism", ours), ("plain fine-tuning", plain)):
         for name, after in zip(names, measured, strict=False):

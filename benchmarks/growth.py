@@ -1,12 +1,13 @@
 """Growth leaves the function unchanged, and a body that grew beats one that was born large.
 
 Usage: python benchmarks/growth.py [--domain bible=bible.txt] [--bytes 3000000] [--field off] [--only change|race]
+       [--largest STAGE]
 
 First table: the largest change of a probability and of ln p at every step, in float64 by the reference, in float32 by the
-kernels. Second: an adult from scratch reads a text once, and what it reaches on held-out text is the goal; lives that
-begin as embryos read the same parts of it. One stays an embryo, which shows what size is worth here; one grows by its
-own gates; one is made to become an adult, at the shares of the text that --schedule gives. Time and FLOPs count training
-until held-out text, measured after each part, costs no more than the goal.
+kernels. Second: an adult (or --largest) from scratch reads a text once, and what it reaches on held-out text is the goal;
+lives that begin as embryos read the same parts of it. One stays an embryo, which shows what size is worth here; one grows
+by its own gates; one is made to become as large, at the shares of the text that --schedule gives. Time and FLOPs count
+training until held-out text, measured after each part, costs no more than the goal.
 """
 
 from __future__ import annotations
@@ -151,20 +152,18 @@ def life(home: Path, stage: str, settings: dict[str, object]) -> o.Organism:
     return o.Organism(home, overrides=settings, kernels="wait", seed=1, stage=stage)
 
 
-def lived(parts: list[Path], held: bytes, settings: dict[str, object], stage: str, schedule: list[float] | None,
-          own: bool) -> list[dict]:  # fmt: skip
-    """After each part of a text: held-out bits per byte, and the training that it took.
+def lived(parts: list[Path], held: bytes, settings: dict[str, object], stage: str, schedule: list[float] = (),
+          own: bool = False) -> list[dict]:  # fmt: skip
+    """After each part of a text: held-out bits per byte, and the training that it took. It grows when `schedule` says.
 
     All lives read the same parts in the same calls: where a text is cut moves the field more than a body may add.
     """
     names, seconds, out = list(o.STAGES), 0.0, []
     with fresh_home() as home, life(home, stage, settings) as organism:
         for number, part in enumerate(parts):
-            while (
-                schedule
-                and (at := names.index(organism.published.body.stage)) < 5
-                and number / len(parts) >= schedule[at]
-            ):
+            while (at := names.index(organism.published.body.stage)) < len(schedule) and number / len(
+                parts
+            ) >= schedule[at]:
                 organism.grow()
             seconds += organism.train([str(part)], hold_stage=not own)["seconds"]
             score = organism.evaluate(held)
@@ -182,18 +181,19 @@ def row(name: str, now: dict, adult: dict) -> tuple:
 
 def race(data: bytes, held: bytes, options: argparse.Namespace) -> str:
     settings = {"body.field": options.field == "on", "learning.replay": options.replay, "learning.batch": options.batch}
-    schedule = [float(share) for share in options.schedule.split(",")]
+    largest = options.largest
+    schedule = [float(share) for share in options.schedule.split(",")][: list(o.STAGES).index(largest)]
     with tempfile.TemporaryDirectory() as folder:
         parts = []
         for n in range(options.parts):
             parts.append(Path(folder) / f"part{n}")
             parts[-1].write_bytes(data[n * len(data) // options.parts : (n + 1) * len(data) // options.parts])
-        adult = lived(parts, held, settings, "adult", None, False)[-1]
-        small = lived(parts, held, settings, "embryo", None, False)[-1]
-        rows = [row("adult from scratch: the goal", adult, adult), row("embryo that stays one", small, adult)]
+        adult = lived(parts, held, settings, largest)[-1]
+        small = lived(parts, held, settings, "embryo")[-1]
+        rows = [row(f"{largest} from scratch: the goal", adult, adult), row("embryo that stays one", small, adult)]
         for name, times, own in (
-            ("embryo, by its own gates", None, True),
-            ("embryo → adult, by --schedule", schedule, False),
+            ("embryo, by its own gates", [], True),
+            (f"embryo → {largest}, by --schedule", schedule, False),
         ):
             steps = lived(parts, held, settings, "embryo", times, own)
             reached = next((now for now in steps if now["bits"] <= adult["bits"]), None)
@@ -210,8 +210,8 @@ def race(data: bytes, held: bytes, options: argparse.Namespace) -> str:
     )
     if options.field == "on":
         gain = 100 * (1 - adult["bits"] / adult["field"])
-        text += (f"\nThe field alone: {adult['field']:.4f}; the adult's body takes {gain:.2f} % off that. Where this is small, or below "
-                 "zero, the race says little about bodies: see --field off.\n")  # fmt: skip
+        text += (f"\nThe field alone: {adult['field']:.4f}; the body from scratch takes {gain:.2f} % off that. Where this is small, "
+                 "or below zero, the race says little about bodies: see --field off.\n")  # fmt: skip
     return text
 
 
@@ -221,6 +221,9 @@ def main() -> None:
         "--domain", action="append", default=[], metavar="NAME=PATH", help="a text (default: Python's library)"
     )
     parser.add_argument("--bytes", type=int, default=3_000_000, help="of the text (default: 3,000,000)")
+    parser.add_argument(
+        "--largest", choices=list(o.STAGES)[1:], default="adult", help="what is raced for (default: adult)"
+    )
     parser.add_argument("--field", choices=("on", "off"), default="on", help="whether bodies stand on the field")
     parser.add_argument("--replay", type=float, default=1.0, help="tokens trained a token read (default: 1)")
     parser.add_argument("--batch", type=int, default=8, help="windows a step (default: 8)")

@@ -17,6 +17,7 @@ import organism as o
 
 PIECE = 2_000  # bytes a burst
 LOOKS = {"judging": (o.Organism, "_judge_pending"), "guard, before and after": (o.Guard, "measure"),
+         "old domains: guard and gate": (o.Organism, "_keep_domains"),
          "syntropy, before and after": (o.Syntropy, "measure"), "syntropy decides and logs": (o.Organism, "_feel")}  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from organism import SEED_CORPUS, Organism, OrganismError
+from organism import SEED_CORPUS, THOUGHT, Organism, OrganismError
 from swarm.mesh import HEARTBEAT, Letter, Mesh, MeshError, open_mesh
 from swarm.topology import gamma_blob
 
@@ -20,7 +20,12 @@ log = logging.getLogger("organism.swarm")
 TICK = 0.1  # seconds between two looks into the inbox
 EXCHANGE = 60.0  # seconds between two gifts
 GIFT_BYTES = 4096  # of a gift at most
-PRIVATE = ("chat", "giant", SEED_CORPUS)  # sources that are never given away: what was said, and what all have read
+PRIVATE = (
+    "chat",
+    "giant",
+    THOUGHT,
+    SEED_CORPUS,
+)  # sources that are never given away: what was said, what all have read
 
 
 def surprise_per_byte(life: Organism, text: str) -> float:

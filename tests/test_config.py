@@ -84,6 +84,24 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path, text, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[voice]\nentropy_low = 2.0", r"voice.entropy_low is 2.0, which is more than voice.entropy_high, 1.5"),
+        ("[field]\ntable_mb = 256", r"field.table_mb is 256, which is more than field.max_table_mb, 128"),
+        ("[syntropy]\ndelta_births = true", r"syntropy.delta_births = true does nothing without syntropy.steer = true"),
+        (
+            '[learning]\nprecision = "bf16"',
+            r'learning.precision = "bf16" does nothing without learning.engine = "torch"',
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path, text, words):
+    (tmp_path / "organism.toml").write_text(text)
+    with pytest.raises(o.UsageError, match=words):
+        o.Config.load(tmp_path, environ={})
+
+
 def test_an_unknown_variable_of_a_section_is_an_error_that_names_the_environment(tmp_path):
     with pytest.raises(o.UsageError, match="body.stagee.*the environment.*body.stage"):
         load(tmp_path, environ={"ORGANISM_BODY_STAGEE": "adult"})

@@ -413,6 +413,23 @@ def test_growth_that_cannot_be_written_has_not_happened(tmp_path, monkeypatch):
         assert life.published.body.stage == "embryo" and life.published.body.deltas == []
 
 
+def test_consolidation_that_cannot_be_written_has_not_happened(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    with a_life(home, stage="embryo") as life:
+        for reason in "abc":
+            life.add_delta(reason)
+        with monkeypatch.context() as patch:
+            patch.setattr(life.home, "publish", lambda *_: (_ for _ in ()).throw(OSError("The disk is full.")))
+            with pytest.raises(OSError, match="full"):
+                life.consolidate_deltas()
+        assert len(life.published.body.shape.deltas) == 3
+    with a_life(home) as life:
+        assert [d.reason for d in life.published.body.deltas] == ["a", "b", "c"]
+        assert len(life.published.body.shape.deltas) == 3
+        life.consolidate_deltas()  # those that rest, a and b
+        assert len(life.published.body.shape.deltas) == 2 and len(life.published.body.deltas) == 3
+
+
 def test_growth_beyond_the_memory_is_refused_before_it_starts(tmp_path, monkeypatch):
     with a_life(tmp_path / "home", stage="embryo") as life:
         monkeypatch.setattr(o, "free_memory", lambda: 100_000)

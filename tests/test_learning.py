@@ -114,3 +114,93 @@ def test_the_gate_learns_whom_to_trust_and_never_assigns_more_than_one():
     gate.mix(bad, good, entropy, learn=False)
     assert (gate.weight == frozen.weight).all()
     assert o.Gate().load(gate.state()).weight == pytest.approx(gate.weight)
+
+
+# --- Domains: whose text the body is asked about, and what is held back to judge it by ---
+
+
+def test_each_domain_has_a_weight_of_its_own():
+    gate = o.Gate()
+    good, bad, entropy = np.log(np.full(500, 0.5)), np.log(np.full(500, 0.01)), np.zeros(500)
+    gate.refit(0, bad, good, entropy)
+    gate.refit(2, good, bad, entropy)
+    assert gate.share(0.0, 0) < 0.05 and gate.share(0.0, 1) == 0.5 and gate.share(0.0, 2) > 0.95
+    mixed = gate.mix(good[:3], bad[:3], entropy[:3], np.array([0, 1, 2]), learn=False)
+    assert mixed[0] < mixed[1] < mixed[2] < 0
+    assert o.Gate().load(gate.state()).weight == pytest.approx(gate.weight)
+
+
+def test_the_weights_of_a_domain_are_the_likeliest():
+    """Against a search over all weights; ten tokens that speak for one half are nothing beside 20,000."""
+    rng = np.random.default_rng(0)
+    body, field = np.log(rng.beta(2, 5, 20_000)), np.log(rng.beta(2, 4, 20_000))
+    gate, entropy = o.Gate(), np.full(20_000, -0.9)
+    gate.refit(0, body, field, entropy)
+    grid = np.linspace(0.01, 0.99, 99)
+    cost = [-np.log(g * np.exp(body) + (1 - g) * np.exp(field)).sum() for g in grid]
+    assert gate.share(-0.9) == pytest.approx(grid[int(np.argmin(cost))], abs=0.02)
+
+
+def test_a_gate_from_before_there_were_domains_is_read():
+    gate = o.Gate().load(dict(weight=[0.25] * 12, count=[10.0] * 12))
+    assert gate.share(0.0) == gate.share(0.0, 3) == 0.25
+
+
+def a_reader(sample_text: bytes) -> o.Learner:
+    tokenizer = o.Tokenizer()
+    tokenizer.learn([sample_text[:20_000]], 128)
+    learner = o.newborn_learner(o.Config(), "embryo", engine="numba", threads=1, seed=1, tokenizer=tokenizer)
+    for part, piece in enumerate([sample_text[:15_000], sample_text[15_000:30_000]]):
+        for tokens in learner.slices(piece, part):
+            learner.read(tokens)
+    return learner
+
+
+def test_some_ends_of_long_texts_are_held_back_and_a_replay_holds_back_the_same(sample_text):
+    learner = a_reader(sample_text)
+    held, kept = learner.experience.held[0], learner.experience.tokens[: learner.experience.length]
+    assert held
+    for stretch in held:
+        assert len(stretch.tokens) == stretch.SIZE + 1 and len(stretch.view) == stretch.SIZE
+        assert learner.tokenizer.decode(stretch.tokens) in sample_text
+        runs = np.lib.stride_tricks.sliding_window_view(kept, 32)
+        assert not (runs == stretch.tokens[-32:]).all(1).any()
+    learner.rebuild(iter([(sample_text[:15_000], 0), (sample_text[15_000:30_000], 1)]))
+    again = learner.experience.held[0]
+    assert [s.tokens.tolist() for s in again] == [s.tokens.tolist() for s in held]
+
+
+def test_short_texts_are_never_held_back(sample_text):
+    learner = a_reader(sample_text[:1_000])
+    learner.read(learner.encode(b"My cat is called Miso.", 0))
+    assert learner.experience.held == {}
+
+
+def test_a_burst_that_is_undone_leaves_what_was_held_back(sample_text):
+    experience = a_reader(sample_text).experience
+    mark, before = experience.mark(), experience.held
+    experience.hold_back(before[0][0], 1)
+    experience.rollback(mark)
+    assert experience.held == before
+
+
+def test_what_is_held_back_comes_back_from_disk(sample_text):
+    experience = a_reader(sample_text).experience
+    other = o.Experience(experience.capacity, experience.width, experience.tree)
+    other.load(experience.state())
+    for old, new in zip(experience.held[0], other.held[0], strict=True):
+        assert (old.tokens == new.tokens).all() and (old.costs == new.costs).all()
+        assert (old.view.starts == new.view.starts).all() and (old.view.scalars == new.view.scalars).all()
+
+
+def test_a_body_that_went_astray_is_hardly_asked(sample_text):
+    learner = a_reader(sample_text)
+    learner.weigh()
+    learner.body.arena["head"][:] = np.random.default_rng(0).normal(0, 1, learner.body.arena["head"].shape)
+    learner.body.arena.average[:] = learner.body.arena.parameters
+    assert not learner.weigh()  # nothing was trained
+    learner.unweighed = 1 << 20
+    assert learner.weigh() and not learner.weigh()
+    assert learner.gate.weight[0].max() < 0.15
+    learner.rebuild(iter([(sample_text[:30_000], 0)]))
+    assert learner.weigh()  # the same body on other views

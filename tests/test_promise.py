@@ -26,6 +26,10 @@ syntropy_delta_grow_boost dissonance_ema_alpha dissonance_spike_k dissonance_dro
 dissonance_drop_threshold anti_field_prob anti_field_min_step overthinkc_rounds overthinkc_max_tokens conscience_window
 conscience_decay conscience_recovery conscience_floor""".split()
 
+# The flags of its Python, Rust and Go programs.
+THEIR_FLAGS = """--organism-id --config --element --evolution --spa-gate --corpus-overlay --trainer --zero-warmup --gpu
+--cross-graze --db --ckpt""".split()
+
 SECTIONS = {name: section for name in vars(o.Config()) if (section := getattr(o.Config(), name))}
 
 
@@ -60,6 +64,11 @@ def test_each_default_is_the_one_that_is_written(row):
 def test_each_field_of_their_config_has_a_row():
     found = [name for row in rows("Config") for name in re.findall(r"`(\w+)`", row[0])]
     assert sorted(found) == sorted(THEIR_CONFIG)
+
+
+def test_each_of_their_flags_has_a_row():
+    found = [flag for row in rows("Arguments") for flag in re.findall(r"`(--[a-z-]+)`", row[0])]
+    assert sorted(found) == sorted(THEIR_FLAGS)
 
 
 @pytest.mark.parametrize("name", names(r"organism [a-z ]+"))

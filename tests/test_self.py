@@ -232,6 +232,38 @@ def test_conscience_changes_only_how_deltas_are_heard(tmp_path):
         assert o.Conscience(1.0).weigh(life.published) is life.published
 
 
+# --- Overthinking. ---
+
+
+def test_what_it_says_to_itself_is_judged_learned_and_not_recalled(tmp_path):
+    overrides = {"learning.batch": 2, "voice.overthink": 2}
+    with o.Organism(tmp_path / "home", overrides=overrides, seed=3, threads=1) as life:
+        said = life.say("What stands on the table?").text
+        waiting = {row.source: row.text for row in life.memory.pending()}
+        assert set(waiting) == {"chat", o.THOUGHT}
+        thought = waiting[o.THOUGHT].decode()
+        assert thought.startswith("A: ") and said in thought and len(thought) > len(f"A: {said}\n")
+        life.learn_now("The cat sleeps.", "cats")
+        lived = [row for row in life.memory.lived() if row.source == o.THOUGHT]
+        assert [row.text for row in lived] == [waiting[o.THOUGHT]]
+        indexed = life.memory._all("SELECT ref FROM passages WHERE kind = 'lived'")
+        assert lived[0].seq not in {ref for (ref,) in indexed}
+        noise = bytes(np.random.default_rng(0).integers(33, 127, 900).astype(np.uint8))
+        life.memory.queue(o.THOUGHT, b"A: " + noise)  # as a broken body would think
+        assert life.learn_now("The dog sleeps on the warm stone.", "dogs").decision == "refuse"
+        assert [row for row in life.memory.lived() if row.source == o.THOUGHT] == lived
+
+
+def test_thinking_changes_nothing_of_what_is_said(tmp_path):
+    with o.Organism(tmp_path / "home", overrides={"voice.overthink": 2}, seed=3, threads=1) as life:
+        state = life.voice_rng.bit_generator.state
+        _ = life.say("Hello.").text
+        after = life.voice_rng.bit_generator.state
+        life.voice_rng.bit_generator.state = state
+        life._overthink("Hello.", "Hello to you.")
+        assert life.voice_rng.bit_generator.state == state != after
+
+
 # --- The biography. ---
 
 

@@ -170,7 +170,7 @@ class Compression(Prequential):
         if not self._body_speaks:
             return self.p_field.copy()
         self.p_body = _softmax(self._feed(view))
-        share = learner.gate.weight[learner.gate.bucket(view.scalars[0, 0])]
+        share = learner.gate.share(view.scalars[0, 0], learner.field.domain)
         return share * self.p_body + (1 - share) * self.p_field
 
     def _feed(self, view: FieldView | None) -> np.ndarray:
