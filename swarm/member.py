@@ -2,18 +2,24 @@
 
 A chat runs a `Member` in a thread of its own, which lists it and tells how surprising a text is to it. In a colony the
 process does nothing else (`Member.run`), and there it also answers questions, learns what it is sent and goes to sleep.
+
+What syntropy proposes happens here. To divide: in a colony the supervisor is asked, and starts the child whose home appears;
+elsewhere the child is a process of the parent's own (swarm/family.py). To hibernate: in a colony the process ends, and the
+supervisor keeps its bed; elsewhere it stops learning, gives back the trainer's memory, and says so.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from organism import SEED_CORPUS, Organism, OrganismError
-from swarm.mesh import HEARTBEAT, Letter, Mesh, MeshError, open_mesh
+from swarm.family import Family
+from swarm.mesh import ANSWERS, HEARTBEAT, SUPERVISOR, Letter, Mesh, MeshError, open_mesh
 from swarm.topology import gamma_blob
 
 log = logging.getLogger("organism.swarm")
@@ -32,10 +38,15 @@ def surprise_per_byte(life: Organism, text: str) -> float:
 
 class Member:
     """One organism in one mesh. `answers`: it may speak for others, because nobody else makes it speak; `exchange`: it
-    gives others of what it learns, and lets its immunity judge what they give."""
+    gives others of what it learns, and lets its immunity judge what they give; `supervised`: it lives in a colony; `say`
+    tells a person what it does by itself."""
 
-    def __init__(self, life: Organism, where: str, answers: bool = False, exchange: bool = False):
+    def __init__(self, life: Organism, where: str, answers: bool = False, exchange: bool = False, supervised: bool = False,
+                 say: Callable[[str], None] = log.info):  # fmt: skip
         self.life, self.where, self.answers, self.exchange = life, where, answers, exchange
+        self.supervised, self.say, self.hibernating = supervised, say, False
+        self.family = Family(life, where, say)
+        self._asked: int | None = None  # the letter that asks the supervisor for a child's place
         self._given = life.memory.last_seq() if exchange else 0  # the last row that was looked at for a gift
         self.id = str(life.home.id)
         self._stop = threading.Event()
@@ -51,17 +62,19 @@ class Member:
                 mesh = self._joined()
                 if time.monotonic() - last >= HEARTBEAT:
                     mesh.heartbeat(self.id, self.facts(), self._news())
-                    self.life.peers = sum(peer.id != self.id for peer in mesh.peers(living=True))
+                    self._look_around(mesh)
                     last = time.monotonic()
                 if self.exchange and time.monotonic() - gave >= EXCHANGE:
                     self.trade(mesh)
                     gave = time.monotonic()
                 for letter in mesh.inbox(self.id):
                     self._open(mesh, letter)
+                self._consider(mesh)
             except MeshError as error:
                 self._complain(str(error))
                 self._stop.wait(HEARTBEAT)
             self._stop.wait(TICK)
+        self.family.end()
         self._leave()
 
     def end(self) -> None:
@@ -95,7 +108,51 @@ class Member:
         body, state, syntropy = self.life.published.body, self.life.state, self.life.syntropy
         return dict(stage=body.stage, n_params=body.n_params, loss=state.get("loss"), generation=self.life.published.number,
                     syntropy=syntropy.trend.mean, entropy=syntropy.entropy,
-                    lived_bytes=state.get("lived_bytes"), training_tokens=state.get("training_tokens"), answers=self.answers)  # fmt: skip
+                    lived_bytes=state.get("lived_bytes"), training_tokens=state.get("training_tokens"), answers=self.answers,
+                    hibernating=self.hibernating)  # fmt: skip
+
+    def _look_around(self, mesh: Mesh) -> None:
+        """Who else lives, and how well they do; children that have ended are reaped."""
+        others = [peer for peer in mesh.peers(living=True) if peer.id != self.id]
+        self.life.peers = len(others)
+        self.life.peer_syntropies = [
+            peer.facts["syntropy"] for peer in others if _is_number(peer.facts.get("syntropy"))
+        ]
+        self.family.reap()
+
+    # What syntropy proposes.
+
+    def _consider(self, mesh: Mesh) -> None:
+        """Divide or hibernate, once the burst after which that was proposed is over."""
+        if self.life.proposal is None or self.life.busy:
+            return
+        proposal, self.life.proposal = self.life.proposal, None
+        if proposal == "hibernate":
+            self._hibernate(mesh)
+        elif self.supervised:
+            self._asked = mesh.post(self.id, SUPERVISOR, "divide", dict(home=str(self.life.home.path)))
+        else:
+            self.family.divide()
+
+    def _hibernate(self, mesh: Mesh) -> None:
+        if not self.supervised:
+            self.life.hibernate()
+            self.say("It sleeps: it learns nothing new, and others do. It goes on when it is told something.")
+            return
+        self.hibernating = True
+        mesh.heartbeat(self.id, self.facts())
+        self.life.hibernate()
+        self.end()
+
+    def _answered(self, letter: Letter) -> None:
+        """The supervisor says where the child may live, or why it may not be born."""
+        if letter.sender != SUPERVISOR or letter.payload.get("to") != self._asked:
+            return
+        self._asked = None
+        if home := letter.payload.get("home"):
+            self.family.bear(home)
+        else:
+            self.life.memory.event("undivided", dict(reason=letter.payload.get("error")))
 
     def _news(self) -> dict[str, bytes]:
         """Its gamma, where that is another than the mesh knows."""
@@ -128,9 +185,11 @@ class Member:
         kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"surprise": self._surprise}
         if self.answers:
             kinds |= {"ask": self._ask, "learn": self._learn, "stop": self._end}
-        if letter.kind in ("answer", "undelivered"):
+        if letter.kind in ANSWERS:
+            self._answered(letter)
             mesh.settle([letter.id])
             return
+        self.life.start()  # it may sleep
         try:
             if letter.kind not in kinds:
                 raise OrganismError(f"{self.id} does not take letters of kind {letter.kind!r}.")
@@ -159,6 +218,10 @@ class Member:
     def _end(self, payload: dict[str, Any]) -> dict[str, Any]:
         self.end()
         return dict(asleep=True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _whole_lines(text: bytes) -> bytes:
