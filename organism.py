@@ -7800,7 +7800,7 @@ class Organism:
         known = self.home.birth_record  # of a child, or of a birth that was interrupted
         seed = self.seed if self.seed is not None else known.get("seed", int.from_bytes(os.urandom(4), "little"))
         text = seed_corpus()
-        stage = stage or known.get("stage") or self.config.body.stage
+        stage = str(stage or known.get("stage") or self.config.body.stage)
         stage_size(stage, self.config.body)
         breath = first_breath(self.config, text) if self.compiled else None
         if breath is None:
