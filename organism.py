@@ -10724,13 +10724,13 @@ def _run_swarm_logs(asking: _Asking, name: str | None) -> None:
     organ("swarm.commands").run_logs(asking, name)
 
 
-@_command("swarm ask", ("text", "text", ""))
-def _run_swarm_ask(asking: _Asking, text: str) -> None:
+@_command("swarm ask", ("text", "text", ""), ("--ensemble", "switch", "All answer as one, byte by byte."))
+def _run_swarm_ask(asking: _Asking, text: str, ensemble: bool) -> None:
     """Ask the colony: whom the question surprises least answers.
 
     organism swarm ask "What happened in the beginning?"
     """
-    organ("swarm.commands").run_ask(asking, text)
+    organ("swarm.commands").run_ask(asking, text, ensemble)
 
 
 @_command("swarm down")

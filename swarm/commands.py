@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from organism import Home, OrganismError, UsageError
+from swarm import thinking
 from swarm.colony import Colony, up
 from swarm.mesh import open_mesh
-from swarm.thinking import ask
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -106,12 +106,12 @@ def _last_lines(path: Path, count: int) -> list[str]:
     return []
 
 
-def run_ask(asking: Any, text: str) -> None:
+def run_ask(asking: Any, text: str, ensemble: bool) -> None:
     colony = colony_of(asking)
     if not colony.mesh_path.exists():
         raise OrganismError(f"There is no colony in {colony.folder}: `organism swarm up -n 4` starts one.")
     with open_mesh(colony.mesh_path) as mesh:
-        answer = ask(mesh, text)
+        answer = thinking.ensemble(mesh, text, seed=asking.seed) if ensemble else thinking.ask(mesh, text)
     asking.result(answer, answer["text"])
 
 

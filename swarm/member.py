@@ -15,15 +15,21 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from organism import SEED_CORPUS, Organism, OrganismError
 from swarm.family import Family
 from swarm.mesh import ANSWERS, HEARTBEAT, SUPERVISOR, Letter, Mesh, MeshError, open_mesh
+from swarm.reading import ByteReader, packed
+from swarm.summary import NEWEST, Summary
 from swarm.topology import gamma_blob
 
 log = logging.getLogger("organism.swarm")
 TICK = 0.1  # seconds between two looks into the inbox
+QUICK_TICK = 0.002  # while somebody reads along byte by byte
+QUICK_SECONDS = 2.0  # since they last asked
+READERS = 4  # that one may have at a time; who has not asked for longest makes room
+SUMMARY_SECONDS = 60.0  # between two summaries
 EXCHANGE = 60.0  # seconds between two gifts
 GIFT_BYTES = 4096  # of a gift at most
 PRIVATE = ("chat", "giant", SEED_CORPUS)  # sources that are never given away: what was said, and what all have read
@@ -34,6 +40,13 @@ def surprise_per_byte(life: Organism, text: str) -> float:
     snap, data = life.published, text.encode("utf-8", "replace")
     bits, _ = snap.field.reader().read(snap.tokenizer.encode(data), learn=False)
     return float(bits.sum()) / max(1, len(data))
+
+
+class Reading(NamedTuple):
+    """Of somebody who reads along; `at`: when they last asked."""
+
+    reader: ByteReader
+    at: float
 
 
 class Member:
@@ -52,7 +65,9 @@ class Member:
         self._stop = threading.Event()
         self._mesh: Mesh | None = None
         self._trouble = ""
-        self._told = -1  # generation whose gamma the mesh knows
+        self._told = self._summed = -1  # generations whose gamma and summary the mesh knows
+        self._summed_at = -SUMMARY_SECONDS
+        self._readings: dict[str, Reading] = {}  # by who reads along
 
     def run(self) -> None:
         """Until `stop`, or a letter that says so. A mesh that cannot be used is reported once and tried again."""
@@ -73,9 +88,13 @@ class Member:
             except MeshError as error:
                 self._complain(str(error))
                 self._stop.wait(HEARTBEAT)
-            self._stop.wait(TICK)
+            self._stop.wait(self._tick())
         self.family.end()
         self._leave()
+
+    def _tick(self) -> float:
+        newest = max((reading.at for reading in self._readings.values()), default=0.0)
+        return QUICK_TICK if self._readings and time.monotonic() - newest < QUICK_SECONDS else TICK
 
     def end(self) -> None:
         """Let `run` return soon; may be called by a signal."""
@@ -155,12 +174,18 @@ class Member:
             self.life.memory.event("undivided", dict(reason=letter.payload.get("error")))
 
     def _news(self) -> dict[str, bytes]:
-        """Its gamma, where that is another than the mesh knows."""
-        number = self.life.published.number
-        if number == self._told:
-            return {}
-        self._told = number
-        return dict(gamma=gamma_blob(self.life))
+        """Its gamma, where that is another than the mesh knows; of who answers for others, now and then a summary."""
+        number, news = self.life.published.number, {}
+        if number != self._told:
+            self._told, news["gamma"] = number, gamma_blob(self.life)
+        if self.answers and number != self._summed and time.monotonic() - self._summed_at >= SUMMARY_SECONDS:
+            self._summed, self._summed_at = number, time.monotonic()
+            news["summary"] = self.summary().blob()
+        return news
+
+    def summary(self) -> Summary:
+        """Of the newest that it lived, by which the colony routes without asking."""
+        return Summary.of(row.text for row in reversed(self.life.memory.newest_lived(NEWEST)))
 
     def trade(self, mesh: Mesh) -> tuple[int, int]:
         """Offer the newest text that it has learned since the last time, and queue what others offer; (given, taken).
@@ -184,7 +209,9 @@ class Member:
         """Do what a letter asks; whatever it is, its writer hears of it, and the next letter is opened."""
         kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"surprise": self._surprise}
         if self.answers:
-            kinds |= {"ask": self._ask, "learn": self._learn, "stop": self._end}
+            kinds |= {"ask": self._ask, "learn": self._learn, "stop": self._end,
+                      "read": lambda payload: self._read(letter.sender, payload["text"]),
+                      "next": lambda payload: self._read_on(letter.sender, payload["byte"])}  # fmt: skip
         if letter.kind in ANSWERS:
             self._answered(letter)
             mesh.settle([letter.id])
@@ -210,6 +237,26 @@ class Member:
         reply = self.life.say(payload["text"])
         text = reply.text  # the reply is made here
         return dict(reply.as_dict(), text=text)
+
+    def _read(self, who: str, text: str) -> dict[str, Any]:
+        """Somebody reads along from here: the distributions of each byte of a text, and of the one after it."""
+        if len(self._readings) >= READERS:
+            del self._readings[min(self._readings, key=lambda one: self._readings[one].at)]
+        reader, rows = ByteReader(self.life.published), []
+        for byte in text.encode("utf-8", "replace"):
+            rows.append(reader.next())
+            reader.advance(bytes([byte]))
+        self._readings[who] = Reading(reader, time.monotonic())
+        return dict(p=packed([*rows, reader.next()]))
+
+    def _read_on(self, who: str, byte: int) -> dict[str, Any]:
+        """The distribution after one more byte."""
+        if who not in self._readings:
+            raise OrganismError(f"{who} does not read along here, or not any more.")
+        reader = self._readings[who].reader
+        reader.advance(bytes([byte]))
+        self._readings[who] = Reading(reader, time.monotonic())
+        return dict(p=packed([reader.next()]))
 
     def _learn(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Text from somebody else waits for this one's own immunity, as any text does."""

@@ -7,22 +7,26 @@ which may reach beyond them:
 
 `ByteReader` keeps the ways that matter as *paths*: a state after t₁…tₖ₋₁, the bytes since, and the weight Π p. The next byte's
 probability is the weight that goes on with it, over the weight that goes on at all. Paths below a share of the heaviest are
-dropped, and no state is computed before its path is kept: about one token's cost for each token, not for each byte.
+dropped, and no state is computed before its path is kept. What was dropped is made up for by a trace of the uniform distribution;
+where a byte comes that no path expected, reading goes on from the last state that ended with its bytes.
 """
 
 from __future__ import annotations
 
+import base64
 import bisect
+import dataclasses
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from organism import Decoder, Field, Organism, Snapshot, Tokenizer
+from organism import CooccurField, Decoder, Field, Organism, Snapshot, Tokenizer
 
 END = 256  # the symbol after the last byte
 SYMBOLS = 257
+TRACE = 1e-4  # of the uniform distribution: 0.00014 bits a byte
 PATHS = 4  # that are followed at most
 SHARE = 1e-3  # of the heaviest path's weight, below which one is dropped: at most 0.0015 bits of what comes after
 
@@ -52,9 +56,9 @@ class State:
     """What an organism knows after some tokens; `sums` float64 [W + 1] of its next token's distribution in the lexicon's
     order, and `end`, the probability that the text is over."""
 
-    field: Field
+    field: Field | CooccurField
     decoder: Decoder | None
-    sums: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    sums: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1))
     end: float = 0.0
 
 
@@ -71,15 +75,16 @@ class Path:
 class ByteReader:
     """One organism's next byte, after a prefix (none: a new line). It reads what is published, frozen.
 
-    next() -> float64 [257]: 256 bytes and the end; advance(bytes) moves past some. A byte that nothing predicts (a token of
-    its own always can) raises ValueError.
+    next() -> float64 [257]: 256 bytes and the end, none of them 0; advance(bytes) moves past some.
     """
 
     def __init__(self, snapshot: Snapshot, prefix: bytes = b"", paths: int = PATHS, share: float = SHARE):
         self.snapshot, self.paths, self.share = snapshot, paths, share
         self.lexicon = lexicon_of(tuple(snapshot.tokenizer.vocabulary))
         self._free: list[Decoder] = []
-        self._paths = [Path(self._begin(snapshot.tokenizer.encode(prefix or b"\n")), 1.0)]
+        self._busy: list[Decoder] = []
+        self._anchor, self._since = self._begin(snapshot.tokenizer.encode(prefix or b"\n")), b""
+        self._paths = [Path(self._anchor, 1.0)]
         self._next: np.ndarray | None = None
 
     @classmethod
@@ -103,11 +108,11 @@ class ByteReader:
         return self._known(State(reader, decoder), int(late[-1]))
 
     def _decoder(self) -> Decoder:
-        if self._free:
-            decoder = self._free.pop()
-            decoder.reset()
-            return decoder
-        return Decoder(self.snapshot.body, executor="numba" if self.snapshot.compiled else "numpy")
+        decoder = self._free.pop() if self._free else Decoder(
+            self.snapshot.body, executor="numba" if self.snapshot.compiled else "numpy")  # fmt: skip
+        decoder.reset()
+        self._busy.append(decoder)
+        return decoder
 
     def _known(self, state: State, last: int | None = None) -> State:
         """The same state with its next token's distribution; `last` is still to be fed to the body."""
@@ -119,7 +124,9 @@ class ByteReader:
             logits = state.decoder.feed(last, view).astype(np.float64)
             p = np.exp(logits - logits.max())
             g = float(snap.gate.weight[snap.gate.bucket(view.scalars[0, 0])])
-            p = g * p / p.sum() + (1 - g) * np.exp(view.dense_log()[0].astype(np.float64))
+            p = (
+                g * p / p.sum() + (1 - g) * state.field.dense()
+            )  # as `Learner.predict` has it: the whole field, not its view
         state.end = float(p[Tokenizer.EOS])
         state.sums = np.concatenate([[0.0], np.cumsum(p[self.lexicon.order])])
         return state
@@ -137,22 +144,25 @@ class ByteReader:
     # Bytes.
 
     def next(self) -> np.ndarray:
-        if self._next is None:
+        """float64 [257]: the distribution of the next byte, or the end."""
+        known = self._next
+        if known is None:
             total = np.zeros(SYMBOLS)
             for path in self._paths:
                 _, edges = self.lexicon.prefix(path.rest)
                 total[:256] += path.weight * np.diff(path.state.sums[edges])
                 if not path.rest:
                     total[END] += path.weight * path.state.end
-            self._next = np.maximum(total, 0) / total.sum()
-        return self._next
+            known = self._next = (1 - TRACE) * np.maximum(total, 0) / total.sum() + TRACE / SYMBOLS
+        return known
 
     def advance(self, data: bytes) -> None:
+        """Move past some bytes."""
         for byte in data:
             self._advance(bytes([byte]))
 
     def _advance(self, byte: bytes) -> None:
-        self._next = None
+        self._next, self._since = None, self._since + byte
         paths: list[Path] = []
         for path in self._paths:
             rest = path.rest + byte
@@ -163,7 +173,18 @@ class ByteReader:
                 paths.append(Path(path.state, weight, b"", int(self.lexicon.order[exact])))
             if float(sums[edges[-1]] - sums[edges[0]]) > 0:
                 paths.append(Path(path.state, path.weight, rest))
-        self._paths = self._kept(paths)
+        self._paths = self._kept(paths) or [self._again()]
+        whole = next((path for path in self._paths if not path.rest), None)
+        if whole is not None:
+            self._anchor, self._since = whole.state, b""
+        self._recycle()
+
+    def _again(self) -> Path:
+        """The bytes since the last state that ended with its bytes, as the tokens that they are usually written with."""
+        state = self._anchor
+        for token in self.snapshot.tokenizer.encode(self._since).tolist():
+            state = self._after(state, token)
+        return Path(state, 1.0)
 
     def _mass(self, path: Path) -> float:
         """The weight with which a path goes on."""
@@ -175,25 +196,37 @@ class ByteReader:
     def _kept(self, paths: list[Path]) -> list[Path]:
         """The heaviest, weights scaled so that the best is 1; states that are needed now are computed."""
         masses = [self._mass(path) for path in paths]
-        most = max(masses, default=0.0)
-        if not most > 0:
-            raise ValueError("These bytes cannot be written with its tokens.")
+        if not (most := max(masses, default=0.0)) > 0:
+            return []
         ranked = sorted(zip(masses, range(len(paths))), reverse=True)[: self.paths]
         kept = [paths[at] for mass, at in ranked if mass >= self.share * most]
-        done = [
+        return [
             Path(self._after(p.state, p.token) if p.token is not None else p.state, p.weight / most, p.rest)
             for p in kept
         ]
-        self._recycle({id(path.state.decoder) for path in done}, [path.state.decoder for path in self._paths])
-        return done
 
-    def _recycle(self, used: set[int], seen: list[Decoder | None]) -> None:
-        """Decoders of paths that were dropped serve again."""
-        for decoder in {id(d): d for d in seen if d is not None and id(d) not in used}.values():
-            self._free.append(decoder)
+    def _recycle(self) -> None:
+        """Decoders of states that nothing leads from any more serve again."""
+        used = {id(path.state.decoder) for path in self._paths} | {id(self._anchor.decoder)}
+        self._free += [decoder for decoder in self._busy if id(decoder) not in used]
+        self._busy = [decoder for decoder in self._busy if id(decoder) in used]
 
 
 lexicon_of = functools.lru_cache(16)(lambda vocabulary: Lexicon(list(vocabulary)))
+
+
+def packed(rows: list[np.ndarray]) -> str:
+    """Distributions [n, 257] as text, for a letter: their logarithms as float16."""
+    return base64.b64encode(np.log(np.asarray(rows)).astype("<f2").tobytes()).decode("ascii")
+
+
+def unpacked(text: str) -> np.ndarray:
+    """float64 [n, 257], each row summing to 1; ValueError where the text is something else."""
+    logs = np.frombuffer(base64.b64decode(text, validate=True), "<f2").reshape(-1, SYMBOLS).astype(np.float64)
+    p = np.exp(logs)
+    if not np.isfinite(p).all() or not (p.sum(axis=1) > 0).all():
+        raise ValueError("These are no distributions.")
+    return p / p.sum(axis=1, keepdims=True)
 
 
 def bits_of(reader: ByteReader, data: bytes) -> np.ndarray:
