@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from organism import Organism, OrganismError, Tokenizer
+from organism import Organism, OrganismError, Tokenizer, seed_corpus
 from swarm.ensemble import Mixer
 from swarm.reading import SYMBOLS, TRACE, ByteReader, Lexicon, State, bits_of, packed, unpacked
 from swarm.summary import Summary
@@ -193,15 +193,15 @@ def test_who_leaves_is_forgotten():
 def test_a_summary_tells_whose_words_these_are(sample_text):
     code, prose = (
         Summary.of([sample_text[:100_000]]),
-        Summary.of([b"The tower stands on a green hill. Where do you live?\n" * 200]),
+        Summary.of([seed_corpus()]),
     )
     assert (
         code.bits_per_byte(b"    def __init__(self, name):\n")
         < prose.bits_per_byte(b"    def __init__(self, name):\n") - 1
     )
     assert (
-        prose.bits_per_byte(b"Where does the tower stand?\n")
-        < code.bits_per_byte(b"Where does the tower stand?\n") - 0.3
+        prose.bits_per_byte(b"Where do you live, and what do you remember?\n")
+        < code.bits_per_byte(b"Where do you live, and what do you remember?\n") - 0.3
     )
     again = Summary.from_blob(code.blob())
     assert again.bits_per_byte(sample_text[-500:]) == code.bits_per_byte(sample_text[-500:])
