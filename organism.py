@@ -10715,6 +10715,15 @@ def _run_swarm_watch(asking: _Asking) -> None:
     organ("swarm.commands").run_watch(asking)
 
 
+@_command("swarm map", ("--plot", "path", "Draw it: a .png, .svg or .pdf."))
+def _run_swarm_map(asking: _Asking, plot: str | None) -> None:
+    """Who has become like whom: the nearest of each, by their gammas.
+
+    organism swarm map --plot colony.png
+    """
+    organ("swarm.commands").run_map(asking, plot)
+
+
 @_command("swarm logs", ("name", "text or nothing", ""))
 def _run_swarm_logs(asking: _Asking, name: str | None) -> None:
     """The last lines that organisms wrote to their logs.

@@ -24,14 +24,15 @@ from typing import Any
 
 from organism import Config, OrganismError, UsageError
 from swarm.family import room_for_one_more
-from swarm.mesh import SUPERVISOR, Letter, MeshError, SQLiteMesh, start_time
+from swarm.mesh import ANSWERS, SUPERVISOR, Letter, MeshError, SQLiteMesh, start_time
 from swarm.nursery import HIBERNATES
-from swarm.topology import Topology, gammas_of, topology
+from swarm.topology import Monitor, Topology, gammas_of, topology
 
 ROOT = Path(__file__).resolve().parent.parent
 BACK_OFF = (1.0, 60.0)  # seconds before a crashed organism is started again: the first time, and at most
 STABLE = 60.0  # seconds after which a crash counts as the first again
 EMBRYO_MB = 60  # that one more organism is expected to take
+MONITOR = 30.0  # seconds between two looks at the topology (spec/molequla.md §1.14)
 LOOK = 0.5  # seconds between two looks of the supervisor into the mesh
 PLACE_SECONDS = 120.0  # that a place is kept for a child whose parent was told that it may divide
 
@@ -178,6 +179,7 @@ class Supervisor:
         self.most, self.rest = most, Config.load().life.rest_seconds
         self.beds: dict[str, float] = {}  # who hibernates, and since when
         self.places: dict[str, float] = {}  # of children who may be born, and when that was said
+        self.monitor, self.monitored = Monitor(), time.monotonic()
         self.called: set[str] = set()  # for whom letters wait
         self.started: dict[str, float] = {}
         self.alive: dict[str, int] = {}  # process ids
@@ -304,8 +306,14 @@ class Supervisor:
         """Answer letters, and learn for whom others wait."""
         with SQLiteMesh(self.colony.mesh_path) as mesh:
             for letter in mesh.inbox(SUPERVISOR):
-                mesh.post(SUPERVISOR, letter.sender, "answer", self._answer(letter) | dict(to=letter.id))
+                if letter.kind not in ANSWERS:
+                    mesh.post(SUPERVISOR, letter.sender, "answer", self._answer(letter) | dict(to=letter.id))
                 mesh.settle([letter.id])
+            if time.monotonic() - self.monitored >= MONITOR:
+                self.monitored = time.monotonic()
+                gammas = gammas_of({peer.id: mesh.blob(peer.id, "gamma") for peer in mesh.peers(living=True)})
+                for id, news in self.monitor.look(gammas).items():
+                    mesh.post(SUPERVISOR, id, "topology", news)
             waiting = mesh.waiting() if self.beds else set()
             self.called = {Path(peer.home).name for peer in mesh.peers() if peer.id in waiting} if waiting else set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections import deque
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from organism import Home, OrganismError, UsageError
-from swarm import thinking
+from swarm import map, thinking
 from swarm.colony import Colony, up
 from swarm.mesh import open_mesh
 
@@ -85,6 +86,22 @@ def sparkline(values: deque[float]) -> str:
         return BLOCKS[0] * len(values)
     low, high = min(values), max(values)
     return "".join(BLOCKS[int((v - low) / (high - low) * 7.99)] for v in values)
+
+
+def run_map(asking: Any, plot: str | None) -> None:
+    """Everybody's nearest, and with --plot a picture."""
+    colony = colony_of(asking)
+    shape, names = colony.topology(), {row["id"]: row["name"] for row in colony.status()}
+    if plot:
+        map.draw(shape, names, plot)
+    for id, row in zip(shape.ids, shape.cosines):
+        near = {names.get(other, other): round(float(c), 3) for other, c in zip(shape.ids, row) if math.isfinite(c)}
+        best = sorted(near.items(), key=lambda pair: -pair[1])[:3]
+        text = ", ".join(f"{name} {cosine:.2f}" for name, cosine in best) or "nobody that it can be compared with"
+        asking.result(
+            dict(id=id, name=names.get(id), cosines=near, outlier=id in shape.outliers),
+            f"{names.get(id, id):<16} {text}",
+        )
 
 
 def run_logs(asking: Any, name: str | None) -> None:

@@ -209,7 +209,7 @@ class Member:
         """Do what a letter asks; whatever it is, its writer hears of it, and the next letter is opened."""
         kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"surprise": self._surprise}
         if self.answers:
-            kinds |= {"ask": self._ask, "learn": self._learn, "stop": self._end,
+            kinds |= {"topology": self._placed, "ask": self._ask, "learn": self._learn, "stop": self._end,
                       "read": lambda payload: self._read(letter.sender, payload["text"]),
                       "next": lambda payload: self._read_on(letter.sender, payload["byte"])}  # fmt: skip
         if letter.kind in ANSWERS:
@@ -232,6 +232,11 @@ class Member:
 
     def _surprise(self, payload: dict[str, Any]) -> dict[str, Any]:
         return dict(bits_per_byte=surprise_per_byte(self.life, payload["text"]))
+
+    def _placed(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Where it stands among the others, as the supervisor's monitor sees it: an event of its life."""
+        self.life.memory.event("topology", payload)
+        return {}
 
     def _ask(self, payload: dict[str, Any]) -> dict[str, Any]:
         reply = self.life.say(payload["text"])

@@ -15,14 +15,14 @@ import numpy as np
 from organism import OrganismError
 
 ORDERS = 4
-PAIRS, CONTEXTS = 1 << 15, 1 << 13  # cells of one order
+PAIRS, CONTEXTS = 1 << 17, 1 << 16  # cells of one order
 BACK_OFF = 2.0  # B
-NEWEST = 1 << 18  # bytes of text that are summed up
+NEWEST = 1 << 16  # bytes of text that are summed up
 FACTORS = np.array([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1], np.uint64)  # odd, any
 
 
 class Summary:
-    """pairs uint16 [4, 2^15] and contexts uint32 [4, 2^13]: counts by order."""
+    """pairs uint16 [4, 2^17] and contexts uint32 [4, 2^16]: counts by order."""
 
     def __init__(self, pairs: np.ndarray, contexts: np.ndarray):
         self.pairs, self.contexts = pairs, contexts

@@ -197,7 +197,7 @@ def test_a_summary_tells_whose_words_these_are(sample_text):
     )
     assert (
         code.bits_per_byte(b"    def __init__(self, name):\n")
-        < prose.bits_per_byte(b"    def __init__(self, name):\n") - 1
+        < prose.bits_per_byte(b"    def __init__(self, name):\n") - 0.5
     )
     assert (
         prose.bits_per_byte(b"Where do you live, and what do you remember?\n")
