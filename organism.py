@@ -4845,7 +4845,7 @@ class Learner:
         self.past = np.concatenate([self.past, tokens])[-keep:]
         if view is not None:
             joined = view if self.past_view is None else FieldView.concat([self.past_view, view])
-            self.past_view = joined[-(keep - 1) :]
+            self.past_view = FieldView.concat([joined[-(keep - 1) :]])  # a copy: a slice would keep all of the text's views
 
     # Growing the body, whose predictions stay what they were.
 
@@ -8555,6 +8555,8 @@ class Organism:
             self.buffer.reset(time.monotonic())
             self._buffered.clear()
             self._settle()
+            with contextlib.suppress(OSError, AttributeError):  # what the burst left in holes of the heap
+                importlib.import_module("ctypes").CDLL(None).malloc_trim(0)
             self._busy = False
 
     def _settle(self) -> None:
