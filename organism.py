@@ -4845,7 +4845,9 @@ class Learner:
         self.past = np.concatenate([self.past, tokens])[-keep:]
         if view is not None:
             joined = view if self.past_view is None else FieldView.concat([self.past_view, view])
-            self.past_view = FieldView.concat([joined[-(keep - 1) :]])  # a copy: a slice would keep all of the text's views
+            self.past_view = FieldView.concat(
+                [joined[-(keep - 1) :]]
+            )  # a copy: a slice would keep all of the text's views
 
     # Growing the body, whose predictions stay what they were.
 

@@ -93,7 +93,7 @@ class Colony:
         with SQLiteMesh(self.mesh_path) as mesh:
             return [dict(id=p.id, name=Path(p.home).name, pid=p.pid, stage=p.facts.get("stage"), status=p.status,
                          syntropy=p.facts.get("syntropy"), entropy=p.facts.get("entropy"), loss=p.facts.get("loss"),
-                         lived_bytes=p.facts.get("lived_bytes"), training_tokens=p.facts.get("training_tokens"),
+                         lived_bytes=p.facts.get("lived_bytes"), training_tokens=p.facts.get("training_tokens"), peers=p.facts.get("peers"),
                          heartbeat_age_s=round(p.heartbeat_age_s, 3)) for p in mesh.peers()]  # fmt: skip
 
     def topology(self) -> Topology:

@@ -76,8 +76,8 @@ class Member:
             try:
                 mesh = self._joined()
                 if time.monotonic() - last >= HEARTBEAT:
-                    mesh.heartbeat(self.id, self.facts(), self._news())
                     self._look_around(mesh)
+                    mesh.heartbeat(self.id, self.facts(), self._news())
                     last = time.monotonic()
                 if self.exchange and time.monotonic() - gave >= EXCHANGE:
                     self.trade(mesh)
@@ -128,7 +128,7 @@ class Member:
         return dict(stage=body.stage, n_params=body.n_params, loss=state.get("loss"), generation=self.life.published.number,
                     syntropy=syntropy.trend.mean, entropy=syntropy.entropy,
                     lived_bytes=state.get("lived_bytes"), training_tokens=state.get("training_tokens"), answers=self.answers,
-                    hibernating=self.hibernating)  # fmt: skip
+                    hibernating=self.hibernating, peers=self.life.peers)  # fmt: skip
 
     def _look_around(self, mesh: Mesh) -> None:
         """Who else lives, and how well they do; children that have ended are reaped."""
