@@ -8392,6 +8392,36 @@ class Organism:
         return dict(common_tokens=len(foreign.rows), their_tokens=foreign.known, fit=foreign.fit, strength=strength,
                     their_id=foreign.facts.get("id"), generation=self.published.number)  # fmt: skip
 
+    def try_gamma(self, path: str | Path, strength: float, source: str) -> Verdict:
+        """Take `strength` times a gamma from somebody else, if the guard sees no harm in it, as after a burst, and what it lived
+        and what it says of itself cost no more than before; else nothing changes. Waits for a burst under way."""
+        if self.read_only:
+            raise OrganismError("It was opened to be read only: nothing can change.")
+        with self._lock, self._whole_or_dropped():
+            learner = self.learner
+            foreign = read_gamma(learner.body, learner.tokenizer, path)
+            guard, mine = self._guard_of(learner), learner.body
+            was = guard.measure(learner)
+            learner.release()
+            learner.body = mine.copy()
+            import_gamma(learner.body, foreign, strength)
+            now = guard.measure(learner)
+            gain = float(
+                np.mean(np.concatenate([now.anchor_log_p - was.anchor_log_p, now.past_log_p - was.past_log_p]))
+            )
+            verdict = guard.objection(was, now, self.config.immunity)
+            if verdict is None and not gain >= 0:
+                verdict = Verdict("roll back", "gamma", f"what it knows would cost {-gain:.2g} nats a token more")
+            if verdict is None:
+                verdict = Verdict("accept", "gamma", f"what it knows costs {gain:.2g} nats a token less")
+                self._publish(learner, math.nan, f"gamma:{source}|{strength:g}")
+            else:
+                learner.body = mine
+            self.memory.event(
+                "gamma", dict(decision=verdict.decision, rule=verdict.rule, source=source, gain=gain, fit=foreign.fit)
+            )
+        return verdict
+
     def _edit_body(self, note: str, edit: Callable[[Body], _Value]) -> _Value:
         """Change a copy of the body by hand, and publish it."""
         if self.read_only:
@@ -10692,6 +10722,11 @@ def _run_giant_convert(asking: _Asking, **options: Any) -> None:
     ("--max", "count", "How many at most (default: 64)."),
     ("--ram", "more than 0", "GB of memory that they may take together."),
     ("--exchange", "switch", "Let them give each other of what they learn; the receiver's immunity judges."),
+    (
+        "--gammas",
+        "switch",
+        "Let them also try a tenth of each other's gammas; who is not the better for it keeps its own.",
+    ),
 )
 def _run_swarm_up(asking: _Asking, **options: Any) -> None:
     """Start a colony and supervise it until Ctrl-C; --home is the colony's folder.

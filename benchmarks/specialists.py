@@ -25,7 +25,7 @@ from swarm.ensemble import Mixer
 from swarm.member import surprise_per_byte
 from swarm.reading import ByteReader
 
-PASSAGE, QUESTION = 800, 200  # bytes
+PASSAGE, QUESTION = 600, 150  # bytes
 DIALOGUE = "dialogue"
 
 

@@ -174,7 +174,8 @@ class Supervisor:
     """
 
     def __init__(self, colony: Colony, names: dict[str, str | None], most: int, ram_gb: float | None,
-                 say: Callable[[str], None], exchange: bool = False):  # fmt: skip
+                 say: Callable[[str], None], exchange: bool = False, gammas: bool = False):  # fmt: skip
+        self.gammas = gammas
         self.colony, self.names, self.ram_gb, self.say, self.exchange = colony, names, ram_gb, say, exchange
         self.most, self.rest = most, Config.load().life.rest_seconds
         self.beds: dict[str, float] = {}  # who hibernates, and since when
@@ -275,7 +276,8 @@ class Supervisor:
             home=str(self.colony.home(name)),
             mesh=str(self.colony.mesh_path),
             corpus=self.names[name],
-            exchange=self.exchange,
+            exchange=self.exchange or self.gammas,
+            gammas=self.gammas,
             supervised=True,
         )
         self.nursery.stdin.write(json.dumps(order).encode() + b"\n")
@@ -370,6 +372,7 @@ def up(
     ram_gb: float | None,
     say: Callable[[str], None],
     exchange: bool = False,
+    gammas: bool = False,
 ) -> None:
     """Supervise a colony until a signal ends it."""
     pairs, colony = corpora_of(corpora), Colony(folder)
@@ -378,7 +381,7 @@ def up(
     try:
         colony.clear_out()
         say(f"{len(names)} organisms wake in {colony.folder}; Ctrl-C puts them to sleep.")
-        asyncio.run(Supervisor(colony, names, most, ram_gb, say, exchange).run())
+        asyncio.run(Supervisor(colony, names, most, ram_gb, say, exchange, gammas).run())
     finally:
         os.ftruncate(handle, 0)
         os.close(handle)

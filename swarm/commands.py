@@ -24,11 +24,17 @@ def colony_of(asking: Any) -> Colony:
 
 
 def run_up(
-    asking: Any, n: int | None, corpus: tuple[str, ...], max: int | None, ram: float | None, exchange: bool
+    asking: Any,
+    n: int | None,
+    corpus: tuple[str, ...],
+    max: int | None,
+    ram: float | None,
+    exchange: bool,
+    gammas: bool,
 ) -> None:
     if n is None and not corpus and not colony_of(asking).homes():
         raise UsageError("How many? `organism swarm up -n N` says it.")
-    up(colony_of(asking).folder, n or 0, corpus, max or 64, ram, asking.note, exchange)
+    up(colony_of(asking).folder, n or 0, corpus, max or 64, ram, asking.note, exchange, gammas)
 
 
 def run_status(asking: Any) -> None:

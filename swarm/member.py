@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from organism import SEED_CORPUS, Organism, OrganismError
+from organism import SEED_CORPUS, Organism, OrganismError, export_gamma
 from swarm.family import Family
-from swarm.mesh import ANSWERS, HEARTBEAT, SUPERVISOR, Letter, Mesh, MeshError, open_mesh
+from swarm.mesh import ANSWERS, HEARTBEAT, OFFER_BYTES, SUPERVISOR, Letter, Mesh, MeshError, open_mesh
 from swarm.reading import ByteReader, packed
 from swarm.summary import NEWEST, Summary
 from swarm.topology import gamma_blob
@@ -32,6 +34,7 @@ READERS = 4  # that one may have at a time; who has not asked for longest makes 
 SUMMARY_SECONDS = 60.0  # between two summaries
 EXCHANGE = 60.0  # seconds between two gifts
 GIFT_BYTES = 4096  # of a gift at most
+GAMMA_STRENGTH = 0.1  # of somebody else's gamma that is tried
 PRIVATE = ("chat", "giant", SEED_CORPUS)  # sources that are never given away: what was said, and what all have read
 
 
@@ -51,13 +54,14 @@ class Reading(NamedTuple):
 
 class Member:
     """One organism in one mesh. `answers`: it may speak for others, because nobody else makes it speak; `exchange`: it
-    gives others of what it learns, and lets its immunity judge what they give; `supervised`: it lives in a colony; `say`
-    tells a person what it does by itself."""
+    gives others of what it learns, and lets its immunity judge what they give; `gammas`: also gammas; `supervised`: it lives
+    in a colony; `say` tells a person what it does by itself."""
 
     def __init__(self, life: Organism, where: str, answers: bool = False, exchange: bool = False, supervised: bool = False,
-                 say: Callable[[str], None] = log.info):  # fmt: skip
+                 gammas: bool = False, say: Callable[[str], None] = log.info):  # fmt: skip
         self.life, self.where, self.answers, self.exchange = life, where, answers, exchange
-        self.supervised, self.say, self.hibernating = supervised, say, False
+        self.supervised, self.gammas, self.say, self.hibernating = supervised, gammas, say, False
+        self._offered = -1  # generation whose gamma was offered
         self.family = Family(life, where, say)
         self._asked: int | None = None  # the letter that asks the supervisor for a child's place
         self._given = life.memory.last_seq() if exchange else 0  # the last row that was looked at for a gift
@@ -81,6 +85,8 @@ class Member:
                     last = time.monotonic()
                 if self.exchange and time.monotonic() - gave >= EXCHANGE:
                     self.trade(mesh)
+                    if self.gammas and not self.life.busy:
+                        self.trade_gammas(mesh)
                     gave = time.monotonic()
                 for letter in mesh.inbox(self.id):
                     self._open(mesh, letter)
@@ -202,6 +208,28 @@ class Member:
         for gift in gifts:
             self.life.learn(gift.payload[:GIFT_BYTES], source=f"mesh:{gift.sender}")
         return len(own[-1:]), len(gifts)
+
+    def trade_gammas(self, mesh: Mesh) -> tuple[int, int]:
+        """Offer its gamma, where that is new and fits into an offer, and try the newest of each of the others; (given, taken
+        in)."""
+        given, taken, snap = 0, 0, self.life.published
+        with tempfile.TemporaryDirectory(prefix="organism-gamma-") as folder:
+            path = Path(folder) / "gamma"
+            if snap.number != self._offered and snap.body.steps:
+                self._offered = snap.number
+                export_gamma(snap.body, snap.tokenizer, path, self.id)
+                if path.stat().st_size <= OFFER_BYTES:
+                    mesh.offer(self.id, "gamma", path.read_bytes())
+                    given = 1
+            for gift in {gift.sender: gift for gift in mesh.claim(self.id, "gamma", 64)}.values():
+                path.write_bytes(gift.payload)
+                try:
+                    taken += self.life.try_gamma(path, GAMMA_STRENGTH, f"mesh:{gift.sender}").accepted
+                except OrganismError as error:  # it comes from others
+                    self.life.memory.event(
+                        "gamma", dict(decision="refuse", source=f"mesh:{gift.sender}", reason=str(error))
+                    )
+        return given, taken
 
     # Letters.
 

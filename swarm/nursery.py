@@ -1,6 +1,6 @@
 """The fork server of a colony: it loads the libraries and the kernels once, and every organism is a fork of it.
 
-Lines of JSON on stdin: {"start": NAME, "home": …, "mesh": …, "corpus": PATH or null, "exchange": true or false, "supervised": true}; on
+Lines of JSON on stdin: {"start": NAME, "home": …, "mesh": …, "corpus": PATH or null, "exchange": …, "gammas": …, "supervised": true}; on
 stdout: {"ready": true}, {"started": NAME, "pid": N}, {"ended": NAME, "pid": N, "code": N}. It has one thread, so that a
 fork is clean. When stdin ends (the supervisor wants that, or was killed) it asks all organisms to end, waits, and ends
 itself; when it is killed itself, the kernel asks them (PR_SET_PDEATHSIG). So nobody is ever an orphan.
@@ -126,7 +126,7 @@ def live(order: dict[str, Any], home: Path) -> int:
     newborn = not (home / "body" / "CURRENT").exists()
     with organism.Organism(home, threads=1) as life:
         member = Member(life, order["mesh"], answers=True, exchange=bool(order.get("exchange")),
-                        supervised=bool(order.get("supervised")))  # fmt: skip
+                        supervised=bool(order.get("supervised")), gammas=bool(order.get("gammas")))  # fmt: skip
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: member.end())
         if newborn and order.get("corpus"):
