@@ -64,14 +64,14 @@ def _draw_places(axes, seen: Topology, labels: Sequence[str]) -> None:
         for id, known in zip(seen.ids, compared)
     ]
     axes.scatter(*at.T, c=colours, s=60, zorder=2)
-    for label, point in zip(labels, at):
-        axes.annotate(label, point, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    for k, (label, point) in enumerate(zip(labels, at)):  # above and below in turns: points may lie on each other
+        axes.annotate(label, point, xytext=(6, -10 if k % 2 else 4), textcoords="offset points", fontsize=8)
     axes.margins(0.15)
     axes.set_aspect("equal", "datalim")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(
-        "Near: grown in the same direction. Lines: resonance. Red: outliers. Grey: not comparable", fontsize=9
+        "Near: grown in the same direction. Lines: resonance.\nRed: outliers. Grey: cannot be compared yet", fontsize=9
     )
 
 
