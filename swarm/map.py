@@ -65,7 +65,7 @@ def _draw_places(axes, seen: Topology, labels: Sequence[str]) -> None:
     ]
     axes.scatter(*at.T, c=colours, s=60, zorder=2)
     for k, (label, point) in enumerate(zip(labels, at)):  # above and below in turns: points may lie on each other
-        axes.annotate(label, point, xytext=(6, -10 if k % 2 else 4), textcoords="offset points", fontsize=8)
+        axes.annotate(label, point, xytext=(6, (4, -11, 15)[k % 3]), textcoords="offset points", fontsize=8)
     axes.margins(0.15)
     axes.set_aspect("equal", "datalim")
     axes.set_xticks([])
