@@ -61,6 +61,7 @@ class Member:
                  gammas: bool = False, say: Callable[[str], None] = log.info):  # fmt: skip
         self.life, self.where, self.answers, self.exchange = life, where, answers, exchange
         self.supervised, self.gammas, self.say, self.hibernating = supervised, gammas, say, False
+        self._napping = False  # whether it hibernates in its process
         self._offered = -1  # generation whose gamma was offered
         self.family = Family(life, where, say)
         self._asked: int | None = None  # the letter that asks the supervisor for a child's place
@@ -162,6 +163,7 @@ class Member:
     def _hibernate(self, mesh: Mesh) -> None:
         if not self.supervised:
             self.life.hibernate()
+            self._napping = True
             self.say("It sleeps: it learns nothing new, and others do. It goes on when it is told something.")
             return
         self.hibernating = True
@@ -244,7 +246,9 @@ class Member:
             self._answered(letter)
             mesh.settle([letter.id])
             return
-        self.life.start()  # it may sleep
+        if self._napping:  # but who was put to sleep by hand goes on sleeping
+            self._napping = False
+            self.life.start()
         try:
             if letter.kind not in kinds:
                 raise OrganismError(f"{self.id} does not take letters of kind {letter.kind!r}.")
