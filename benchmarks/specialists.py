@@ -10,7 +10,6 @@ weights begin to learn; bits count after them. All columns are byte by byte (swa
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -140,10 +139,6 @@ def main() -> None:
     passages = sum(map(len, held.values()))
     print(f"The router chose the specialist for {hits} of {passages} passages of {PASSAGE} bytes, by the first {QUESTION}. Training"
           f" FLOPs: {total:.3g} of the four, {flops[-1]:.3g} of the one. {os.cpu_count()} cores, {seconds:.0f} s of training.")  # fmt: skip
-    print(
-        json.dumps(dict(surprises={n: {d: [round(x, 2) for x in s] for d, s in seen[n][1].items()} for n in learned})),
-        flush=True,
-    )
 
 
 if __name__ == "__main__":
