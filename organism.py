@@ -304,9 +304,7 @@ class LifeConfig:
     checkpoint_seconds: float = 600.0  # seconds between two checkpoints of the field at least (DESIGN §4)
     keep_generations: int = 3  # newest generations kept, besides the marked and the milestones (DESIGN §4)
     family: int = 8  # organisms alive in its mesh from which on it does not divide by itself (chosen)
-    rest_seconds: float = (
-        60.0  # a sleeper of a colony is woken for want of company after so long at the earliest (chosen)
-    )
+    rest_seconds: float = 60.0  # before a core without company wakes a sleeper of a colony (chosen)
 
 
 CONFIG_CHOICES = {  # what a text may be, where it is one of a few
@@ -9707,7 +9705,7 @@ def _run_chat(asking: _Asking, giant: str | None, mesh: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _among_peers(life: Organism, mesh: str | None, say: Callable[[str], None]) -> Iterator[None]:
+def _among_peers(life: Organism, mesh: str | None, say: Callable[[str], None] = log.info) -> Iterator[None]:
     """In a mesh with others while the block runs, from its second second on."""
     where, members = mesh or os.environ.get("ORGANISM_MESH") or "", []
     leaving = threading.Event()
