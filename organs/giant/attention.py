@@ -18,6 +18,7 @@ Queries meet a page at a time, with the running maximum and sum of an online sof
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -37,7 +38,6 @@ from organs.giant.lanes import (
     from_half,
     function,
     jit,
-    kernel,
     load,
     named,
     splat,
@@ -165,16 +165,12 @@ def _mixture(M: int, kind: str):
     return build
 
 
-PAIR = types.void(*[types.int64] * 5)
-
-
-def kernels_of(keys: str, values: str) -> list:
-    """C functions: the scores for 1 to QUERIES queries, then the mixtures, then scores of staged keys where keys are q4."""
-    out = []
-    for make, kind in ((_scores, keys), (_mixture, values), *([(_scores, "f32")] if keys == "q4" else [])):
-        for M in range(1, QUERIES + 1):
-            out.append(kernel(f"{make.__name__[1:]}_{M}_{kind}", PAIR, make(M, kind)))
-    return out
+def kernels_of(keys: str, values: str) -> tuple[Any, list[int]]:
+    """(what keeps them alive, addresses) of the scores for 1 to QUERIES queries, then of the mixtures, then of scores of staged
+    keys where keys are q4."""
+    pairs = [(_scores, keys), (_mixture, values), *([(_scores, "f32")] if keys == "q4" else [])]
+    builds = [make(M, kind) for make, kind in pairs for M in range(1, QUERIES + 1)]
+    return lanes.kernel_table(f"attention_{keys}_{values}", 5, builds)
 
 
 _call = lanes.caller(5)  # calls a kernel by its address
