@@ -283,7 +283,11 @@ class SyntropyConfig:
     rate_up: float = 1.3  # factor on the next burst's rate where it should learn more (molequla §1.10)
     rate_down: float = 0.6  # and where it should learn less (molequla §1.10)
     overload: float = 1.5  # nats of entropy above which a burst counts as overload (molequla §1.10)
-    divide_cooldown: float = 300.0  # seconds between two proposals to divide (molequla §1.10)
+    divide_stage: str = "adult"  # youngest stage at which it divides by itself (molequla §1.10)
+    divide_trend: float = -0.02  # nats below which its syntropy lies, with its errors, under overload (molequla §1.10)
+    divide_cooldown: float = 300.0  # seconds between two divisions, and after birth (molequla §1.10)
+    plateau: float = 0.01  # nats by which the last bursts changed its loss at most, on a plateau (molequla §1.13)
+    thriving: float = 0.05  # nats of syntropy above which a peer thrives (molequla §1.13)
 
 
 @dataclass(frozen=True)
@@ -301,6 +305,8 @@ class LifeConfig:
 
     checkpoint_seconds: float = 600.0  # seconds between two checkpoints of the field at least (DESIGN §4)
     keep_generations: int = 3  # newest generations kept, besides the marked and the milestones (DESIGN §4)
+    family: int = 8  # organisms alive in its mesh from which on it does not divide by itself (chosen)
+    rest_seconds: float = 60.0  # before a core without company wakes a sleeper of a colony (chosen)
 
 
 CONFIG_CHOICES = {  # what a text may be, where it is one of a few
@@ -328,6 +334,7 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "syntropy.rate_up": (1, 1.5), "syntropy.rate_down": (0.3, 1),
     "voice.top_p": (0.01, 1), "voice.min_p": (0, 1), "voice.typical_p": (0.01, 1), "voice.max_tokens": (1, 100_000),
     "immunity.noise_drift_threshold": (-1, 1), "memory.candidates": (1, 10_000), "memory.quarantine_mb": (1, 1_000_000),
+    "syntropy.divide_trend": (-1e9, 1e9), "syntropy.thriving": (-1e9, 1e9),
     "life.keep_generations": (1, 10_000),
 }  # fmt: skip
 
@@ -374,8 +381,9 @@ class Config:
             ("the command line", {k: v for k, v in (overrides or {}).items() if v is not None}),
         ):
             config = config.replace(values, where)
-        if config.body.stage not in (known := stages(config.body)):
-            raise UsageError(f"body.stage must be one of {', '.join(known)}, not {config.body.stage!r}.")
+        for name in ("body.stage", "syntropy.divide_stage"):
+            if config.get(name) not in (known := stages(config.body)):
+                raise UsageError(f"{name} must be one of {', '.join(known)}, not {config.get(name)!r}.")
         stage_batch(config.body.stage, config)  # raises where growth.batches cannot be read
         config._must_agree()
         return config
@@ -5020,7 +5028,9 @@ class Learner:
         self.past = np.concatenate([self.past, tokens])[-keep:]
         if view is not None:
             joined = view if self.past_view is None else FieldView.concat([self.past_view, view])
-            self.past_view = joined[-(keep - 1) :]
+            self.past_view = FieldView.concat(
+                [joined[-(keep - 1) :]]
+            )  # a copy: a slice would keep all of the text's views
 
     # Growing the body, whose predictions stay what they were.
 
@@ -6328,7 +6338,7 @@ class Syntropy:
         entropy = -(p * log_p).sum(axis=1)
         return entropy, np.zeros(0) if seen is None else (p * (log_p - seen.dense_log())).sum(axis=1)
 
-    def decide(self, before: Pulse, after: Pulse, last_stage: bool = False, peers: Sequence[float] = (),
+    def decide(self, before: Pulse, after: Pulse, grown_up: bool = False, peers: Sequence[float] = (),
                now: float | None = None) -> dict[str, Any]:  # fmt: skip
         """The action for the next burst, with its numbers. `peers`: syntropies of living ones, which a colony knows.
 
@@ -6346,7 +6356,7 @@ class Syntropy:
         if softened in (self.wanted, self.action):  # hysteresis: what is new has to be wanted twice
             self.action = softened
         self.wanted = softened
-        proposal = self._proposal(last_stage, peers, time.time() if now is None else now)
+        proposal = self._proposal(grown_up, peers, time.time() if now is None else now)
         return dict(action=self.action, wanted=wanted, softened=wanted if softened != wanted else None, proposal=proposal,
                     entropy_before=float(before.entropy.mean()), entropy_after=float(after.entropy.mean()),
                     syntropy_delta=float(before.entropy.mean() - after.entropy.mean()), trend=self.trend.mean,
@@ -6391,16 +6401,20 @@ class Syntropy:
         tried = [record["worse"] for record in self.records if record["action"] == action]
         return sum(tried) >= 2 and 2 * sum(tried) > len(tried)
 
-    def _proposal(self, last_stage: bool, peers: Sequence[float], now: float) -> str | None:
+    def _proposal(self, grown_up: bool, peers: Sequence[float], now: float) -> str | None:
         """ "divide" where it is grown up and overloaded, "hibernate" on a plateau beside a thriving peer (§1.10, §1.13)."""
         config, full = self.config, len(self.history) >= self.config.history
         loaded = np.mean([float(e.mean()) > config.overload for e in self.history]) > 0.75
-        if full and last_stage and loaded and self.rising < 0 and now - self.divided >= config.divide_cooldown:
+        falling = self.trend.mean + config.significance * self.trend.error < config.divide_trend
+        if full and grown_up and loaded and falling and now - self.divided >= config.divide_cooldown:
             self.divided = now
             return "divide"
         last = self.records[-config.history :]
-        plateau = len(last) == config.history and abs(np.mean([r["after"] - r["before"] for r in last])) < 0.01
-        return "hibernate" if self.action == "steady" and plateau and any(s > 0.05 for s in peers) else None
+        plateau = (
+            len(last) == config.history and abs(np.mean([r["after"] - r["before"] for r in last])) < config.plateau
+        )
+        thriving = any(syntropy > config.thriving for syntropy in peers)
+        return "hibernate" if self.action == "steady" and plateau and thriving else None
 
     def steer(self, learner: Learner) -> None:
         """Let the last decision shape the burst that begins, within bounds; without syntropy.steer, nothing."""
@@ -6828,6 +6842,12 @@ class Memory:
         """Keep text until it is judged; survives a crash."""
         with self._transaction() as connection:
             return _insert(connection, "pending", ts=time.time(), source=source, text=_stored(text))
+
+    def queue_all(self, rows: Iterable[tuple[str, str | bytes]]) -> None:
+        """Keep many texts (source, text) at once: all, or none."""
+        with self._transaction() as connection:
+            for source, text in rows:
+                _insert(connection, "pending", ts=time.time(), source=source, text=_stored(text))
 
     def pending(self, limit: int | None = None) -> list[Pending]:
         """What waits, oldest first."""
@@ -7898,6 +7918,7 @@ class Organism:
             self._wake(stage)
             self.surprise = Surprise(self.state.get("surprise", Surprise().baseline))
             self.syntropy = Syntropy(self.config.syntropy, self.state.get("syntropy"))
+            self.syntropy.divided = max(self.syntropy.divided, self.home.birth_record.get("born", 0.0))
             self.conscience = Conscience(**self.state.get("conscience", {}))
             self._settle()
         except BaseException:
@@ -7965,9 +7986,10 @@ class Organism:
 
     def _birth(self, stage: str | None) -> None:
         """A newborn reads nonames.txt: it is remembered as lived, the vocabulary and the field come from it."""
-        seed = self.seed if self.seed is not None else int.from_bytes(os.urandom(4), "little")
+        known = self.home.birth_record  # of a child, or of a birth that was interrupted
+        seed = self.seed if self.seed is not None else known.get("seed", int.from_bytes(os.urandom(4), "little"))
         text = seed_corpus()
-        stage = stage or self.config.body.stage
+        stage = str(stage or known.get("stage") or self.config.body.stage)
         stage_size(stage, self.config.body)
         breath = first_breath(self.config, text) if self.compiled else None
         if breath is None:
@@ -7978,6 +8000,8 @@ class Organism:
         body = Body(stage, len(tokenizer), self.config.body, seed)
         self.state = dict(seed=seed, stage=stage, field_seq=0, lived_bytes=0, training_tokens=0,
                           training_flops=0.0, loss=None, reading={}, credit=0.0, rng=None, learned=0)  # fmt: skip
+        if inherited := known.get("inherited"):
+            self.state["syntropy"] = dict(records=list(inherited))
         digest = hashlib.sha256(text).hexdigest()
         self.home.birth(dict(born=time.time(), seed=seed, stage=stage, parent=None, corpus=digest))
         pieces = [(SEED_CORPUS, piece, part) for part, piece in enumerate(_cut_pieces(text))]
@@ -8347,7 +8371,8 @@ class Organism:
 
     def _feel(self, before: Pulse, after: Pulse) -> None:
         """Syntropy's decision about a burst, as an event and a row; it is kept with the next generation."""
-        told = self.syntropy.decide(before, after, last_stage=self.next_stage is None)
+        told = self.syntropy.decide(before, after, self.grown_up, self.peer_syntropies)
+        self.proposal = told["proposal"]
         self.state["syntropy"] = self.syntropy.state()
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
         columns = (
@@ -8458,6 +8483,13 @@ class Organism:
         names = list(stages(self.config.body))
         after = names.index(self.published.body.stage) + 1 if self.published.body.stage in names else len(names)
         return names[after] if after < len(names) else None
+
+    @property
+    def grown_up(self) -> bool:
+        """Whether it may divide by itself."""
+        names = list(stages(self.config.body))
+        stage = self.published.body.stage
+        return stage in names and names.index(stage) >= names.index(self.config.syntropy.divide_stage)
 
     def growth_gates(self) -> dict[str, Any]:
         """What the next stage waits for: bytes lived, steps at this stage, and `gain`, which must be below `flat`."""
@@ -8573,6 +8605,36 @@ class Organism:
         return dict(common_tokens=len(foreign.rows), their_tokens=foreign.known, fit=foreign.fit, strength=strength,
                     their_id=foreign.facts.get("id"), generation=self.published.number)  # fmt: skip
 
+    def try_gamma(self, path: str | Path, strength: float, source: str) -> Verdict:
+        """Take `strength` times a gamma from somebody else, if the guard sees no harm in it, as after a burst, and what it lived
+        and what it says of itself cost no more than before; else nothing changes. Waits for a burst under way."""
+        if self.read_only:
+            raise OrganismError("It was opened to be read only: nothing can change.")
+        with self._lock, self._whole_or_dropped():
+            learner = self.learner
+            foreign = read_gamma(learner.body, learner.tokenizer, path)
+            guard, mine = self._guard_of(learner), learner.body
+            was = guard.measure(learner)
+            learner.release()
+            learner.body = mine.copy()
+            import_gamma(learner.body, foreign, strength)
+            now = guard.measure(learner)
+            gain = float(
+                np.mean(np.concatenate([now.anchor_log_p - was.anchor_log_p, now.past_log_p - was.past_log_p]))
+            )
+            verdict = guard.objection(was, now, self.config.immunity)
+            if verdict is None and not gain >= 0:
+                verdict = Verdict("roll back", "gamma", f"what it knows would cost {-gain:.2g} nats a token more")
+            if verdict is None:
+                verdict = Verdict("accept", "gamma", f"what it knows costs {gain:.2g} nats a token less")
+                self._publish(learner, math.nan, f"gamma:{source}|{strength:g}")
+            else:
+                learner.body = mine
+            self.memory.event(
+                "gamma", dict(decision=verdict.decision, rule=verdict.rule, source=source, gain=gain, fit=foreign.fit)
+            )
+        return verdict
+
     def _edit_body(self, note: str, edit: Callable[[Body], _Value]) -> _Value:
         """Change a copy of the body by hand, and publish it."""
         if self.read_only:
@@ -8622,11 +8684,14 @@ class Organism:
             folder = self.home.folder(snapshot.number)
             snapshot.kept_field = functools.partial(self._load_field, folder, snapshot.tokenizer, snapshot.body)
         self.published = snapshot
-        gamma = self.gamma()
-        self.memory.growth(step=learner.body.steps, vocab_size=len(learner.tokenizer), n_params=learner.body.n_params,
-                           n_deltas=len(learner.body.deltas),
-                           corpus_chars=self.state["lived_bytes"], loss=self.state["loss"], gamma_sparsity=gamma.sparsity,
-                           gamma_magnitude=gamma.magnitude, note=note)  # fmt: skip
+        self._note_growth(note)
+
+    def _note_growth(self, note: str) -> None:
+        """A row of the growth table, about what is published."""
+        body, gamma = self.published.body, self.gamma()
+        self.memory.growth(step=body.steps, vocab_size=len(self.published.tokenizer), n_params=body.n_params,
+                           n_deltas=len(body.deltas), corpus_chars=self.state["lived_bytes"], loss=self.state["loss"],
+                           gamma_sparsity=gamma.sparsity, gamma_magnitude=gamma.magnitude, note=note)  # fmt: skip
 
     _last_checkpoint = 0.0
     _unsaved = False  # whether field or experience changed since their checkpoint
@@ -8735,6 +8800,8 @@ class Organism:
             self.buffer.reset(time.monotonic())
             self._buffered.clear()
             self._settle()
+            with contextlib.suppress(OSError, AttributeError):  # what the burst left in holes of the heap
+                importlib.import_module("ctypes").CDLL(None).malloc_trim(0)
             self._busy = False
 
     def _settle(self) -> None:
@@ -8750,6 +8817,12 @@ class Organism:
             self._learner.release()
             self._learner = None
 
+    def hibernate(self) -> None:
+        """Sleep because others do better: noted where its life is told."""
+        self.sleep()
+        self.memory.event("hibernate", dict(peers=list(self.peer_syntropies)))
+        self._note_growth(f"hibernate:{self.home.id}")
+
     # Division.
 
     def divide(self, home: str | Path, clone: bool = False, seconds: float = 30.0) -> dict[str, Any]:
@@ -8760,18 +8833,63 @@ class Organism:
         the parent. Raises UsageError where the home is not empty; a division that fails leaves nothing behind.
         """
         child = Path(home).expanduser().absolute()
-        if child.exists() and (not child.is_dir() or any(child.iterdir())):
-            raise UsageError(f"{child} is not empty: a child needs a home of its own (--to PATH).")
-        self.save()
+        facts = self.bear(child, clone)
         try:
-            if clone:
-                self._clone_to(child)
-            facts = self._child_facts(child, clone, [] if clone else self._legacy(), seconds)
+            with Organism(child, self.config, threads=self.threads, kernels=self.kernels) as life:
+                if not clone:
+                    with life._lock:
+                        life._burst(force=True, seconds=seconds)
+                known = dict(lived_bytes=life.state["lived_bytes"], training_tokens=life.state["training_tokens"])
         except BaseException:
             shutil.rmtree(child, ignore_errors=True)
             raise
+        return facts | known
+
+    def bear(self, home: str | Path, clone: bool = False) -> dict[str, Any]:
+        """Prepare a child in a home of its own, which is complete when it appears under its name; {"id", "home", "parent",
+        "stage", "clone"}. The child wakes as whoever wakes there first: its legacy waits to be judged and learned.
+
+        birth.json has the parent's id and, for an infant, its last bursts (`inherited`); neither of the two divides by itself
+        before the cooldown is over. Raises UsageError where the home is not empty; a division that fails leaves nothing behind.
+        """
+        child = Path(home).expanduser().absolute()
+        if child.exists() and (not child.is_dir() or any(child.iterdir())):
+            raise UsageError(f"{child} is not empty: a child needs a home of its own (--to PATH).")
+        self.save()
+        cradle = child.with_name(f".tmp-{os.getpid()}-{child.name}")
+        record = self._birth_of_child(clone)
+        try:
+            if clone:
+                self._clone_to(cradle)
+            with contextlib.closing(Home(cradle)) as made:
+                record["id"] = made.birth(record)
+            if not clone:
+                self._bequeath(cradle)
+            cradle.replace(child)
+            sync_folder(child.parent)
+        except OSError as error:
+            raise OrganismError(_home_trouble(child, error)) from error
+        finally:
+            shutil.rmtree(cradle, ignore_errors=True)
+        self.syntropy.divided = time.time()
+        self.state["syntropy"] = self.syntropy.state()
+        facts = {name: record[name] for name in ("id", "parent", "stage", "clone")} | dict(home=str(child))
         self.memory.event("divide", facts)
+        self._note_growth(f"mitosis:spawn:{record['id']}")
         return facts
+
+    def _birth_of_child(self, clone: bool) -> dict[str, Any]:
+        """What birth.json of a child says, but its id."""
+        record = dict(born=time.time(), seed=int.from_bytes(os.urandom(4), "little"), parent=self.home.id, clone=clone,
+                      stage=self.published.body.stage if clone else CHILD_STAGE, corpus=self.home.birth_record.get("corpus"))  # fmt: skip
+        return record if clone else record | dict(inherited=self.syntropy.records)
+
+    def _bequeath(self, home: Path) -> None:
+        """Settings, and the newer half of what was lived, which waits there to be learned."""
+        if (settings := self.home.path / Config.FILE).exists():
+            shutil.copy(settings, home / Config.FILE)
+        with Memory(home / "memory.db") as memory:
+            memory.queue_all((row.source, row.text) for row in self._legacy())
 
     def _legacy(self) -> list[Lived]:
         """The newer half of what was lived, by bytes, without what every newborn reads anyway."""
@@ -8793,25 +8911,6 @@ class Organism:
             tar.extractall(child, filter="data")
         archive.unlink()
         (child / "birth.json").unlink()
-
-    def _child_facts(self, child: Path, clone: bool, legacy: list[Lived], seconds: float) -> dict[str, Any]:
-        """Let the child wake, learn its legacy, and say who it is."""
-        birth = self.home.birth_record
-        stage = self.published.body.stage if clone else CHILD_STAGE
-        seed = int.from_bytes(os.urandom(4), "little")
-        cradle = Home(child)
-        cradle.birth(
-            dict(born=time.time(), seed=seed, stage=stage, parent=self.home.id, corpus=birth.get("corpus"), clone=clone)
-        )
-        cradle.close()
-        with Organism(child, self.config, seed=seed, threads=self.threads, kernels=self.kernels, stage=stage) as life:
-            for row in legacy:
-                life.memory.queue(row.source, row.text)
-            if legacy:
-                with life._lock:
-                    life._burst(force=True, seconds=seconds)
-            return dict(id=life.home.id, home=str(child), parent=self.home.id, stage=life.published.body.stage, clone=clone,
-                        lived_bytes=life.state["lived_bytes"], training_tokens=life.state["training_tokens"])  # fmt: skip
 
     # Forgetting.
 
@@ -8900,7 +8999,15 @@ class Organism:
             learner.rebuild(iter(past), getattr(learner.field.config, "table_mb", None))
         return learner, past
 
-    peers = 0  # others who live in its mesh, as far as it has heard (swarm/member.py)
+    # What swarm/member.py tells it, and takes from it.
+    peers = 0  # others who live in its mesh, as far as it has heard
+    peer_syntropies: Sequence[float] = ()  # of those
+    proposal: str | None = None  # what syntropy would have it do: "divide", "hibernate"
+
+    @property
+    def busy(self) -> bool:
+        """Whether a burst is under way."""
+        return self._busy
 
     def gamma(self) -> Gamma:
         return Gamma.of(self.published.body.arena["embedding"], self.published.body.birth)
@@ -9801,14 +9908,14 @@ def _run_chat(asking: _Asking, giant: str | None, mesh: str | None) -> None:
         life.giant = advisor
         asking.note(_greeting(life, born))
         life.start()
-        with _among_peers(life, mesh):
+        with _among_peers(life, mesh, asking.note):
             _Conversation(asking, life).run()
         if sys.stdin.isatty():
             asking.note("Saving…")
 
 
 @contextlib.contextmanager
-def _among_peers(life: Organism, mesh: str | None) -> Iterator[None]:
+def _among_peers(life: Organism, mesh: str | None, say: Callable[[str], None] = log.info) -> Iterator[None]:
     """In a mesh with others while the block runs, from its second second on."""
     where, members = mesh or os.environ.get("ORGANISM_MESH") or "", []
     leaving = threading.Event()
@@ -9816,7 +9923,7 @@ def _among_peers(life: Organism, mesh: str | None) -> Iterator[None]:
     def join() -> None:
         if leaving.wait(MESH_DELAY):
             return
-        member = organ("swarm.member").Member(life, where)
+        member = organ("swarm.member").Member(life, where, say=say)
         members.append(member)  # before the look at `leaving`: who sets that then finds it here
         if not leaving.is_set():
             member.run()
@@ -9947,6 +10054,7 @@ class _Conversation:
     def _learn(self, path: str) -> str:
         if not path:
             raise UsageError("Which file? /learn FILE")
+        self.life.start()  # it may have been put to sleep
         size = self.life.learn_file(str(Path(path).expanduser()))
         return f"{size:,} bytes of {path} wait to be learned in the background."
 
@@ -10825,6 +10933,11 @@ def _run_giant_convert(asking: _Asking, **options: Any) -> None:
     ("--max", "count", "How many at most (default: 64)."),
     ("--ram", "more than 0", "GB of memory that they may take together."),
     ("--exchange", "switch", "Let them give each other of what they learn; the receiver's immunity judges."),
+    (
+        "--gammas",
+        "switch",
+        "Let them also try a tenth of each other's gammas; who is not the better for it keeps its own.",
+    ),
 )
 def _run_swarm_up(asking: _Asking, **options: Any) -> None:
     """Start a colony and supervise it until Ctrl-C; --home is the colony's folder.
@@ -10852,6 +10965,15 @@ def _run_swarm_watch(asking: _Asking) -> None:
     organ("swarm.commands").run_watch(asking)
 
 
+@_command("swarm map", ("--plot", "path", "Draw it: a .png, .svg or .pdf."))
+def _run_swarm_map(asking: _Asking, plot: str | None) -> None:
+    """Who has become like whom: the nearest of each, by their gammas.
+
+    organism swarm map --plot colony.png
+    """
+    organ("swarm.commands").run_map(asking, plot)
+
+
 @_command("swarm logs", ("name", "text or nothing", ""))
 def _run_swarm_logs(asking: _Asking, name: str | None) -> None:
     """The last lines that organisms wrote to their logs.
@@ -10861,13 +10983,13 @@ def _run_swarm_logs(asking: _Asking, name: str | None) -> None:
     organ("swarm.commands").run_logs(asking, name)
 
 
-@_command("swarm ask", ("text", "text", ""))
-def _run_swarm_ask(asking: _Asking, text: str) -> None:
+@_command("swarm ask", ("text", "text", ""), ("--ensemble", "switch", "All answer as one, byte by byte."))
+def _run_swarm_ask(asking: _Asking, text: str, ensemble: bool) -> None:
     """Ask the colony: whom the question surprises least answers.
 
     organism swarm ask "What happened in the beginning?"
     """
-    organ("swarm.commands").run_ask(asking, text)
+    organ("swarm.commands").run_ask(asking, text, ensemble)
 
 
 @_command("swarm down")

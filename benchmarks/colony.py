@@ -38,6 +38,12 @@ def until(condition, seconds: float = 120.0) -> float:
     return time.perf_counter() - began
 
 
+def all_know(colony: Colony, ignorant: set[int], alive_now: int) -> bool:
+    """Whether all of these have said, once, that fewer others live; who has said so is taken out."""
+    ignorant -= {row["pid"] for row in alive(colony) if row["peers"] < alive_now}
+    return not ignorant
+
+
 def alone(text: Path, folder: Path, count: int, seconds: float) -> float:
     """Mean MB of `organism chat` processes that learn the same text, each started by itself."""
     command = [
@@ -104,9 +110,12 @@ def main() -> None:
             sizes = [proportional_mb(row["pid"]) for row in rows]
             learned = sum(bool(row["training_tokens"]) for row in rows)
             victims = {row["pid"] for row in rows[:4]}
+            survivors = {row["pid"] for row in rows} - victims
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
             truth = until(lambda: not victims & {row["pid"] for row in alive(colony)})
+            left_alive = options.n - len(victims)
+            known = until(lambda: all_know(colony, survivors, left_alive))
             again = until(lambda: len(alive(colony)) == options.n)
         finally:
             supervisor.send_signal(signal.SIGINT)
@@ -121,7 +130,8 @@ def main() -> None:
         ["MB a process that shares nothing (`organism chat`), mean", single],
         ["s from `swarm up` to all heard", heard],
         ["s from `kill -9` of 4 to `status` without them", truth],
-        ["s until they live again", again],
+        ["s more until every other one knows", known],
+        ["s more until they live again", again],
         ["processes left after Ctrl-C", left],
     ]
     print(table(f"A colony of {options.n}, {os.cpu_count()} cores", head, lines))

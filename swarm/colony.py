@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -20,14 +22,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from organism import OrganismError, UsageError
-from swarm.mesh import SQLiteMesh, start_time
-from swarm.topology import Topology, gammas_of, topology
+from organism import Config, OrganismError, UsageError
+from swarm.family import room_for_one_more
+from swarm.mesh import ANSWERS, SUPERVISOR, Letter, MeshError, SQLiteMesh, start_time
+from swarm.nursery import HIBERNATES
+from swarm.topology import Monitor, Topology, gammas_of, topology
 
 ROOT = Path(__file__).resolve().parent.parent
 BACK_OFF = (1.0, 60.0)  # seconds before a crashed organism is started again: the first time, and at most
 STABLE = 60.0  # seconds after which a crash counts as the first again
 EMBRYO_MB = 60  # that one more organism is expected to take
+MONITOR = 30.0  # seconds between two looks at the topology (spec/molequla.md §1.14)
+LOOK = 0.5  # seconds between two looks of the supervisor into the mesh
+PLACE_SECONDS = 120.0  # that a place is kept for a child whose parent was told that it may divide
 
 
 class Colony:
@@ -40,7 +47,17 @@ class Colony:
     def homes(self) -> list[str]:
         """Names of those who live here, in order."""
         homes = self.folder / "homes"
-        return sorted((p.name for p in homes.iterdir() if p.is_dir()), key=_natural) if homes.is_dir() else []
+        found = (path.name for path in homes.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(found, key=_natural) if homes.is_dir() else []
+
+    def home(self, name: str) -> Path:
+        """Of one of them."""
+        return self.folder / "homes" / name
+
+    def clear_out(self) -> None:
+        """Remove homes of children whose birth was interrupted."""
+        for unborn in (self.folder / "homes").glob(".tmp-*"):
+            shutil.rmtree(unborn, ignore_errors=True)
 
     def supervisor(self) -> int | None:
         """Process id of whoever supervises it now; None where nobody does."""
@@ -76,7 +93,7 @@ class Colony:
         with SQLiteMesh(self.mesh_path) as mesh:
             return [dict(id=p.id, name=Path(p.home).name, pid=p.pid, stage=p.facts.get("stage"), status=p.status,
                          syntropy=p.facts.get("syntropy"), entropy=p.facts.get("entropy"), loss=p.facts.get("loss"),
-                         lived_bytes=p.facts.get("lived_bytes"), training_tokens=p.facts.get("training_tokens"),
+                         lived_bytes=p.facts.get("lived_bytes"), training_tokens=p.facts.get("training_tokens"), peers=p.facts.get("peers"),
                          heartbeat_age_s=round(p.heartbeat_age_s, 3)) for p in mesh.peers()]  # fmt: skip
 
     def topology(self) -> Topology:
@@ -116,9 +133,9 @@ def _natural(name: str) -> list[Any]:
 
 
 def names_of(count: int, corpora: Sequence[tuple[str, str]], there: Sequence[str], most: int) -> dict[str, str | None]:
-    """Who shall live, as {name: corpus}: one for each corpus, those who were there, then newborns up to `count`."""
+    """Who shall live, as {name: corpus}: one for each corpus, all who were there, then newborns up to `count`."""
     names: dict[str, str | None] = dict(corpora)
-    names |= {name: names.get(name) for name in there if name in names or len(names) < count}
+    names |= {name: names.get(name) for name in there}
     number = 1
     while len(names) < count:
         names.setdefault(f"o{number}", None)
@@ -150,11 +167,21 @@ def proportional_mb(pid: int) -> float:
 
 
 class Supervisor:
-    """Starts organisms, starts the crashed again, and brings all down; asyncio's own processes and signals."""
+    """Starts organisms, starts the crashed again, and brings all down; asyncio's own processes and signals.
 
-    def __init__(self, colony: Colony, names: dict[str, str | None], ram_gb: float | None, say: Callable[[str], None],
-                 exchange: bool = False):  # fmt: skip
+    It also says who may divide, starts the child whose home then appears, and keeps the beds of those who hibernate: they wake
+    when a letter waits for them, or when fewer are awake than the machine has cores.
+    """
+
+    def __init__(self, colony: Colony, names: dict[str, str | None], most: int, ram_gb: float | None,
+                 say: Callable[[str], None], exchange: bool = False, gammas: bool = False):  # fmt: skip
+        self.gammas = gammas
         self.colony, self.names, self.ram_gb, self.say, self.exchange = colony, names, ram_gb, say, exchange
+        self.most, self.rest = most, Config.load().life.rest_seconds
+        self.beds: dict[str, float] = {}  # who hibernates, and since when
+        self.places: dict[str, float] = {}  # of children who may be born, and when that was said
+        self.monitor, self.monitored = Monitor(), time.monotonic()
+        self.called: set[str] = set()  # for whom letters wait
         self.started: dict[str, float] = {}
         self.alive: dict[str, int] = {}  # process ids
         self.crashes: dict[str, int] = {}
@@ -166,12 +193,14 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self.stopping.set)
+        looking = asyncio.create_task(self._look_about())
         attempts = 0
         while not self.stopping.is_set():
             await self._raise_all()
             if not self.stopping.is_set():  # the nursery itself has gone
                 attempts += 1
                 await self._pause(min(BACK_OFF[1], 2.0**attempts))
+        await looking
         self.say("Everybody is asleep.")
 
     async def _raise_all(self) -> None:
@@ -197,7 +226,7 @@ class Supervisor:
         async for line in nursery.stdout:
             told = json.loads(line)
             if told.get("ready"):
-                for name in self.names:
+                for name in self.names.keys() - self.beds.keys():
                     self._later(self._start(name))
             elif "started" in told:
                 self.started[told["started"]] = time.monotonic()
@@ -213,6 +242,10 @@ class Supervisor:
         task.add_done_callback(self.tasks.discard)
 
     def _ended(self, name: str, code: int) -> None:
+        if code == HIBERNATES:
+            self.beds[name] = time.monotonic()
+            self.say(f"{name} hibernates; its bed is kept.")
+            return
         if code == 0:
             self.say(f"{name} went to sleep.")
             return
@@ -240,16 +273,91 @@ class Supervisor:
             return
         order = dict(
             start=name,
-            home=str(self.colony.folder / "homes" / name),
+            home=str(self.colony.home(name)),
             mesh=str(self.colony.mesh_path),
             corpus=self.names[name],
-            exchange=self.exchange,
+            exchange=self.exchange or self.gammas,
+            gammas=self.gammas,
+            supervised=True,
         )
         self.nursery.stdin.write(json.dumps(order).encode() + b"\n")
 
+    # Births and beds.
+
+    async def _look_about(self) -> None:
+        """Twice a second: letters to the supervisor, homes of children, beds."""
+        trouble = ""
+        while not self.stopping.is_set():
+            try:
+                await asyncio.to_thread(self._look)
+            except (MeshError, OSError) as error:
+                if str(error) != trouble:
+                    self.say(f"The supervisor cannot look into the mesh: {error}")
+                trouble = str(error)
+            for name in self._children():
+                self.names[name] = None
+                self.places.pop(name, None)
+                self.say(f"{name} is born.")
+                self._later(self._start(name))
+            for name in self._awaited():
+                del self.beds[name]
+                self._later(self._start(name))
+            await self._pause(LOOK)
+
+    def _look(self) -> None:
+        """Answer letters, and learn for whom others wait."""
+        with SQLiteMesh(self.colony.mesh_path) as mesh:
+            for letter in mesh.inbox(SUPERVISOR):
+                if letter.kind not in ANSWERS:
+                    mesh.post(SUPERVISOR, letter.sender, "answer", self._answer(letter) | dict(to=letter.id))
+                mesh.settle([letter.id])
+            if time.monotonic() - self.monitored >= MONITOR:
+                self.monitored = time.monotonic()
+                gammas = gammas_of({peer.id: mesh.blob(peer.id, "gamma") for peer in mesh.peers(living=True)})
+                for id, news in self.monitor.look(gammas).items():
+                    mesh.post(SUPERVISOR, id, "topology", news)
+            waiting = mesh.waiting() if self.beds else set()
+            self.called = {Path(peer.home).name for peer in mesh.peers() if peer.id in waiting} if waiting else set()
+
+    def _answer(self, letter: Letter) -> dict[str, Any]:
+        """{"home": where a child may be born} or {"error": why not}."""
+        try:
+            if letter.kind != "divide":
+                raise OrganismError(f"The supervisor takes no letters of kind {letter.kind!r}.")
+            return dict(home=str(self._place(Path(str(letter.payload.get("home"))).name)))
+        except OrganismError as error:
+            return dict(error=str(error))
+
+    def _place(self, parent: str) -> Path:
+        """A home for a child of this one; OrganismError where there is no room."""
+        self.places = {name: at for name, at in self.places.items() if time.monotonic() - at < PLACE_SECONDS}
+        if parent not in self.names:
+            raise OrganismError(f"{parent} does not live in this colony.")
+        if len(self.names) + len(self.places) >= self.most:
+            raise OrganismError(f"{len(self.names)} live in the colony, and --max is {self.most}.")
+        if self.ram_gb is not None and self._memory_mb() + EMBRYO_MB * (1 + len(self.places)) > self.ram_gb * 1024:
+            raise OrganismError(f"{len(self.alive)} organisms fill --ram {self.ram_gb:g} GB.")
+        room_for_one_more(self.colony.folder)
+        taken = {*self.names, *self.places, *self.colony.homes()}
+        name = next(name for number in itertools.count(1) if (name := f"{parent}-child{number}") not in taken)
+        self.places[name] = time.monotonic()
+        return self.colony.home(name)
+
+    def _children(self) -> list[str]:
+        """Whose homes have appeared where a place was kept."""
+        return [name for name in self.places if (self.colony.home(name) / "birth.json").exists()]
+
+    def _awaited(self) -> list[str]:
+        """Who hibernates, and is to wake: for whom a letter waits; and whoever has slept longest, while a core is idle."""
+        called = [name for name in self.beds if name in self.called]
+        if called or not self.beds or len(self.alive) >= (os.cpu_count() or 1):
+            return called
+        longest = min(self.beds, key=self.beds.__getitem__)
+        return [longest] if time.monotonic() - self.beds[longest] >= self.rest else []
+
     def _memory_mb(self) -> float:
         """What they take together; one that has just been started counts as what it will take."""
-        return sum(max(EMBRYO_MB, proportional_mb(pid)) for pid in self.alive.values())
+        return sum(max(EMBRYO_MB, proportional_mb(pid)) for pid in list(self.alive.values()))
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
@@ -264,14 +372,16 @@ def up(
     ram_gb: float | None,
     say: Callable[[str], None],
     exchange: bool = False,
+    gammas: bool = False,
 ) -> None:
     """Supervise a colony until a signal ends it."""
     pairs, colony = corpora_of(corpora), Colony(folder)
     names = names_of(count, pairs, colony.homes(), most)
     handle = colony.take()
     try:
+        colony.clear_out()
         say(f"{len(names)} organisms wake in {colony.folder}; Ctrl-C puts them to sleep.")
-        asyncio.run(Supervisor(colony, names, ram_gb, say, exchange).run())
+        asyncio.run(Supervisor(colony, names, most, ram_gb, say, exchange, gammas).run())
     finally:
         os.ftruncate(handle, 0)
         os.close(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections import deque
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from organism import Home, OrganismError, UsageError
+from swarm import map, thinking
 from swarm.colony import Colony, up
 from swarm.mesh import open_mesh
-from swarm.thinking import ask
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -23,11 +24,17 @@ def colony_of(asking: Any) -> Colony:
 
 
 def run_up(
-    asking: Any, n: int | None, corpus: tuple[str, ...], max: int | None, ram: float | None, exchange: bool
+    asking: Any,
+    n: int | None,
+    corpus: tuple[str, ...],
+    max: int | None,
+    ram: float | None,
+    exchange: bool,
+    gammas: bool,
 ) -> None:
     if n is None and not corpus and not colony_of(asking).homes():
         raise UsageError("How many? `organism swarm up -n N` says it.")
-    up(colony_of(asking).folder, n or 0, corpus, max or 64, ram, asking.note, exchange)
+    up(colony_of(asking).folder, n or 0, corpus, max or 64, ram, asking.note, exchange, gammas)
 
 
 def run_status(asking: Any) -> None:
@@ -87,6 +94,22 @@ def sparkline(values: deque[float]) -> str:
     return "".join(BLOCKS[int((v - low) / (high - low) * 7.99)] for v in values)
 
 
+def run_map(asking: Any, plot: str | None) -> None:
+    """Everybody's nearest, and with --plot a picture."""
+    colony = colony_of(asking)
+    shape, names = colony.topology(), {row["id"]: row["name"] for row in colony.status()}
+    if plot:
+        map.draw(shape, names, plot)
+    for id, row in zip(shape.ids, shape.cosines):
+        near = {names.get(other, other): round(float(c), 3) for other, c in zip(shape.ids, row) if math.isfinite(c)}
+        best = sorted(near.items(), key=lambda pair: -pair[1])[:3]
+        text = ", ".join(f"{name} {cosine:.2f}" for name, cosine in best) or "nobody that it can be compared with"
+        asking.result(
+            dict(id=id, name=names.get(id), cosines=near, outlier=id in shape.outliers),
+            f"{names.get(id, id):<16} {text}",
+        )
+
+
 def run_logs(asking: Any, name: str | None) -> None:
     colony = colony_of(asking)
     names = colony.homes() if name is None else [name]
@@ -106,12 +129,12 @@ def _last_lines(path: Path, count: int) -> list[str]:
     return []
 
 
-def run_ask(asking: Any, text: str) -> None:
+def run_ask(asking: Any, text: str, ensemble: bool) -> None:
     colony = colony_of(asking)
     if not colony.mesh_path.exists():
         raise OrganismError(f"There is no colony in {colony.folder}: `organism swarm up -n 4` starts one.")
     with open_mesh(colony.mesh_path) as mesh:
-        answer = ask(mesh, text)
+        answer = thinking.ensemble(mesh, text, seed=asking.seed) if ensemble else thinking.ask(mesh, text)
     asking.result(answer, answer["text"])
 
 

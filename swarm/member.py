@@ -2,30 +2,40 @@
 
 A chat runs a `Member` in a thread of its own, which lists it and tells how surprising a text is to it. In a colony the
 process does nothing else (`Member.run`), and there it also answers questions, learns what it is sent and goes to sleep.
+
+What syntropy proposes happens here. To divide: in a colony the supervisor is asked, and starts the child whose home appears;
+elsewhere the child is a process of the parent's own (swarm/family.py). To hibernate: in a colony the process ends, and the
+supervisor keeps its bed; elsewhere it stops learning, gives back the trainer's memory, and says so.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from organism import SEED_CORPUS, THOUGHT, Organism, OrganismError
-from swarm.mesh import HEARTBEAT, Letter, Mesh, MeshError, open_mesh
+from organism import SEED_CORPUS, THOUGHT, Organism, OrganismError, export_gamma
+from swarm.family import Family
+from swarm.mesh import ANSWERS, HEARTBEAT, OFFER_BYTES, SUPERVISOR, Letter, Mesh, MeshError, open_mesh
+from swarm.reading import ByteReader, packed
+from swarm.summary import NEWEST, Summary
 from swarm.topology import gamma_blob
 
 log = logging.getLogger("organism.swarm")
 TICK = 0.1  # seconds between two looks into the inbox
+QUICK_TICK = 0.002  # while somebody reads along byte by byte
+QUICK_SECONDS = 2.0  # since they last asked
+READERS = 4  # that one may have at a time; who has not asked for longest makes room
+SUMMARY_SECONDS = 60.0  # between two summaries
 EXCHANGE = 60.0  # seconds between two gifts
 GIFT_BYTES = 4096  # of a gift at most
-PRIVATE = (
-    "chat",
-    "giant",
-    THOUGHT,
-    SEED_CORPUS,
-)  # sources that are never given away: what was said, what all have read
+GAMMA_STRENGTH = 0.1  # of somebody else's gamma that is tried
+PRIVATE = ("chat", "giant", THOUGHT, SEED_CORPUS)  # sources that are never given away: what was said or thought, and what all read
 
 
 def surprise_per_byte(life: Organism, text: str) -> float:
@@ -35,18 +45,34 @@ def surprise_per_byte(life: Organism, text: str) -> float:
     return float(bits.sum()) / max(1, len(data))
 
 
+class Reading(NamedTuple):
+    """Of somebody who reads along; `at`: when they last asked."""
+
+    reader: ByteReader
+    at: float
+
+
 class Member:
     """One organism in one mesh. `answers`: it may speak for others, because nobody else makes it speak; `exchange`: it
-    gives others of what it learns, and lets its immunity judge what they give."""
+    gives others of what it learns, and lets its immunity judge what they give; `gammas`: also gammas; `supervised`: it lives
+    in a colony; `say` tells a person what it does by itself."""
 
-    def __init__(self, life: Organism, where: str, answers: bool = False, exchange: bool = False):
+    def __init__(self, life: Organism, where: str, answers: bool = False, exchange: bool = False, supervised: bool = False,
+                 gammas: bool = False, say: Callable[[str], None] = log.info):  # fmt: skip
         self.life, self.where, self.answers, self.exchange = life, where, answers, exchange
+        self.supervised, self.gammas, self.say, self.hibernating = supervised, gammas, say, False
+        self._napping = False  # whether it hibernates in its process
+        self._offered = -1  # generation whose gamma was offered
+        self.family = Family(life, where, say)
+        self._asked: int | None = None  # the letter that asks the supervisor for a child's place
         self._given = life.memory.last_seq() if exchange else 0  # the last row that was looked at for a gift
         self.id = str(life.home.id)
         self._stop = threading.Event()
         self._mesh: Mesh | None = None
         self._trouble = ""
-        self._told = -1  # generation whose gamma the mesh knows
+        self._told = self._summed = -1  # generations whose gamma and summary the mesh knows
+        self._summed_at = -SUMMARY_SECONDS
+        self._readings: dict[str, Reading] = {}  # by who reads along
 
     def run(self) -> None:
         """Until `stop`, or a letter that says so. A mesh that cannot be used is reported once and tried again."""
@@ -55,19 +81,27 @@ class Member:
             try:
                 mesh = self._joined()
                 if time.monotonic() - last >= HEARTBEAT:
+                    self._look_around(mesh)
                     mesh.heartbeat(self.id, self.facts(), self._news())
-                    self.life.peers = sum(peer.id != self.id for peer in mesh.peers(living=True))
                     last = time.monotonic()
                 if self.exchange and time.monotonic() - gave >= EXCHANGE:
                     self.trade(mesh)
+                    if self.gammas and not self.life.busy:
+                        self.trade_gammas(mesh)
                     gave = time.monotonic()
                 for letter in mesh.inbox(self.id):
                     self._open(mesh, letter)
+                self._consider(mesh)
             except MeshError as error:
                 self._complain(str(error))
                 self._stop.wait(HEARTBEAT)
-            self._stop.wait(TICK)
+            self._stop.wait(self._tick())
+        self.family.end()
         self._leave()
+
+    def _tick(self) -> float:
+        newest = max((reading.at for reading in self._readings.values()), default=0.0)
+        return QUICK_TICK if self._readings and time.monotonic() - newest < QUICK_SECONDS else TICK
 
     def end(self) -> None:
         """Let `run` return soon; may be called by a signal."""
@@ -100,15 +134,66 @@ class Member:
         body, state, syntropy = self.life.published.body, self.life.state, self.life.syntropy
         return dict(stage=body.stage, n_params=body.n_params, loss=state.get("loss"), generation=self.life.published.number,
                     syntropy=syntropy.trend.mean, entropy=syntropy.entropy,
-                    lived_bytes=state.get("lived_bytes"), training_tokens=state.get("training_tokens"), answers=self.answers)  # fmt: skip
+                    lived_bytes=state.get("lived_bytes"), training_tokens=state.get("training_tokens"), answers=self.answers,
+                    hibernating=self.hibernating, peers=self.life.peers)  # fmt: skip
+
+    def _look_around(self, mesh: Mesh) -> None:
+        """Who else lives, and how well they do; children that have ended are reaped."""
+        others = [peer for peer in mesh.peers(living=True) if peer.id != self.id]
+        self.life.peers = len(others)
+        self.life.peer_syntropies = [
+            peer.facts["syntropy"] for peer in others if _is_number(peer.facts.get("syntropy"))
+        ]
+        self.family.reap()
+
+    # What syntropy proposes.
+
+    def _consider(self, mesh: Mesh) -> None:
+        """Divide or hibernate, once the burst after which that was proposed is over."""
+        if self.life.proposal is None or self.life.busy:
+            return
+        proposal, self.life.proposal = self.life.proposal, None
+        if proposal == "hibernate":
+            self._hibernate(mesh)
+        elif self.supervised:
+            self._asked = mesh.post(self.id, SUPERVISOR, "divide", dict(home=str(self.life.home.path)))
+        else:
+            self.family.divide()
+
+    def _hibernate(self, mesh: Mesh) -> None:
+        if not self.supervised:
+            self.life.hibernate()
+            self._napping = True
+            self.say("It sleeps: it learns nothing new, and others do. It goes on when it is told something.")
+            return
+        self.hibernating = True
+        mesh.heartbeat(self.id, self.facts())
+        self.life.hibernate()
+        self.end()
+
+    def _answered(self, letter: Letter) -> None:
+        """The supervisor says where the child may live, or why it may not be born."""
+        if letter.sender != SUPERVISOR or letter.payload.get("to") != self._asked:
+            return
+        self._asked = None
+        if home := letter.payload.get("home"):
+            self.family.bear(home)
+        else:
+            self.life.memory.event("undivided", dict(reason=letter.payload.get("error")))
 
     def _news(self) -> dict[str, bytes]:
-        """Its gamma, where that is another than the mesh knows."""
-        number = self.life.published.number
-        if number == self._told:
-            return {}
-        self._told = number
-        return dict(gamma=gamma_blob(self.life))
+        """Its gamma, where that is another than the mesh knows; of who answers for others, now and then a summary."""
+        number, news = self.life.published.number, {}
+        if number != self._told:
+            self._told, news["gamma"] = number, gamma_blob(self.life)
+        if self.answers and number != self._summed and time.monotonic() - self._summed_at >= SUMMARY_SECONDS:
+            self._summed, self._summed_at = number, time.monotonic()
+            news["summary"] = self.summary().blob()
+        return news
+
+    def summary(self) -> Summary:
+        """Of the newest that it lived, by which the colony routes without asking."""
+        return Summary.of(row.text for row in reversed(self.life.memory.newest_lived(NEWEST)))
 
     def trade(self, mesh: Mesh) -> tuple[int, int]:
         """Offer the newest text that it has learned since the last time, and queue what others offer; (given, taken).
@@ -126,16 +211,44 @@ class Member:
             self.life.learn(gift.payload[:GIFT_BYTES], source=f"mesh:{gift.sender}")
         return len(own[-1:]), len(gifts)
 
+    def trade_gammas(self, mesh: Mesh) -> tuple[int, int]:
+        """Offer its gamma, where that is new and fits into an offer, and try the newest of each of the others; (given, taken
+        in)."""
+        given, taken, snap = 0, 0, self.life.published
+        with tempfile.TemporaryDirectory(prefix="organism-gamma-") as folder:
+            path = Path(folder) / "gamma"
+            if snap.number != self._offered and snap.body.steps:
+                self._offered = snap.number
+                export_gamma(snap.body, snap.tokenizer, path, self.id)
+                if path.stat().st_size <= OFFER_BYTES:
+                    mesh.offer(self.id, "gamma", path.read_bytes())
+                    given = 1
+            for gift in {gift.sender: gift for gift in mesh.claim(self.id, "gamma", 64)}.values():
+                path.write_bytes(gift.payload)
+                try:
+                    taken += self.life.try_gamma(path, GAMMA_STRENGTH, f"mesh:{gift.sender}").accepted
+                except OrganismError as error:  # it comes from others
+                    self.life.memory.event(
+                        "gamma", dict(decision="refuse", source=f"mesh:{gift.sender}", reason=str(error))
+                    )
+        return given, taken
+
     # Letters.
 
     def _open(self, mesh: Mesh, letter: Letter) -> None:
         """Do what a letter asks; whatever it is, its writer hears of it, and the next letter is opened."""
         kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"surprise": self._surprise}
         if self.answers:
-            kinds |= {"ask": self._ask, "learn": self._learn, "stop": self._end}
-        if letter.kind in ("answer", "undelivered"):
+            kinds |= {"topology": self._placed, "ask": self._ask, "learn": self._learn, "stop": self._end,
+                      "read": lambda payload: self._read(letter.sender, payload["text"]),
+                      "next": lambda payload: self._read_on(letter.sender, payload["byte"])}  # fmt: skip
+        if letter.kind in ANSWERS:
+            self._answered(letter)
             mesh.settle([letter.id])
             return
+        if self._napping:  # but who was put to sleep by hand goes on sleeping
+            self._napping = False
+            self.life.start()
         try:
             if letter.kind not in kinds:
                 raise OrganismError(f"{self.id} does not take letters of kind {letter.kind!r}.")
@@ -152,10 +265,35 @@ class Member:
     def _surprise(self, payload: dict[str, Any]) -> dict[str, Any]:
         return dict(bits_per_byte=surprise_per_byte(self.life, payload["text"]))
 
+    def _placed(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Where it stands among the others, as the supervisor's monitor sees it: an event of its life."""
+        self.life.memory.event("topology", payload)
+        return {}
+
     def _ask(self, payload: dict[str, Any]) -> dict[str, Any]:
         reply = self.life.say(payload["text"])
         text = reply.text  # the reply is made here
         return dict(reply.as_dict(), text=text)
+
+    def _read(self, who: str, text: str) -> dict[str, Any]:
+        """Somebody reads along from here: the distributions of each byte of a text, and of the one after it."""
+        if len(self._readings) >= READERS:
+            del self._readings[min(self._readings, key=lambda one: self._readings[one].at)]
+        reader, rows = ByteReader(self.life.published), []
+        for byte in text.encode("utf-8", "replace"):
+            rows.append(reader.next())
+            reader.advance(bytes([byte]))
+        self._readings[who] = Reading(reader, time.monotonic())
+        return dict(p=packed([*rows, reader.next()]))
+
+    def _read_on(self, who: str, byte: int) -> dict[str, Any]:
+        """The distribution after one more byte."""
+        if who not in self._readings:
+            raise OrganismError(f"{who} does not read along here, or not any more.")
+        reader = self._readings[who].reader
+        reader.advance(bytes([byte]))
+        self._readings[who] = Reading(reader, time.monotonic())
+        return dict(p=packed([reader.next()]))
 
     def _learn(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Text from somebody else waits for this one's own immunity, as any text does."""
@@ -164,6 +302,10 @@ class Member:
     def _end(self, payload: dict[str, Any]) -> dict[str, Any]:
         self.end()
         return dict(asleep=True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _whole_lines(text: bytes) -> bytes:

@@ -30,6 +30,8 @@ MISSED = 3  # heartbeats that may be missed before one counts as silent
 LETTER_BYTES = 1 << 20  # of a letter's payload at most
 OFFER_BYTES = 1 << 20
 KEEP_SECONDS = 86_400.0  # the dead, letters and offers are kept so long
+ANSWERS = ("answer", "undelivered")  # kinds of letters that ask for nothing
+SUPERVISOR = "supervisor"  # to whom letters are written that ask the supervisor of a colony
 WAIT_SECONDS = 20.0  # for other writers, before giving up
 
 
@@ -78,8 +80,11 @@ class Mesh(ABC):
     """What an organism needs of a mesh. All methods may be called from any thread, and raise MeshError."""
 
     @abstractmethod
-    def register(self, id: str, home: str, facts: dict[str, Any], parent: str | None = None) -> None:
-        """Join, or join again after a sleep or a crash: letters that an earlier life took and did not settle go back."""
+    def register(
+        self, id: str, home: str, facts: dict[str, Any], parent: str | None = None, pid: int | None = None
+    ) -> None:
+        """Join, or join again after a sleep or a crash: letters that an earlier life took and did not settle go back.
+        `pid`: of a child that has just been started, and will say so itself in a moment."""
 
     @abstractmethod
     def heartbeat(self, id: str, facts: dict[str, Any] | None = None, blobs: dict[str, bytes] | None = None) -> None:
@@ -104,6 +109,10 @@ class Mesh(ABC):
     @abstractmethod
     def inbox(self, id: str, limit: int = 64) -> list[Letter]:
         """Take the letters that wait, oldest first. Each is handed out once, however many ask."""
+
+    @abstractmethod
+    def waiting(self) -> set[str]:
+        """Whose letters wait, of those that ask for something (answers do not)."""
 
     @abstractmethod
     def settle(self, ids: Iterable[int]) -> None:
@@ -316,8 +325,10 @@ class SQLiteMesh(Mesh):
 
     # Who is there.
 
-    def register(self, id: str, home: str, facts: dict[str, Any], parent: str | None = None) -> None:
-        pid = os.getpid()
+    def register(
+        self, id: str, home: str, facts: dict[str, Any], parent: str | None = None, pid: int | None = None
+    ) -> None:
+        pid = pid or os.getpid()
         row = (id, pid, start_time(pid) or 0, self._machine, home, boot_clock(), parent, PROTOCOL, json.dumps(facts),
                time.time(), *(facts.get(name) for name in _COLUMNS))  # fmt: skip
         with self._writing() as connection:
@@ -428,6 +439,13 @@ class SQLiteMesh(Mesh):
             ).fetchall()
             connection.executemany("UPDATE messages SET taken = 1 WHERE id = ?", [(row[0],) for row in rows])
         return [Letter(id, sender, to, kind, json.loads(text)) for id, sender, to, kind, text in rows]
+
+    def waiting(self) -> set[str]:
+        answers = ", ".join(f"'{kind}'" for kind in ANSWERS)
+        return {
+            id
+            for (id,) in self._all(f"SELECT DISTINCT to_id FROM messages WHERE taken = 0 AND type NOT IN ({answers})")
+        }
 
     def settle(self, ids: Iterable[int]) -> None:
         with self._writing() as connection:

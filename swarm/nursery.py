@@ -1,6 +1,6 @@
 """The fork server of a colony: it loads the libraries and the kernels once, and every organism is a fork of it.
 
-Lines of JSON on stdin: {"start": NAME, "home": …, "mesh": …, "corpus": PATH or null, "exchange": true or false}; on
+Lines of JSON on stdin: {"start": NAME, "home": …, "mesh": …, "corpus": PATH or null, "exchange": …, "gammas": …, "supervised": true}; on
 stdout: {"ready": true}, {"started": NAME, "pid": N}, {"ended": NAME, "pid": N, "code": N}. It has one thread, so that a
 fork is clean. When stdin ends (the supervisor wants that, or was killed) it asks all organisms to end, waits, and ends
 itself; when it is killed itself, the kernel asks them (PR_SET_PDEATHSIG). So nobody is ever an orphan.
@@ -23,6 +23,7 @@ from typing import Any
 
 import organism
 
+HIBERNATES = 75  # exit code of who sleeps because others do better, and wants its bed kept (EX_TEMPFAIL of sysexits.h)
 PATIENCE = 40.0  # seconds that organisms get to save themselves
 
 
@@ -72,7 +73,7 @@ class Nursery:
         if pid == 0:
             code = 1
             try:
-                code = dwell(order, parent)
+                code = dwell(order) if _ends_with(parent) else 1
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -101,12 +102,15 @@ class Nursery:
                 os.kill(pid, number)
 
 
-def dwell(order: dict[str, Any], parent: int) -> int:
-    """The life of one organism, in the forked process; its exit code. 0: it went to sleep because it was told to."""
+def _ends_with(parent: int) -> bool:
+    """Let the kernel ask this fork to end when its parent does (PR_SET_PDEATHSIG); False where that has happened already."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        return 1
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    return os.getppid() == parent
+
+
+def dwell(order: dict[str, Any]) -> int:
+    """The life of one organism, in a process of its own; its exit code. 0: it went to sleep because it was told to."""
     home = Path(order["home"])
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     logs = os.open(home / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -121,19 +125,25 @@ def live(order: dict[str, Any], home: Path) -> int:
 
     newborn = not (home / "body" / "CURRENT").exists()
     with organism.Organism(home, threads=1) as life:
-        member = Member(life, order["mesh"], answers=True, exchange=bool(order.get("exchange")))
+        member = Member(life, order["mesh"], answers=True, exchange=bool(order.get("exchange")),
+                        supervised=bool(order.get("supervised")), gammas=bool(order.get("gammas")))  # fmt: skip
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: member.end())
         if newborn and order.get("corpus"):
             life.learn_file(order["corpus"])
         life.start()
         member.run()
-    return 0
+    return HIBERNATES if member.hibernating else 0
+
+
+def spare_memory() -> None:
+    """Freed arrays go back to the system at once, as `organism.main` has it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(-3, 2**20)  # as organism.main does
+    spare_memory()
     preload()
     Nursery().run()

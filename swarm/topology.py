@@ -4,12 +4,15 @@ A gamma is how far an organism's embedding has moved since birth (chapter 6). Th
 which all have under the same ids, and compared where they are of one width: the cosine of the two as vectors. Coherence is
 the mean over all comparable pairs; a pair above RESONANCE resonates; an outlier is one whose own mean lies OUTLYING below
 the coherence (spec/molequla.md §1.14).
+
+Drift is what became of a gamma since the last look: how far it turned, and by which share of itself it grew or shrank. "Is it
+me, or everyone?" is answered by how many of the others drift as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +20,24 @@ from organism import Organism
 
 RESONANCE = 0.8
 OUTLYING = 0.3
+TURNED = 0.3  # 1 - cosine with itself at the last look, above which one drifts (as far as an outlier stands apart)
+GREW = 2.0  # change of the norm, as a share of the norm before, above which one drifts (§1.14)
 BYTES = 256  # tokens that every vocabulary begins with
 LEAST = 1e-6  # norm of a gamma that has a direction
+
+
+class Drift(NamedTuple):
+    """Since the last look. turn: 1 - cosine, in [0, 2]; growth: share of the norm before; everyone: whether most of those
+    who can be compared drift as well (then it is not this one that changed, but what all of them meet)."""
+
+    turn: float
+    growth: float
+    everyone: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is more than learning does between two looks."""
+        return self.turn > TURNED or self.growth > GREW
 
 
 class Topology(NamedTuple):
@@ -59,6 +78,35 @@ def topology(gammas: Mapping[str, np.ndarray]) -> Topology:
         if coherence is not None and np.isfinite(row).any() and np.nanmean(row) < coherence - OUTLYING
     ]
     return Topology(ids, cosines, coherence, resonances, outliers)
+
+
+def drifts(before: Mapping[str, np.ndarray], now: Mapping[str, np.ndarray]) -> dict[str, Drift]:
+    """Of all that are in both, with a direction and of one width."""
+    found = {}
+    for id, gamma in now.items():
+        if id in before and before[id].size == gamma.size:
+            norm, was = float(np.linalg.norm(gamma)), float(np.linalg.norm(before[id]))
+            if min(norm, was) > LEAST:
+                turn = 1 - float(gamma.reshape(-1) @ before[id].reshape(-1)) / (norm * was)
+                found[id] = Drift(turn, abs(norm - was) / was)
+    many = sum(drift.counts for drift in found.values())
+    return {id: drift._replace(everyone=2 * (many - drift.counts) > len(found) - 1 > 0) for id, drift in found.items()}
+
+
+class Monitor:
+    """Looks at a colony again and again, and says whom what concerns: new outliers, and who drifts."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, np.ndarray] = {}
+        self.outliers: set[str] = set()
+
+    def look(self, gammas: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+        """{id: {"outlier", "coherence", "turn", "growth", "who": "me" | "everyone"}} of those to whom something happened."""
+        seen, drifting = topology(gammas), drifts(self.before, gammas)
+        news = {id for id, drift in drifting.items() if drift.counts} | (set(seen.outliers) - self.outliers)
+        self.before, self.outliers = gammas, set(seen.outliers)
+        return {id: dict(outlier=id in self.outliers, coherence=seen.coherence, turn=(of := drifting.get(id, Drift(0, 0))).turn,
+                         growth=of.growth, who="everyone" if of.everyone else "me") for id in sorted(news)}  # fmt: skip
 
 
 def gammas_of(blobs: Mapping[str, bytes | None]) -> dict[str, np.ndarray]:

@@ -84,9 +84,9 @@ def test_an_action_that_made_things_worse_twice_is_softened(syntropy):
 
 
 def test_an_overloaded_adult_proposes_to_divide_once_in_a_while(syntropy):
-    told = live(syntropy, list(np.linspace(2.0, 3.0, 12)), last_stage=True, now=1000.0)
+    told = live(syntropy, list(np.linspace(2.0, 3.0, 12)), grown_up=True, now=1000.0)
     assert [one["proposal"] for one in told].count("divide") == 1
-    young = live(o.Syntropy(o.SyntropyConfig()), list(np.linspace(2.0, 3.0, 12)), last_stage=False, now=1000.0)
+    young = live(o.Syntropy(o.SyntropyConfig()), list(np.linspace(2.0, 3.0, 12)), grown_up=False, now=1000.0)
     assert not any(one["proposal"] for one in young)
 
 

@@ -85,6 +85,23 @@ def test_a_question_is_answered_by_whom_it_surprises_least(colony: Colony):
     assert len(told["surprises"]) == 3 and told["id"] in told["surprises"]
 
 
+def test_all_answer_as_one_byte_by_byte(colony: Colony):
+    command = (
+        "swarm",
+        "ask",
+        "Where do you live?",
+        "--ensemble",
+        "--seed",
+        "1",
+        "--json",
+        "--home",
+        str(colony.folder),
+    )
+    told = json.loads(organism(*command).stdout)
+    assert told["text"] and told["source"] == "ensemble" and 0 < told["bits_per_byte"] < 4
+    assert len(told["shares"]) == 3 and abs(sum(told["shares"].values()) - 1) < 0.01
+
+
 def test_a_letter_that_makes_no_sense_gets_an_error_and_harms_nobody(colony: Colony):
     with open_mesh(colony.mesh_path) as mesh, Correspondent(mesh) as me:
         peer = alive(colony)[0]["id"]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
-from organism import Organism
+from organism import Organism, export_gamma
 from swarm.member import GIFT_BYTES, Member, _whole_lines
 from swarm.mesh import open_mesh
 
@@ -58,3 +59,38 @@ def test_a_gift_is_short_and_ends_with_a_line():
     assert _whole_lines(b"short") == b"short"
     assert _whole_lines(b"line\n" * 2000).endswith(b"line\n") and len(_whole_lines(b"line\n" * 2000)) <= GIFT_BYTES
     assert len(_whole_lines(b"x" * 9000)) == GIFT_BYTES
+
+
+# --- Gammas. ---
+
+
+def test_a_gamma_is_offered_once_and_tried_by_the_others(two):
+    giver, taker, mesh = two
+    assert giver.trade_gammas(mesh) == (0, 0), "who has not trained has none"
+    giver.life.learn_now(GOOD * 12, source="tower.txt")
+    before = taker.life.published.number
+    assert giver.trade_gammas(mesh) == (1, 0) and giver.trade_gammas(mesh) == (0, 0)
+    given, taken = taker.trade_gammas(mesh)
+    (event,) = taker.life.memory.events("gamma")
+    assert event.data["source"] == f"mesh:{giver.id}" and (taken == 1) == (event.data["gain"] >= 0)
+    assert given == 0 and (taker.life.published.number > before) == (taken == 1)
+
+
+def test_a_gamma_that_would_hurt_changes_nothing(two, tmp_path):
+    giver, taker, _ = two
+    for member in (giver, taker):
+        member.life.learn_now(GOOD * 12, source="tower.txt")
+    body = giver.life.published.body.copy()
+    body.arena.view("average", "embedding")[:] += 50 * np.random.default_rng(0).standard_normal(body.birth.shape)
+    export_gamma(body, giver.life.published.tokenizer, tmp_path / "noise.gamma", "mallory")
+    was, number = taker.life.learner.body.arena.parameters.copy(), taker.life.published.number
+    verdict = taker.life.try_gamma(tmp_path / "noise.gamma", 1.0, "mesh:mallory")
+    assert not verdict.accepted and taker.life.published.number == number
+    np.testing.assert_array_equal(taker.life.learner.body.arena.parameters, was)
+
+
+def test_a_broken_gamma_is_an_event_and_nothing_more(two):
+    _, taker, mesh = two
+    mesh.offer("mallory", "gamma", b"no gamma at all")
+    assert taker.trade_gammas(mesh) == (0, 0)
+    assert taker.life.memory.events("gamma")[0].data["decision"] == "refuse"

@@ -103,10 +103,10 @@ def test_a_chat_that_ends_while_it_joins_ends(tmp_path, monkeypatch):
     joins, left = threading.Event(), threading.Event()
 
     class Slow(Member):
-        def __init__(self, *given):
+        def __init__(self, *given, **named):
             joins.set()
             left.wait(1)
-            super().__init__(*given)
+            super().__init__(*given, **named)
 
     monkeypatch.setattr("swarm.member.Member", Slow)
     monkeypatch.setattr(organism, "MESH_DELAY", 0.0)
