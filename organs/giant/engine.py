@@ -78,6 +78,7 @@ _ROW_REALS = ("epsilon", "factor", "cap", "magnitude")
 ROW = np.dtype([(n, i8) for n in _ROW_WORDS] + [(n, np.float64) for n in _ROW_REALS], align=True)
 _MACHINE_WORDS = (
     "thread", "threads", "n", "together", "all", "chunks",
+    "first", "end",  # rows of the program that this step runs
     "tokens", "positions", "tables",  # addresses of int64 [n]
     "memories",  # address of int64 [n]: where the recurrent state of each token's sequence is
     "logits", "logits_stride", "states",  # where to
@@ -199,26 +200,26 @@ def barrier(m):
 
 
 @jit(**HELP)
-def _run(program, rows, machine):
-    for i in range(rows):
+def _run(program, machine):
+    for i in range(machine.first, machine.end):
         row = _row_at(program + i * ROW_BYTES)
         _call(row, machine)
         if row.barrier:
             barrier(machine)
 
 
-def _lead(program, rows, machine):
+def _lead(program, machine):
     """Run a step as thread 0, with the helpers' help. Rows and machine by address, as in `_serve`."""
     m = _machine_at(machine)
     if m.threads > 1:
         atomic_add(m.team + POSTED, 1)
         _wake(m.team, POSTED)
     old = ground.swap_mode(ground.FLUSH)
-    _run(program, rows, m)
+    _run(program, m)
     ground.swap_mode(old)
 
 
-def _serve(program, rows, machine):
+def _serve(program, machine):
     """A helper's life: it comes back to Python only when it is sent home."""
     done, m = i8(0), _machine_at(machine)
     old = ground.swap_mode(ground.FLUSH)
@@ -227,7 +228,7 @@ def _serve(program, rows, machine):
         if atomic_load(m.team + STOP):
             break
         done += 1
-        _run(program, rows, m)
+        _run(program, m)
     ground.swap_mode(old)
 
 
@@ -785,7 +786,7 @@ def attention_addresses(keys: str, values: str) -> np.ndarray:
 
 def _help(program: np.ndarray, machines: np.ndarray, t: int) -> None:
     """A helper thread, which keeps alive what it is given by address."""
-    _entry(_serve)(program.ctypes.data, len(program), machines[t:].ctypes.data)
+    _entry(_serve)(program.ctypes.data, machines[t:].ctypes.data)
 
 
 class Team:
@@ -818,16 +819,17 @@ class Team:
         """How often a thread has slept."""
         return int(self.words[NAPS // 8])
 
-    def step(self, alone: bool = False) -> None:
-        """Run the program once, on all threads or on the caller's only."""
+    def step(self, alone: bool = False, first: int = 0, end: int | None = None) -> None:
+        """Run the program once, or rows first to end of it, on all threads or on the caller's only."""
         self.machines["threads"] = 1 if alone else self.threads
-        self._lead(self.program.ctypes.data, len(self.program), self.machines.ctypes.data)
+        self.machines["first"], self.machines["end"] = first, len(self.program) if end is None else end
+        self._lead(self.program.ctypes.data, self.machines.ctypes.data)
 
     def close(self) -> None:
         """Send the helpers home."""
         if not self.words[STOP // 8]:
-            self.words[STOP // 8], self.machines["threads"] = 1, self.threads
-            self._lead(0, 0, self.machines.ctypes.data)
+            self.words[STOP // 8], self.machines["threads"], self.machines["end"] = 1, self.threads, 0
+            self._lead(0, self.machines.ctypes.data)
             for helper in self.helpers:
                 helper.join()
 

@@ -8,13 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from organs.giant.accelerator import Accelerator, device_of, layers_of
 from organs.giant.cache import PAGE, Pages, PrefixCache
 from organs.giant.gguf import GGUFError, GGUFFile, open_gguf
 
-INTERPRETER = 200 << 20  # bytes that Python, NumPy and compiled code take
+if TYPE_CHECKING:
+    from organs.giant.program import Recorder
+
 PREFIX_BYTES = 128 << 20  # what the prefix cache may hold
 MOST_THREADS = 8
 KV_CACHES = ("f32", "f16", "bf16", "q8", "q4")
@@ -43,6 +47,7 @@ class Giant:
     vocab_size: int
     context: int  # tokens that a session holds at most
     prefixes: PrefixCache  # what sessions fed, shared by all of them
+    accelerator: Accelerator | None  # where all or a part of the model is, with counters; None: on the CPU
 
     @classmethod
     def load(
@@ -52,8 +57,10 @@ class Giant:
         context: int | None = None,
         kv_cache: str = "f16",
         threads: int | None = None,
+        device: str = "cpu",
         offload: str | None = None,
         ram: float | None = None,
+        vram: float | None = None,
         prefetch: bool = True,
         exact: bool = False,
         prefix_bytes: int | None = None,
@@ -65,29 +72,37 @@ class Giant:
         context: tokens a session holds at most; None: what the model was trained for.
         kv_cache: "f32", "f16", "bf16", "q8" or "q4", or two for keys and values: "q8/q4".
         threads: None: the CPUs that this process may use, at most eight.
-        offload: None: everything is in memory. "disk": experts stay in the file and are read when they are wanted.
-        ram, prefetch: with "disk": GB that the process may take (None: half of what the machine has free), and whether experts
-        are read before they are wanted.
+        device: "cpu", "cuda", "mps", or "auto": the first that there is of CUDA, Metal and the CPU (accelerator.py).
+        offload: None, "none": everything is on the device. "disk": experts stay in the file and are read when they are wanted.
+        "up", "updown", "experts", "layers=N": what an accelerator does not have (placing.py). "auto": measured and chosen.
+        ram: with "disk": GB that the process may take (None: half of what the machine has free).
+        vram: GB of an accelerator's memory that may be taken (None: what is free).
+        prefetch: whether experts that are away are read or copied before they are wanted.
         exact: prompts are read with 16-bit activations, as single tokens always are; slower, and closer to float32.
         prefix_bytes, prefix_folder: what the prefix cache may hold in memory (None: 128 MB, and a dozen recurrent states of
         models that have one), and where it keeps a copy on disk.
-        say: hears one sentence when kernels have to be compiled first.
-        Raises GGUFError for a file that is damaged or not supported, ValueError for settings that are impossible.
+        say: hears one sentence when kernels have to be compiled first, and why "auto" chose what it did.
+        Raises GGUFError for a file that is damaged, not supported or too large, AcceleratorFull where the device cannot hold its
+        part, ValueError for settings that are impossible.
         """
         kinds = kinds_of(kv_cache)
-        if offload not in (None, "none", "disk"):
-            raise ValueError(f"offload is {offload!r}; it can be none or disk")
-        if ram is not None and offload != "disk":
+        kind, say = device_of(device), say or (lambda text: None)
+        layers_of(offload := offload or "none")
+        if ram is not None and offload not in ("disk", "auto"):
             raise ValueError("ram is for offload='disk', where experts stay in the file")
-        if ram is not None and not ram > 0:
-            raise ValueError(f"ram is {ram}; it is a number of GB")
+        for name, value in (("ram", ram), ("vram", vram)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it is a number of GB")
         for name, value in (("context", context), ("threads", threads)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         file = open_gguf(path)
         try:
             giant = cls.__new__(cls)
-            giant._set_up(file, context, kinds, threads or default_threads(), exact, say, offload == "disk")
+            threads = threads or default_threads()
+            giant.accelerator = None if kind == "cpu" else Accelerator(kind, int(1e9 * vram) if vram else None)
+            offload = giant._chosen(file, context, kv_cache, threads, offload, ram, say)
+            giant._set_up(file, context, kinds, threads, exact, say, offload, prefetch)
             if giant.residency is not None:
                 giant.residency.is_prefetching = prefetch
                 giant.residency.start(int(1e9 * (ram or free_memory() / 2e9)) - giant._fixed_bytes())
@@ -102,12 +117,32 @@ class Giant:
             raise
         return giant
 
+    def _chosen(self, file: GGUFFile, context: int | None, kv_cache: str, threads: int, offload: str, ram: float | None,
+                say: Callable[[str], None]) -> str:  # fmt: skip
+        """The way to load a file, when "auto" has been looked into. Raises GGUFError for a model that does not fit so."""
+        from organs.giant import plan
+
+        if self.accelerator is None and offload not in ("none", "disk", "auto"):
+            say(f"there is no accelerator: --offload {offload} is as none, all on the CPU")
+            offload = "none"
+        sizes = plan.Sizes.of(file, context or file.get(f"{file.architecture}.context_length", int), kv_cache)
+        if offload == "auto":
+            found = plan.look(file, sizes, threads, self.accelerator, 1e9 * ram if ram else None)
+            best = plan.best_of(found)
+            if best is None:
+                raise GGUFError(f"{file.path}: it does not fit here in any way; {found[0].reason}")
+            say(f"--offload {best.offload}: {best.reason}, about {best.tokens_per_s:.1f} tokens/s")
+            return best.offload
+        if (message := plan.too_large(sizes, offload, free_memory(), self.accelerator)) is not None:
+            raise GGUFError(f"{file.path}: {message}")
+        return offload
+
     def _set_up(
-        self, file: GGUFFile, context: int | None, kinds: tuple[str, str], threads: int, exact: bool, say: Callable | None,
-        is_on_disk: bool = False,
+        self, file: GGUFFile, context: int | None, kinds: tuple[str, str], threads: int, exact: bool,
+        say: Callable[[str], None], offload: str, is_prefetching: bool,
     ) -> None:  # fmt: skip
         is_cold = not _has_kernels()
-        if is_cold and say is not None:
+        if is_cold:
             say("compiling kernels for this model, once for this machine…")
         from organs.giant import architectures, engine, products
         from organs.giant.program import Recorder
@@ -115,13 +150,17 @@ class Giant:
         architectures.check(file)
         if is_cold:
             engine.compile_beside(kinds)
-        recorder = Recorder(file, kv_cache=kinds, threads=threads, exact=exact, is_on_disk=is_on_disk)
+        recorder = Recorder(file, kv_cache=kinds, threads=threads, exact=exact, is_on_disk=offload == "disk")
+        self._runner = None
         try:
-            architectures.record(recorder)
+            if self.accelerator is None:
+                architectures.record(recorder)
+                program = recorder.program()
+            else:
+                program = self._place(recorder, offload, is_prefetching)
         except BaseException:
             recorder.pool.shutdown(cancel_futures=True)
             raise
-        program = recorder.program()
         self.file, self.shape, self.threads, self._kept = file, recorder.shape, threads, recorder.kept
         self.vocab_size = recorder.shape.vocabulary
         self.context = min(context or recorder.shape.context, 1 << 24)
@@ -146,18 +185,38 @@ class Giant:
         self._pace = engine.Pace()
         self._lock = threading.Lock()
 
+    def _place(self, recorder: Recorder, offload: str, is_prefetching: bool) -> np.ndarray:
+        """Record a model that is on an accelerator, all or in part; the CPU's program."""
+        from organs.giant import architectures
+        from organs.giant.placing import Placed, Runner
+
+        placed = Placed(recorder, self.accelerator, offload, is_prefetching)
+        architectures.record(placed)  # type: ignore[arg-type]
+        program = placed.program()
+        self._runner = Runner(placed, lambda first, end: self._run_rows(first, end))
+        return program
+
+    def _run_rows(self, first: int, end: int) -> None:
+        self._team.step(first=first, end=end)
+        self._check()
+
     def _identity(self, kinds: tuple[str, str], exact: bool) -> str:
         path = self.file.path
-        return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kinds} {exact}"
+        side = f" {self.accelerator.kind} {self._runner.placed.layers}" if self.accelerator else ""
+        return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kinds} {exact}{side}"
 
     def _fixed_bytes(self) -> int:
         """What the process takes besides experts: matrices, room for activations, and about as much again as an interpreter."""
+        from organs.giant import plan
+
         stretch = max((a.nbytes for a in self._kept), default=0)  # of matrices, which it may not fill
         dense = sum(i.nbytes for n, i in self.file.tensors.items() if "_exps." not in n)
-        return dense + sum(a.nbytes for a in self._kept) - stretch + INTERPRETER
+        return dense + sum(a.nbytes for a in self._kept) - stretch + plan.INTERPRETER
 
     def _sequence(self) -> Pages:
         """Room for a new sequence."""
+        if self._runner is not None:
+            return self._runner.sequence(self._page_bytes, self._memory_bytes)
         return Pages(self._page_bytes, self._memory_bytes)
 
     # --- Steps. ---
@@ -176,6 +235,10 @@ class Giant:
         m["chunks"] = self.threads // int(np.gcd(heads, self.threads)) if n == 1 and positions[0] >= 32 else 1
         m["logits"], m["logits_stride"] = logits.ctypes.data, 4 * self._logits_width
         m["states"] = 0 if states is None else states.ctypes.data
+        if self._runner is not None:
+            self._runner.step(inputs[0, :n], inputs[1, :n].copy(), sequences, together=together, is_all=is_all,
+                              logits=logits.reshape(-1, self._logits_width), states=states)  # fmt: skip
+            return
         if (
             n > 1 or self.threads == 1 or self.residency is not None
         ):  # threads that wait for the disk sleep too, and that is well
@@ -293,6 +356,8 @@ class Giant:
             raise ValueError("every session takes exactly one token")
         for session in sessions:
             self._room(len(session.tokens), 1)
+            if session._is_torn:
+                session._mend()
         if len(sessions) == 1:
             return sessions[0].feed(tokens)[None]
         out = np.empty((len(ids) + self._tile, self._logits_width), np.float32)
@@ -304,14 +369,13 @@ class Giant:
                     session._pages.reserve(len(session.tokens) + 1)
                 positions = np.array([len(session.tokens) for session in some])
                 sequences = [session._pages for session in some]
-                self._step(
-                    ids[first : first + len(some)],
-                    positions,
-                    sequences,
-                    together=False,
-                    logits=out[first:],
-                    is_all=True,
-                )
+                try:
+                    self._step(ids[first : first + len(some)], positions, sequences, together=False, logits=out[first:],
+                               is_all=True)  # fmt: skip
+                except BaseException:
+                    for session in sessions:
+                        session._is_torn = True
+                    raise
         for session, token in zip(sessions, ids.tolist(), strict=True):
             if self._has_state and (len(session.tokens) + 1) % PAGE == 0:
                 session._pages.snapshot(len(session.tokens) + 1, is_lasting=False)
@@ -332,6 +396,8 @@ class Giant:
         self._team.close()
         if self.residency is not None:
             self.residency.close()
+        if self._runner is not None:
+            self._runner.close()
         self.file.close()
 
     def __del__(self) -> None:
@@ -345,6 +411,7 @@ class Session:
     def __init__(self, giant: Giant):
         self.giant, self.tokens = giant, []
         self._pages = giant._sequence()
+        self._is_torn = False  # whether the last step failed
 
     giant: Giant
     tokens: list[int]
@@ -359,11 +426,23 @@ class Session:
         ids = giant._ids(tokens)
         giant._room(len(self.tokens), len(ids))
         start, skipped = len(self.tokens), 0
-        if start == 0 and len(ids) > PAGE:
-            skipped = self._begin(ids[:-1])
-        logits = giant._read(self._pages, start + skipped, ids[skipped:])
+        if self._is_torn:
+            self._mend()
+        try:
+            if start == 0 and len(ids) > PAGE:
+                skipped = self._begin(ids[:-1])
+            logits = giant._read(self._pages, start + skipped, ids[skipped:])
+        except BaseException:
+            self._is_torn = True
+            raise
         self._joined(ids.tolist())
         return logits
+
+    def _mend(self) -> None:
+        """After a step that failed: keys that it wrote are written over, but a recurrent state has gone on and must come back."""
+        self._is_torn = False
+        if self.giant._memory_bytes:  # staged keys of 4 bits may belong to a later page by now
+            self._restore(np.array(self.tokens, np.int64))
 
     def _begin(self, ids: np.ndarray) -> int:
         """Take what is known of a beginning from the prefix cache; how many tokens that is."""
@@ -386,21 +465,27 @@ class Session:
         if not 0 <= n <= len(self.tokens):
             raise ValueError(f"a session of {len(self.tokens)} tokens cannot be rewound to {n}")
         if self.giant._memory_bytes and 0 < n < len(self.tokens):
-            ids, full = np.array(self.tokens[:n]), self._pages.pages[: n // PAGE]
-            self._pages = self.giant._sequence()
-            if self.giant._has_state:
-                begin = self._begin(ids)
-            else:  # only keys of the last page are gone
-                self._pages.adopt(full)
-                begin = len(full) * PAGE
-            if begin < n:
-                self.giant._read(self._pages, begin, ids[begin:])
+            self._restore(np.array(self.tokens[:n]))
         elif n < len(self.tokens):
             self._pages.truncate(n)
         del self.tokens[n:]
 
+    def _restore(self, ids: np.ndarray) -> None:
+        """Have pages and state as they were behind these tokens, which begin those that were fed."""
+        full = self._pages.pages[: len(ids) // PAGE]
+        self._pages = self.giant._sequence()
+        if self.giant._has_state:
+            begin = self._begin(ids)
+        else:  # only keys of the last page are gone
+            self._pages.adopt(full)
+            begin = len(full) * PAGE
+        if begin < len(ids):
+            self.giant._read(self._pages, begin, ids[begin:])
+
     def fork(self) -> Session:
         """A second session with the same context; what they share is held once."""
+        if self._is_torn:
+            self._mend()
         other = Session(self.giant)
         other.tokens, other._pages = list(self.tokens), self._pages.fork()
         return other

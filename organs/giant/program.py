@@ -491,6 +491,18 @@ class Recorder:
         self.row("add_normed", input=self.spare[0], input_stride=self.spare[1], output=self.x,
                  norm=self.keep(self.vector(norm, s.width)), **common)  # fmt: skip
 
+    def mixture(self, layer: int, **how: Any) -> None:
+        """A feed-forward of experts: experts.feed_forward."""
+        from organs.giant import experts
+
+        experts.feed_forward(self, layer, **how)
+
+    def delta_net(self, layer: int, *, is_tiled: bool) -> None:
+        """Gated DeltaNet in attention's place: recurrent.mix."""
+        from organs.giant import recurrent
+
+        recurrent.mix(self, layer, is_tiled=is_tiled)
+
     def head(self, cap: float = 0.0) -> None:
         """Logits: of the last token, or of all."""
         s = self.shape

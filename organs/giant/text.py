@@ -9,9 +9,11 @@ for piece in giant.generate([{"role": "user", "content": "Name three rivers."}],
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,14 @@ class Giant(engine.Giant):
     def template(self) -> ChatTemplate:
         """The chat template of the model's file, or a fall-back."""
         return ChatTemplate(self.file.metadata, self.tokenizer)
+
+    def use_tokenizer(self, path: str | os.PathLike) -> None:
+        """Take a tokenizer.json in place of what the model's file says of its own. Raises OrganismError for one that does not fit."""
+        from organs.giant.convert import tokenizer_of
+
+        metadata = self.file.metadata | tokenizer_of(Path(path).expanduser(), self.file.metadata, self.vocab_size)
+        self.tokenizer = Tokenizer(metadata)
+        self.template = ChatTemplate(metadata, self.tokenizer)
 
     def tokenize(self, text: str | bytes, special: bool = False) -> list[int]:
         """Token ids of a text; adds no BOS. special: recognise control tokens, which only trusted text should write."""
