@@ -344,9 +344,18 @@ class Slots:
         if coming is not None:
             try:
                 coming.result()
-            except BaseException as error:
-                self.free.append(self.slot_of.pop(key))
+            except Exception as error:
+                self.coming[key] = coming
+                self._drop_failed()
                 raise GGUFError(f"expert {key[1]} of layer {key[0]} cannot be copied to the accelerator: {error}") from error
+
+    def _drop_failed(self) -> None:
+        """Let what is under way end; what failed is not there, and will be copied anew when it is wanted."""
+        for key, coming in list(self.coming.items()):
+            if coming.exception() is not None:
+                del self.coming[key]
+                self.guesses.pop(key, None)
+                self.free.append(self.slot_of.pop(key))
 
     def _fetch(self, key: tuple[int, int], wanted: set[tuple[int, int]], is_guess: bool = False) -> bool:
         """Begin to copy an expert that is not there. False: a guess found no room."""

@@ -58,7 +58,7 @@ def sentences() -> Iterator[None]:
         raise UsageError(f"{str(error).rstrip('.')}.") from error
 
 
-LOADING = ("context", "kv_cache", "device", "offload", "ram", "vram", "no_prefetch", "tokenizer", "exact")  # options of every command that loads a model
+LOADING = ("context", "kv_cache", "device", "offload", "ram", "vram", "no_prefetch", "tokenizer", "speculate", "exact")  # options of every command that loads a model
 # Settings by environment: ours is ORGANISM_GIANT_ and the key, theirs is for people who come from Paramecia.
 ENVIRONMENT = {
     "MODEL": "PARAMECIA_MODEL_PATH", "TOKENIZER": "PARAMECIA_TOKENIZER_PATH", "CONTEXT": "PARAMECIA_CONTEXT_LENGTH",
@@ -82,7 +82,7 @@ def setting(key: str, kind: Callable[[str], Any]) -> Any:
 
 def load(asking: Any, model: str | None, context: int | None = None, kv_cache: str | None = None, exact: bool = False,
          device: str | None = None, offload: str | None = None, ram: float | None = None, vram: float | None = None,
-         no_prefetch: bool = False, tokenizer: str | None = None) -> Giant:  # fmt: skip
+         no_prefetch: bool = False, tokenizer: str | None = None, speculate: bool = False) -> Giant:  # fmt: skip
     """The model of this name or path; its context is what it was trained for, but at most 8,192 unless asked for.
 
     What is not given comes from the environment, then from the defaults.
@@ -97,7 +97,7 @@ def load(asking: Any, model: str | None, context: int | None = None, kv_cache: s
         giant = Giant.load(
             path, context=context, kv_cache=kv_cache or setting("KV_CACHE", str) or "f16", threads=asking.threads, exact=exact,
             say=asking.note, device=device or setting("DEVICE", str) or "auto", offload=offload or setting("OFFLOAD", str),
-            ram=ram or setting("RAM", float), vram=vram or setting("VRAM", float), prefetch=not no_prefetch,
+            ram=ram or setting("RAM", float), vram=vram or setting("VRAM", float), prefetch=not no_prefetch, speculate=speculate,
         )  # fmt: skip
         if (other := tokenizer or setting("TOKENIZER", str)) is not None:
             giant.use_tokenizer(other)
@@ -310,7 +310,8 @@ def _stream(answer: Generation) -> None:
 
 def _figures(answer: Generation) -> str:
     read = answer.prompt_tokens - answer.cached_tokens
-    return (f"[{read} tokens read at {answer.prefill_tokens_per_s:,.0f}/s, {len(answer.tokens)} written at "
+    ahead = f" in {answer.forwards} steps" if answer.forwards else ""
+    return (f"[{read} tokens read at {answer.prefill_tokens_per_s:,.0f}/s, {len(answer.tokens)} written{ahead} at "
             f"{answer.decode_tokens_per_s:,.0f}/s; {answer.finish_reason}]")  # fmt: skip
 
 

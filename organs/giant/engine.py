@@ -401,6 +401,19 @@ def states(r, m):
 
 
 @operation
+def pair(r, m):
+    """output [n, 2 · width] = norm(what its first half has) and norm(states), by weights `norm` and `weight`: see Recorder.pair."""
+    first, end = _share(m.n, m)
+    for t in range(first, end):
+        at, source = r.output + t * r.output_stride, m.states + 4 * t * r.width
+        for half, x, weights in ((0, at, r.norm), (1, source, r.weight)):
+            factor = _root_mean_square(x, r.width, r.epsilon)
+            v, w, out = floats(x, 0, r.width), floats(weights, 0, r.width), floats(at, half * r.width, r.width)
+            for i in range(r.width):
+                out[i] = v[i] * factor * w[i]
+
+
+@operation
 def product(r, m):
     """output (+)= activations · weightᵀ."""
     out, stride = r.output, r.output_stride

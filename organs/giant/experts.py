@@ -619,7 +619,7 @@ def _stacks_on_disk(r: Recorder, layer: int, fused: str, names: dict[str, str], 
     """As _stacks, of experts that residency.py brings when they are wanted."""
     width = r.shape.width
     if r.residency is None:
-        r.residency = Residency(r.file, width, experts, used, r.shape.layers)
+        r.residency = Residency(r.file, width, experts, used, r.shape.layers + 1)  # and perhaps one that drafts
     if r.has(fused):
         info = r.info(fused, (experts, 2 * inside, width))
         parts = [(info, inside, width, first, 2 * inside) for first in (0, inside)]

@@ -18,6 +18,7 @@ from organs.giant.gguf import GGUFError, GGUFFile, open_gguf
 
 if TYPE_CHECKING:
     from organs.giant.program import Recorder
+    from organs.giant.speculate import Ahead
 
 PREFIX_BYTES = 128 << 20  # what the prefix cache may hold
 MOST_THREADS = 8
@@ -63,6 +64,7 @@ class Giant:
         vram: float | None = None,
         prefetch: bool = True,
         exact: bool = False,
+        speculate: bool = False,
         prefix_bytes: int | None = None,
         prefix_folder: str | os.PathLike | None = None,
         say: Callable[[str], None] | None = None,
@@ -79,6 +81,7 @@ class Giant:
         vram: GB of an accelerator's memory that may be taken (None: what is free).
         prefetch: whether experts that are away are read or copied before they are wanted.
         exact: prompts are read with 16-bit activations, as single tokens always are; slower, and closer to float32.
+        speculate: draft tokens by the file's head for multi-token prediction (speculate.py): the same results, `exact` included.
         prefix_bytes, prefix_folder: what the prefix cache may hold in memory (None: 128 MB, and a dozen recurrent states of
         models that have one), and where it keeps a copy on disk.
         say: hears one sentence when kernels have to be compiled first, and why "auto" chose what it did.
@@ -102,7 +105,14 @@ class Giant:
             threads = threads or default_threads()
             giant.accelerator = None if kind == "cpu" else Accelerator(kind, int(1e9 * vram) if vram else None)
             offload = giant._chosen(file, context, kv_cache, threads, offload, ram, say)
-            giant._set_up(file, context, kinds, threads, exact, say, offload, prefetch)
+            if speculate and giant.accelerator is not None:
+                raise ValueError("drafting by the model's own head is for --device cpu")
+            exact = exact or speculate
+            giant._set_up(file, context, kinds, threads, exact, say, offload, prefetch, speculate)
+            if speculate:
+                from organs.giant.speculate import check
+
+                check(giant)
             if giant.residency is not None:
                 giant.residency.is_prefetching = prefetch
                 giant.residency.start(int(1e9 * (ram or free_memory() / 2e9)) - giant._fixed_bytes())
@@ -139,7 +149,7 @@ class Giant:
 
     def _set_up(
         self, file: GGUFFile, context: int | None, kinds: tuple[str, str], threads: int, exact: bool,
-        say: Callable[[str], None], offload: str, is_prefetching: bool,
+        say: Callable[[str], None], offload: str, is_prefetching: bool, is_drafting: bool,
     ) -> None:  # fmt: skip
         is_cold = not _has_kernels()
         if is_cold:
@@ -150,7 +160,8 @@ class Giant:
         architectures.check(file)
         if is_cold:
             engine.compile_beside(kinds)
-        recorder = Recorder(file, kv_cache=kinds, threads=threads, exact=exact, is_on_disk=offload == "disk")
+        recorder = Recorder(file, kv_cache=kinds, threads=threads, exact=exact, is_on_disk=offload == "disk",
+                            is_drafting=is_drafting)  # fmt: skip
         self._runner = None
         try:
             if self.accelerator is None:
@@ -182,6 +193,10 @@ class Giant:
         for row, name in zip(self._inputs, ("tokens", "positions", "tables", "memories"), strict=True):
             self._machines[name] = row.ctypes.data
         self._team = engine.Team(program, self._machines)
+        self._rows = recorder.part or len(program)  # of the model; behind them, those of its head for drafting
+        self._draft_rows = (recorder.part, len(program)) if recorder.part else None
+        if self._draft_rows:
+            self._routes.pop(recorder.shape.layers, None)
         self._pace = engine.Pace()
         self._lock = threading.Lock()
 
@@ -203,7 +218,7 @@ class Giant:
     def _identity(self, kinds: tuple[str, str], exact: bool) -> str:
         path = self.file.path
         side = f" {self.accelerator.kind} {self._runner.placed.layers}" if self.accelerator else ""
-        return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kinds} {exact}{side}"
+        return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kinds} {exact} {self._draft_rows}{side}"
 
     def _fixed_bytes(self) -> int:
         """What the process takes besides experts: matrices, room for activations, and about as much again as an interpreter."""
@@ -242,14 +257,26 @@ class Giant:
         if (
             n > 1 or self.threads == 1 or self.residency is not None
         ):  # threads that wait for the disk sleep too, and that is well
-            self._team.step()
+            self._team.step(end=self._rows)
             self._check()
             return
         alone, naps, began = self._pace.choose(), self._team.naps, time.perf_counter()
         if alone:
             m["chunks"] = 1
-        self._team.step(alone)
+        self._team.step(alone, end=self._rows)
         self._pace.note(alone, time.perf_counter() - began, self._team.naps - naps)
+        self._check()
+
+    def _predict(self, tokens: np.ndarray, states: np.ndarray, start: int, pages: Pages) -> None:
+        """The head for drafting reads tokens [n] and the states [n, width] before them; logits after the last go to `_logits`."""
+        assert self._draft_rows is not None
+        states = np.ascontiguousarray(states)
+        n, m, inputs = len(tokens), self._machines, self._inputs
+        inputs[0, :n], inputs[1, :n] = tokens, np.arange(start, start + n)
+        inputs[2, :n], inputs[3, :n] = pages.table.ctypes.data, pages.memory.ctypes.data
+        m["n"], m["together"], m["all"], m["chunks"] = n, n > 1, False, 1
+        m["logits"], m["logits_stride"], m["states"] = self._logits.ctypes.data, 4 * self._logits_width, states.ctypes.data
+        self._team.step(first=self._draft_rows[0], end=self._draft_rows[1])
         self._check()
 
     def _check(self) -> None:
@@ -336,15 +363,21 @@ class Giant:
 
     def generate_ids(self, tokens: Sequence[int], count: int, stop: Sequence[int] = ()) -> Iterator[int]:
         """The likeliest token, `count` times, until one of `stop` (which is not yielded)."""
-        session = self.session()
-        logits = session.feed(tokens)
+        feeder = self.feeder(self.session())
+        logits = feeder.feed(tokens)
         for i in range(count):
             token = int(logits.argmax())
             if token in stop:
                 return
             yield token
             if i + 1 < count:
-                logits = session.feed([token])
+                logits = feeder.feed([token])
+
+    def feeder(self, session: Session) -> Session | Ahead:
+        """What feeds a session, perhaps a token ahead: it has `feed`, and where it is no session itself, `finish`."""
+        from organs.giant.speculate import Ahead
+
+        return session if self._draft_rows is None else Ahead(session)
 
     def feed_all(self, sessions: Sequence[Session], tokens: Sequence[int]) -> np.ndarray:
         """float32 [sessions, vocab]: one more token for each of several sessions, in one step.
@@ -412,13 +445,15 @@ class Session:
         self.giant, self.tokens = giant, []
         self._pages = giant._sequence()
         self._is_torn = False  # whether the last step failed
+        self.read_from = 0  # the position where the last reading began: what is before it was known
 
     giant: Giant
     tokens: list[int]
 
-    def feed(self, tokens: Sequence[int]) -> np.ndarray:
+    def feed(self, tokens: Sequence[int], states: np.ndarray | None = None) -> np.ndarray:
         """float32 [vocab], a copy: logits after the last of these tokens (at least one), which join the context.
 
+        states: float32 [tokens, width], where the last layer's normed states go, of those that were read (`read_from` on).
         A beginning that an earlier session fed is taken from the prefix cache. Raises ContextFull (and changes nothing) where
         they do not fit, ValueError for an id outside of the vocabulary.
         """
@@ -431,7 +466,9 @@ class Session:
         try:
             if start == 0 and len(ids) > PAGE:
                 skipped = self._begin(ids[:-1])
-            logits = giant._read(self._pages, start + skipped, ids[skipped:])
+            self.read_from = start + skipped
+            rest = None if states is None else states[skipped:]
+            logits = giant._read(self._pages, start + skipped, ids[skipped:], states=rest)
         except BaseException:
             self._is_torn = True
             raise

@@ -198,7 +198,7 @@ def measured(file: GGUFFile, sizes: Sizes, threads: int, accelerator: Accelerato
 
 def too_large(sizes: Sizes, offload: str, free: int, accelerator: Accelerator | None) -> str | None:
     """What is wrong with loading a model so, with what would do; None if nothing is. free: bytes of the machine's memory."""
-    machine = Machine(free, math.inf, math.inf, float(accelerator.budget) if accelerator else 0.0)
+    machine = Machine(free, math.nan, math.nan, float(accelerator.budget) if accelerator else 0.0)
     found = list(choices(sizes, machine))
     if layers_of(offload) is not None or offload == "disk":
         return None  # said where they are loaded, when it is known what else is there

@@ -182,6 +182,7 @@ class Generation:
 
     text, tokens; finish_reason: "stop" (it ended, or met a stop text), "length" (max_tokens, or the context is full) or
     "cancelled"; prompt_tokens, cached_tokens (of them, taken from the session's context); prefill_seconds, decode_seconds;
+    forwards: steps that the tokens behind the first took, where the model drafts (else 0).
     logprobs: [(Candidate, [Candidate, …]), …], one a token, if they were asked for.
     """
 
@@ -193,6 +194,7 @@ class Generation:
         self.finish_reason = ""
         self.prompt_tokens, self.cached_tokens = len(prompt), 0
         self.prefill_seconds = self.decode_seconds = 0.0
+        self.forwards = 0
         self._text = ""
         self._cancelled = threading.Event()
         self._sampler, self._max_tokens, self._stream = sampler, max_tokens, TextStream(stops)
@@ -225,8 +227,9 @@ class Generation:
 
     def _generate(self, session: engine.Session | None) -> Iterator[str]:
         own, session = session is None, session or self.giant.session()
+        feeder = self.giant.feeder(session)
         try:
-            logits = self._prefill(session)
+            logits = self._prefill(session, feeder)
             began = time.perf_counter()
             while logits is not None:
                 shown = len(self._text)
@@ -235,10 +238,14 @@ class Generation:
                     yield self._text[shown:]
                 if token is None:
                     break
-                logits = session.feed([token])
+                logits = feeder.feed([token])
                 self.decode_seconds = time.perf_counter() - began
         finally:
             self.finish_reason = self.finish_reason or "cancelled"
+            if feeder is not session:
+                self.forwards = feeder.forwards
+                if not own:
+                    feeder.finish()
             if own:
                 session.close()
 
@@ -276,7 +283,7 @@ class Generation:
         full = len(session.tokens) >= self.giant.context
         return "length" if full or len(self.tokens) == self._max_tokens else ""
 
-    def _prefill(self, session: engine.Session) -> np.ndarray | None:
+    def _prefill(self, session: engine.Session, feeder: Any = None) -> np.ndarray | None:
         """Logits after the prompt; what the session holds of it already is kept. None if it was cancelled."""
         began = time.perf_counter()
         same = 0
@@ -292,7 +299,7 @@ class Generation:
             end = start + PREFILL
             if start == 0:  # what the prefix cache has comes on top: a session looks there when its first tokens come
                 end += len(self.giant.prefixes.find(np.asarray(self.prompt[:-1]))) * engine.PAGE
-            logits = session.feed(self.prompt[start:end])
+            logits = (feeder or session).feed(self.prompt[start:end])
             start = end
         self.prefill_seconds = time.perf_counter() - began
         return logits
