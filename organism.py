@@ -1313,10 +1313,12 @@ CONTROL_SPACES = "\t\n\v\f\r"
 
 @functools.cache
 def character_classes(end: int = CLASSES_END) -> np.ndarray:
-    """Class of every code point below `end`, uint8; code points from CLASSES_END on are OTHER. All take 0.15 s, once."""
-    by_category = {"L": LETTER, "M": LETTER, "N": DIGIT, "Z": SPACE}
-    category = unicodedata.ucd_3_2_0.category
-    classes = np.array([by_category.get(category(chr(i))[0], OTHER) for i in range(end)], np.uint8)
+    """Class of every code point below `end`, uint8; code points from CLASSES_END on are OTHER."""
+    by_category = np.full(256, OTHER, np.uint8)
+    for letter, its_class in dict(L=LETTER, M=LETTER, N=DIGIT, Z=SPACE).items():
+        by_category[ord(letter)] = its_class
+    categories = "".join(map(unicodedata.ucd_3_2_0.category, map(chr, range(end))))  # two letters each
+    classes = by_category[np.frombuffer(categories.encode(), np.uint8)[::2]]
     classes[[ord(c) for c in CONTROL_SPACES]] = SPACE
     classes[0xDC80:0xDD00] = LETTER  # how Python decodes bytes that are not UTF-8 ("surrogateescape")
     return classes
@@ -3698,8 +3700,8 @@ class Gamma:
                      mean / shift if shift > 0 else mean, shift, np.linalg.norm(change, axis=1))  # fmt: skip
 
     def most_changed(self, count: int = 10) -> list[int]:
-        """Tokens whose rows moved farthest."""
-        return [int(token) for token in np.argsort(-self.rows, kind="stable")[:count]]
+        """Tokens whose rows moved farthest; none that did not move."""
+        return [int(token) for token in np.argsort(-self.rows, kind="stable")[:count] if self.rows[token] > 0]
 
     def drift(self, before: Gamma) -> float:
         """1 - cosine of the two directions; 0 where one of them has none. A wider body is compared in the old columns."""
@@ -7755,7 +7757,8 @@ class Organism:
             )
         tokenizer = Tokenizer.from_state(self.state["tokenizer"])
         body = self._load_body(generation.path)
-        field = self._load_field(generation.path, tokenizer, body)
+        load = lambda: self._load_field(generation.path, tokenizer, body)
+        field = load if self.read_only else load()  # who only looks may never ask for it, and numba takes its time
         gate = Gate().load(self.state["gate"])
         self.published = Snapshot(tokenizer, field, body, gate, generation.number, self.compiled)
         self._finish_forgetting()
@@ -10488,13 +10491,21 @@ _GIANT_LOADING = (
         ("f32", "f16", "bf16", "q8", "q8_0", "q4", "q4k", "q8/q4"),
         "How keys and values are kept (default: f16).",
     ),
-    ("--device", ("auto", "cpu", "cuda", "mps", "torch"), "Where it computes (default: auto, CUDA, then Metal, then the CPU)."),
+    (
+        "--device",
+        ("auto", "cpu", "cuda", "mps", "torch"),
+        "Where it computes (default: auto, CUDA, then Metal, then the CPU).",
+    ),
     ("--offload", "text", "What is elsewhere: none, up, updown, experts, layers=N, disk, or auto (docs/giant.md)."),
     ("--ram", "more than 0", "With --offload disk: GB that the process may take (default: half of what is free)."),
     ("--vram", "more than 0", "GB of an accelerator's memory that may be taken (default: what is free)."),
     ("--no-prefetch", "switch", "Read and copy experts only when they are wanted, for comparison."),
     ("--tokenizer", "path", "A tokenizer.json in place of the file's own."),
-    ("--speculate", "switch", "Draft tokens by the file's own head for multi-token prediction: the same answer in fewer steps."),
+    (
+        "--speculate",
+        "switch",
+        "Draft tokens by the file's own head for multi-token prediction: the same answer in fewer steps.",
+    ),
     ("--exact", "switch", "Read prompts with 16-bit activations: slower, nearer to float32."),
 )
 _GIANT_SAMPLING = (

@@ -111,7 +111,8 @@ def test_the_largest_vocabularies_work():
 @pytest.mark.parametrize("kind", KINDS)
 def test_probabilities_sum_to_one_by_brute_force(kind):
     f = field(kind)
-    for part in np.split(TOKENS[:60], 3):
+    pieces = 3 if kind == "numba" else 1  # the reference takes a hundredth of a second a token
+    for part in np.split(TOKENS[:60], pieces):
         f.read(part)
         dense = f.dense()
         each = [f.prob(t) for t in range(len(VOCABULARY))]

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +229,21 @@ def test_the_cache_is_private_and_named_by_what_decides_the_code(monkeypatch, tm
     native, portable = folder(), folder(ORGANISM_KERNELS="portable")
     assert native[1] == portable[1] == "0o700" and native[0] != portable[0]
     assert native == folder()
+
+
+def test_one_at_a_time_fills_the_cache():
+    entered = threading.Event()
+
+    def another() -> None:
+        with cache.alone():
+            entered.set()
+
+    thread = threading.Thread(target=another)
+    with cache.alone():
+        thread.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(10)
+    thread.join()
 
 
 def test_a_cache_that_cannot_be_written_is_replaced_by_one_for_this_process(tmp_path):

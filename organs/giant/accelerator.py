@@ -347,7 +347,9 @@ class Slots:
             except Exception as error:
                 self.coming[key] = coming
                 self._drop_failed()
-                raise GGUFError(f"expert {key[1]} of layer {key[0]} cannot be copied to the accelerator: {error}") from error
+                raise GGUFError(
+                    f"expert {key[1]} of layer {key[0]} cannot be copied to the accelerator: {error}"
+                ) from error
 
     def _drop_failed(self) -> None:
         """Let what is under way end; what failed is not there, and will be copied anew when it is wanted."""

@@ -31,6 +31,7 @@ from organs.giant.lanes import (
     I32,
     LANES,
     Loop,
+    address_of,
     const,
     fma,
     from_half,
@@ -47,7 +48,7 @@ from organs.giant.lanes import (
 )  # fmt: skip
 
 ground = lanes.ground
-floats, octets = ground.floats, ground.octets
+floats, longs = ground.floats, ground.longs
 f4, HELP = np.float32, ground.HELP
 
 PAGE = 64  # positions
@@ -176,18 +177,25 @@ def kernels_of(keys: str, values: str) -> list:
     return out
 
 
-def _jump(b, entry, x1, x2, x3, x4, x5):
-    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 5)
-    b.call(b.inttoptr(entry, kind.as_pointer()), [x1, x2, x3, x4, x5])
+_call = lanes.caller(5)  # calls a kernel by its address
+
+# Behind the addresses of those kernels stand, where keys or values have 4 bits, those of what only they need: most of
+# attention's code, which nobody else shall wait for (organs/giant/four_bits.py).
+TURN, KEEP, SETTLE, SCALED, RESTAGE, SETTLE_ALL = range(3 * QUERIES, 3 * QUERIES + 6)
+ENTRIES = 3 * QUERIES + 6
+call2, call3 = lanes.caller(2), lanes.caller(3)
 
 
-_call = function(types.void(*[types.int64] * 6), _jump)  # calls a kernel by its address
+@jit(**HELP)
+def entry(r, number):
+    """The address of one of these."""
+    return longs(r.attention_kernels, ENTRIES)[number]
 
 
 # --- Storing a key and a value. ---
 
 _SCALAR = types.void(types.int64, types.float32)
-_store_half = function(
+store_half = function(
     _SCALAR, lambda b, at, x: store(b, b.extract_element(to_half(b, splat(b, x, LANES)), const(I32, 0)), at, 0, 2)
 )
 
@@ -202,14 +210,10 @@ _store_bfloat = function(_SCALAR, _bfloat)
 _store_byte = function(_SCALAR, lambda b, at, x: store(b, b.trunc(b.fptosi(x, I32), I8), at))
 
 
-_load_half = function(types.float32(types.int64), lambda b, at: b.extract_element(
-    from_half(b, splat(b, load(b, at, ir.HalfType(), 0, 2), LANES)), const(I32, 0)))  # fmt: skip
-
-
 @jit(**HELP)
 def _store_number(kind, at, x):
     if kind == F16_KIND:
-        _store_half(at, x)
+        store_half(at, x)
     elif kind == BF16_KIND:
         _store_bfloat(at, x)
     elif kind == Q8_KIND:
@@ -219,46 +223,12 @@ def _store_number(kind, at, x):
 
 
 @jit(**HELP)
-def hadamard(x, n, step):
-    """x [:: step], n numbers, times an orthonormal Hadamard matrix, of the largest power of two that divides n (else in blocks)."""
-    v, size, half = floats(x, 0, (n - 1) * step + 1), n & -n, 1
-    while half < size:
-        for i in range(0, n, 2 * half):
-            for j in range(i, i + half):
-                a, b = v[j * step], v[(j + half) * step]
-                v[j * step], v[(j + half) * step] = a + b, a - b
-        half *= 2
-    scale = f4(1 / math.sqrt(size))
-    for i in range(n):
-        v[i * step] *= scale
-
-
-@jit(**HELP)
-def _level(x):
-    """A number in steps as a level of q4."""
-    return min(max(np.int64(ground.rint(x + f4(MIDDLE))), 0), 15)
-
-
-@jit(**HELP)
-def _scale_of(kind, x, n):
-    """What one step of a quantised number is worth; 1 for other kinds."""
-    if kind != Q8_KIND and kind != Q4_KIND:
-        return f4(1)
+def _scale_of(x, n):
+    """What one step of 8 bits is worth."""
     top = f4(0)
     for i in range(n):
         top = max(top, abs(x[i]))
-    if kind == Q8_KIND:
-        return top / f4(127)
-    best, least = top / f4(MIDDLE), f4(3e38)
-    for cut in range(4):  # a finer step, at the price of the largest numbers, where the sum of squared errors says so
-        scale, error = top / f4(MIDDLE) * (f4(1) - f4(0.08) * cut), f4(0)
-        inverse = f4(1) / scale if scale > 0 else f4(0)
-        for i in range(n):
-            difference = (_level(x[i] * inverse) - f4(MIDDLE)) * scale - x[i]
-            error += difference * difference
-        if error < least:
-            best, least = scale, error
-    return best
+    return top / f4(127)
 
 
 @jit(**HELP)
@@ -268,8 +238,6 @@ def store_pair(r, stretch, position, key, value, staged):
     A key that will have 4 bits goes to `staged`, the page's float32 keys.
     """
     at, head = position % PAGE, r.head
-    if r.value_kind == Q4_KIND:
-        hadamard(value, head, 1)
     k, v = floats(key, 0, head), floats(value, 0, head)
     if r.key_kind == Q4_KIND:
         out = floats(staged, at // 16 * 16 * head + at % 16, 16 * head)
@@ -278,65 +246,24 @@ def store_pair(r, stretch, position, key, value, staged):
     else:
         scale = f4(1)
         if r.key_kind == Q8_KIND:
-            scale = _scale_of(Q8_KIND, k, head)
+            scale = _scale_of(k, head)
             floats(stretch + r.key_scales_at, at, 1)[0] = scale
         scale = f4(1) / scale if scale > 0 else f4(0)
         size = r.key_panel // (16 * head)
         for i in range(head):
             _store_number(r.key_kind, stretch + at // 16 * r.key_panel + size * (16 * i + at % 16), k[i] * scale)
-    scale, row = f4(1), stretch + r.values_at + at * r.value_row
-    if r.value_kind >= Q8_KIND:
-        scale = _scale_of(r.value_kind, v, head)
+    row = stretch + r.values_at + at * r.value_row
+    if r.value_kind == Q4_KIND:
+        _call(entry(r, KEEP), address_of(r), value, row, stretch + r.value_scales_at + 4 * at, 0)
+        return
+    scale = f4(1)
+    if r.value_kind == Q8_KIND:
+        scale = _scale_of(v, head)
         floats(stretch + r.value_scales_at, at, 1)[0] = scale
     scale = f4(1) / scale if scale > 0 else f4(0)
-    if r.value_kind == Q4_KIND:
-        out = octets(row, 0, r.value_row)
-        for i in range(r.value_row):
-            low, high = 32 * (i // 16) + i % 16, 32 * (i // 16) + 16 + i % 16
-            first = _level(v[low] * scale) if low < head else 0
-            out[i] = first | (_level(v[high] * scale) << 4 if high < head else 0)
-    else:
-        size = r.value_row // r.head_width
-        for i in range(head):
-            _store_number(r.value_kind, row + size * i, v[i] * scale)
-
-
-@jit(**HELP)
-def settle(r, stretch, staged):
-    """A page's staged keys become 4 bits: number by number of the head, a scale and a least value for all positions."""
-    for i in range(r.head):
-        low, high = f4(3e38), f4(-3e38)
-        for panel in range(PAGE // 16):
-            k = floats(staged, 16 * (panel * r.head + i), 16)
-            for at in range(16):
-                low, high = min(low, k[at]), max(high, k[at])
-        _store_half(stretch + r.key_scales_at + 2 * i, (high - low) / f4(15))
-        _store_half(stretch + r.key_scales_at + 2 * (r.head + i), low)
-        scale, low = (
-            _load_half(stretch + r.key_scales_at + 2 * i),
-            _load_half(stretch + r.key_scales_at + 2 * (r.head + i)),
-        )
-        inverse, shift = f4(1) / scale if scale > 0 else f4(0), 4 * (i % 2)
-        for panel in range(PAGE // 16):
-            k = floats(staged, 16 * (panel * r.head + i), 16)
-            out = octets(stretch + panel * r.key_panel, 16 * (i // 2), 16)
-            for at in range(16):
-                level = min(max(np.int64(ground.rint((k[at] - low) * inverse)), 0), 15)
-                out[at] = level if shift == 0 else out[at] | level << 4
-
-
-@jit(**HELP)
-def _scaled(r, q, keys, M, space):
-    """Queries q [head, M] times a page's scales, to space [head, M]; behind it, for each query, what least values add."""
-    n = r.head * M
-    source, out, more = floats(q, 0, n), floats(space, 0, n), floats(space, n, M)
-    for m in range(M):
-        more[m] = f4(0)
-    for i in range(r.head):
-        scale, low = _load_half(keys + r.key_scales_at + 2 * i), _load_half(keys + r.key_scales_at + 2 * (r.head + i))
-        for m in range(M):
-            out[i * M + m] = source[i * M + m] * scale
-            more[m] += source[i * M + m] * low
+    size = r.value_row // r.head_width
+    for i in range(head):
+        _store_number(r.value_kind, row + size * i, v[i] * scale)
 
 
 # --- Queries over pages. ---
@@ -424,7 +351,7 @@ def attend(r, kernels, table, inside, groups, M, q, first, end, limits, work, ou
             queries, scores, panel = q + 4 * g * M * head, kernels[M - 1], keys + begin // 16 * r.key_panel
             if settled:
                 queries = state + 8 * groups * M
-                _scaled(r, q + 4 * g * M * head, keys, M, queries)
+                _call(entry(r, SCALED), address_of(r), q + 4 * g * M * head, keys, M, queries)
             elif r.key_kind == Q4_KIND:
                 scores, panel = kernels[7 + M], staged + (page - staged_from) * r.staged_stride + 4 * begin * head
             _call(scores, queries, panel, work + 4 * begin, head, panels)

@@ -58,7 +58,9 @@ def sentences() -> Iterator[None]:
         raise UsageError(f"{str(error).rstrip('.')}.") from error
 
 
-LOADING = ("context", "kv_cache", "device", "offload", "ram", "vram", "no_prefetch", "tokenizer", "speculate", "exact")  # options of every command that loads a model
+LOADING = (  # options of every command that loads a model
+    "context", "kv_cache", "device", "offload", "ram", "vram", "no_prefetch", "tokenizer", "speculate", "exact",
+)  # fmt: skip
 # Settings by environment: ours is ORGANISM_GIANT_ and the key, theirs is for people who come from Paramecia.
 ENVIRONMENT = {
     "MODEL": "PARAMECIA_MODEL_PATH", "TOKENIZER": "PARAMECIA_TOKENIZER_PATH", "CONTEXT": "PARAMECIA_CONTEXT_LENGTH",
@@ -519,7 +521,9 @@ def _plan_lines(machine: Any, context: int, found: list[Any], best: Any) -> Iter
     for choice in found:
         where = f"{choice.memory / 1e9:.2f} GB" + (f" + {choice.vram / 1e9:.2f} GB there" if machine.vram else "")
         fit = "fits" if choice.fits else "does not fit"
-        speed = "" if math.isnan(choice.tokens_per_s) or not choice.fits else f", about {choice.tokens_per_s:.1f} tokens/s"
+        speed = (
+            "" if math.isnan(choice.tokens_per_s) or not choice.fits else f", about {choice.tokens_per_s:.1f} tokens/s"
+        )
         yield f"{'→' if choice is best else ' '} --offload {choice.offload}: {where}, {fit}{speed} ({choice.reason})"
 
 

@@ -448,7 +448,9 @@ def tokenizer_of(path: Path, metadata: Mapping[str, Any], size: int) -> dict[str
     vocabulary = _json(path).get("model", {}).get("vocab", {})
     most = max(vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1], default=-1)
     if most >= size:
-        raise OrganismError(f"{path} has more tokens than the model ({most + 1:,} and {size:,}): it belongs to another one.")
+        raise OrganismError(
+            f"{path} has more tokens than the model ({most + 1:,} and {size:,}): it belongs to another one."
+        )
     return _tokenizer(path.parent, known | {"vocab_size": size}, path)
 
 

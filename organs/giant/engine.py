@@ -11,6 +11,7 @@ the next one of a sequence of its own: writing). A step of one token keeps quant
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import platform
@@ -27,8 +28,23 @@ from llvmlite import ir
 from numba import from_dtype, types
 
 from organs import kernels
-from organs.giant.attention import PAGE, Q4_KIND, QUERIES, attend, hadamard, kernels_of, settle, store_pair
-from organs.giant.lanes import c_function, callable_of, function, jit
+from organs.giant.attention import (
+    ENTRIES,
+    PAGE,
+    Q4_KIND,
+    QUERIES,
+    RESTAGE,
+    SETTLE,
+    SETTLE_ALL,
+    TURN,
+    attend,
+    call2,
+    call3,
+    entry,
+    kernels_of,
+    store_pair,
+)
+from organs.giant.lanes import address_of, c_function, callable_of, function, jit
 from organs.giant.products import (
     BLOCK,
     ROWS,
@@ -127,7 +143,7 @@ _call = function(types.void(ROW_T, MACHINE_T), _jump)
 _call_tile = function(types.void(*[types.int64] * 7), _jump_tile)
 _call_reader = function(types.void(*[types.int64] * 4), _jump_tile)
 
-_row_at, _machine_at = record_at(ROW), record_at(MACHINE)
+row_at, machine_at = record_at(ROW), record_at(MACHINE)
 
 # --- The team. ---
 
@@ -202,7 +218,7 @@ def barrier(m):
 @jit(**HELP)
 def _run(program, machine):
     for i in range(machine.first, machine.end):
-        row = _row_at(program + i * ROW_BYTES)
+        row = row_at(program + i * ROW_BYTES)
         _call(row, machine)
         if row.barrier:
             barrier(machine)
@@ -210,7 +226,7 @@ def _run(program, machine):
 
 def _lead(program, machine):
     """Run a step as thread 0, with the helpers' help. Rows and machine by address, as in `_serve`."""
-    m = _machine_at(machine)
+    m = machine_at(machine)
     if m.threads > 1:
         atomic_add(m.team + POSTED, 1)
         _wake(m.team, POSTED)
@@ -221,7 +237,7 @@ def _lead(program, machine):
 
 def _serve(program, machine):
     """A helper's life: it comes back to Python only when it is sent home."""
-    done, m = i8(0), _machine_at(machine)
+    done, m = i8(0), machine_at(machine)
     old = ground.swap_mode(ground.FLUSH)
     while True:
         _await_change(m.team, POSTED, done, IDLE_NS, m.slot)
@@ -322,7 +338,7 @@ def _merge(r, m, out):
         for i in range(r.head):
             result[i] *= total
         if r.value_kind == Q4_KIND:
-            hadamard(out + 4 * q * r.head, r.head, 1)
+            call2(entry(r, TURN), out + 4 * q * r.head, r.head)
 
 
 @jit(**HELP)
@@ -602,11 +618,11 @@ def _attend_apart(r, m):
         c, h, t = item % m.chunks, item // m.chunks % r.heads, item // (m.chunks * r.heads)
         position = longs(m.positions, m.n)[t]
         table = longs(longs(m.tables, m.n)[t], position // PAGE + 1)
-        staged = _own_staged(r, m, t, h)
+        staged = own_staged(r, m, t, h)
         if c == m.chunks - 1:
             stretch = _remember(r, m, t, h, q, staged)
             if r.key_kind == Q4_KIND and position % PAGE == PAGE - 1:
-                settle(r, stretch, staged)  # nobody reads it in this step
+                call3(entry(r, SETTLE), address_of(r), stretch, staged)  # nobody reads it in this step
         start = _first_seen(r, position)
         panels = (position - start) // 16 + 1
         a, b = start + panels * c // m.chunks * 16, min(start + panels * (c + 1) // m.chunks * 16, position + 1)
@@ -625,40 +641,9 @@ def _attend_apart(r, m):
 
 
 @jit(**HELP)
-def _own_staged(r, m, t, h):
+def own_staged(r, m, t, h):
     """Where the keys of the page that token t's sequence is writing are staged, of head h; 0 if they are not."""
     return longs(m.memories, m.n)[t] + r.staged_at + 4 * PAGE * r.head * h if r.key_kind == Q4_KIND else 0
-
-
-@jit(**HELP)
-def _settle_all(r, m):
-    """Of a prompt's piece: its full pages' keys become 4 bits, the last ones stay staged, in the sequence's memory."""
-    positions = longs(m.positions, m.n)
-    begin, end = positions[0], positions[m.n - 1] + 1
-    first, last = begin // PAGE, (end - 1) // PAGE
-    table = longs(longs(m.tables, m.n)[0], last + 1)
-    item, size = m.thread, 4 * PAGE * r.head
-    while item < (last - first + 1) * r.heads:
-        page, h = first + item // r.heads, item % r.heads
-        staged = r.staged + (page - first) * r.staged_stride + size * h
-        if (page + 1) * PAGE <= end:
-            settle(r, table[page] + r.inside + h * r.stretch, staged)
-        else:
-            floats(_own_staged(r, m, 0, h), 0, size // 4)[:] = floats(staged, 0, size // 4)
-        item += m.threads
-
-
-@jit(**HELP)
-def _restage(r, m):
-    """Before that: what is staged of the page that the piece begins in."""
-    known = longs(m.positions, m.n)[0] % PAGE
-    for h in range(m.thread, r.heads, m.threads):
-        source, target = _own_staged(r, m, 0, h), r.staged + 4 * PAGE * r.head * h
-        for at in range(known):
-            begin = at // 16 * 16 * r.head + at % 16
-            old, new = floats(source, begin, 16 * r.head), floats(target, begin, 16 * r.head)
-            for i in range(r.head):
-                new[16 * i] = old[16 * i]
 
 
 @jit(**HELP)
@@ -694,7 +679,7 @@ def _deliver(r, m, t, query, part, sums, state):
         for k in range(r.head):
             out[k] = x[k] * inverse
         if r.value_kind == Q4_KIND:
-            hadamard(r.output + t * r.output_stride + 4 * query * r.head, r.head, 1)
+            call2(entry(r, TURN), r.output + t * r.output_stride + 4 * query * r.head, r.head)
 
 
 @jit(**HELP)
@@ -709,10 +694,10 @@ def _attend_together(r, m):
         for h in range(r.heads):
             _remember(r, m, t, h, m.own + m.scratch, staged + 4 * PAGE * r.head * h)
     if r.key_kind == Q4_KIND:
-        _restage(r, m)
+        call2(entry(r, RESTAGE), address_of(r), address_of(m))
     barrier(m)
     if r.key_kind == Q4_KIND:
-        _settle_all(r, m)
+        call2(entry(r, SETTLE_ALL), address_of(r), address_of(m))
     q, work, out, state = _attention_space(r, m, group)
     stretches, item = (m.n + QUERIES - 1) // QUERIES, m.thread
     while item < stretches * r.heads:
@@ -789,11 +774,16 @@ _attention_kernels: dict[tuple[str, str], tuple[list, np.ndarray]] = {}
 
 
 def attention_addresses(keys: str, values: str) -> np.ndarray:
-    """int64 [2 · QUERIES], for keys and values of these kinds; kept alive here."""
+    """int64 [ENTRIES], for keys and values of these kinds; kept alive here."""
     kind = keys, values
     if kind not in _attention_kernels:
-        made = kernels_of(keys, values)
-        _attention_kernels[kind] = made, np.array([f.address for f in made], np.int64)
+        made = dict(enumerate(kernels_of(keys, values)))
+        if "q4" in kind:
+            made |= importlib.import_module("organs.giant.four_bits").functions()
+        addresses = np.zeros(ENTRIES, np.int64)
+        for number, f in made.items():
+            addresses[number] = f.address
+        _attention_kernels[kind] = list(made.values()), addresses
     return _attention_kernels[kind][1]
 
 

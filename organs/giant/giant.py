@@ -275,7 +275,11 @@ class Giant:
         inputs[0, :n], inputs[1, :n] = tokens, np.arange(start, start + n)
         inputs[2, :n], inputs[3, :n] = pages.table.ctypes.data, pages.memory.ctypes.data
         m["n"], m["together"], m["all"], m["chunks"] = n, n > 1, False, 1
-        m["logits"], m["logits_stride"], m["states"] = self._logits.ctypes.data, 4 * self._logits_width, states.ctypes.data
+        m["logits"], m["logits_stride"], m["states"] = (
+            self._logits.ctypes.data,
+            4 * self._logits_width,
+            states.ctypes.data,
+        )
         self._team.step(first=self._draft_rows[0], end=self._draft_rows[1])
         self._check()
 

@@ -15,9 +15,6 @@ from types import FunctionType
 import llvmlite.binding
 from llvmlite import ir
 from numba import njit, types
-from numba.core.caching import FunctionCache
-from numba.core.ccallback import CFunc
-from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
 from organs import kernels
@@ -39,34 +36,18 @@ def jit(**options):
     """numba.njit, cached in the giant's folder; not so what only compiled code calls (HELP), which is part of its callers."""
 
     def decorate(f):
+        if options.get("no_cpython_wrapper"):
+            return njit(**{**options, "cache": False})(f)
         with kernels.compiling("giant", sources_of(f)):
-            return njit(**{**options, "cache": not options.get("no_cpython_wrapper")})(f)
+            return ground.entry(**options)(f)
 
     return decorate
 
 
-class _Cache(FunctionCache):
-    """numba's, without the look at all of its own tables before a function is loaded (0.1 s), which compiling alone needs."""
-
-    def load_overload(self, sig, target_context):
-        rtsys.initialize(target_context)  # names that compiled code may be linked with
-        with self._guard_against_spurious_io_errors():
-            return self._load_overload(sig, target_context)
-
-
-class _CFunction(CFunc):
-    def enable_caching(self):
-        self._cache = _Cache(self._pyfunc)
-
-
 def c_function(signature, f, **options):
     """numba.cfunc, cached in the giant's folder."""
-    options = {k: v for k, v in options.items() if k != "cache"}
     with kernels.compiling("giant", sources_of(f)):
-        made = _CFunction(f, (signature.args, signature.return_type), locals={}, options=options)
-        made.enable_caching()
-        made.compile()
-    return made
+        return ground.c_function(signature, f, **options)
 
 
 def callable_of(made) -> Callable[..., None]:
@@ -129,6 +110,22 @@ def function(signature, build):
         7: lambda context, a, b, c, d, e, f, g: (signature, emit),
     }
     return intrinsic(typings[len(signature.args)])
+
+
+@intrinsic
+def address_of(context, record):
+    """Where a record lies, for compiled code."""
+    return types.int64(record), lambda context, b, signature, arguments: b.ptrtoint(arguments[0], I64)
+
+
+def _jump(b, entry, *arguments):
+    kind = ir.FunctionType(VOID, [I64] * len(arguments))
+    b.call(b.inttoptr(entry, kind.as_pointer()), arguments)
+
+
+def caller(n: int):
+    """Calls a C function of n int64 by its address."""
+    return function(types.void(*[types.int64] * (n + 1)), _jump)
 
 
 def named(b, name: str, result, *arguments, fast=()):

@@ -26,8 +26,8 @@ from torch import Tensor
 from organs.giant import experts
 from organs.giant.accelerator import STREAMED, Accelerator, AcceleratorFull, DevicePages, Slots, layers_of, raw_rows
 from organs.giant.gguf import GGUFError
-from organs.giant.program import Recorder, Rope
 from organs.giant.products import ROWS
+from organs.giant.program import Recorder, Rope
 from organs.giant.torch_layers import (
     Attention,
     Behind,
@@ -41,6 +41,7 @@ from organs.giant.torch_layers import (
     Weight,
     norm,
 )
+
 
 @dataclass
 class Segment:
@@ -136,7 +137,9 @@ class Placed:
     def _optional(self, name: str, numbers: int) -> Tensor | None:
         return self._vector(name, numbers) if self.cpu.has(name) else None
 
-    def _weight(self, name: str, rows: int, columns: int, order: np.ndarray | None = None, of: int | None = None) -> Weight:
+    def _weight(
+        self, name: str, rows: int, columns: int, order: np.ndarray | None = None, of: int | None = None
+    ) -> Weight:
         info = self.cpu.info(name, (of or rows, columns))
         return Weight(self.accelerator.bytes_of(self.cpu.file, info, order), info.format)
 
@@ -163,13 +166,16 @@ class Placed:
         if is_gated:
             heads = np.arange(2 * rows["q"]).reshape(s.queries, 2, s.head)
             matrices["q"], gates = (
-                self._weight(block + "attn_q.weight", rows["q"], s.width, heads[:, i].reshape(-1), 2 * rows["q"]) for i in (0, 1)
+                self._weight(block + "attn_q.weight", rows["q"], s.width, heads[:, i].reshape(-1), 2 * rows["q"])
+                for i in (0, 1)
             )
         for n in rows:
             if n not in matrices:
                 matrices[n] = self._weight(f"{block}attn_{n}.weight", rows[n], s.width)
         norms = {n: f"{block}attn_{n}_norm.weight" for n in rows}
-        is_whole = {n: self.cpu.has(norms[n]) and self.cpu.file.tensors[norms[n]].shape == (rows[n],) != (s.head,) for n in rows}
+        is_whole = {
+            n: self.cpu.has(norms[n]) and self.cpu.file.tensors[norms[n]].shape == (rows[n],) != (s.head,) for n in rows
+        }
         part = Attention(
             self.accelerator, self._vector(block + "attn_norm.weight", s.width), (matrices["q"], matrices["k"], matrices["v"]),
             self._behind(self._weight(block + "attn_output.weight", s.width, rows["q"]), block + "attn_output.bias",
@@ -192,7 +198,9 @@ class Placed:
         gate, up = (self._weight(f"{block}ffn_{n}.weight", s.hidden, s.width) for n in ("gate", "up"))
         down = self._weight(block + "ffn_down.weight", s.width, s.hidden)
         back = self._behind(down, block + "ffn_down.bias", block + "post_ffw_norm.weight")
-        self.parts.body.append(FeedForward(self._vector(f"{block}{norm}.weight", s.width), gate, up, back, int(is_gelu)))
+        self.parts.body.append(
+            FeedForward(self._vector(f"{block}{norm}.weight", s.width), gate, up, back, int(is_gelu))
+        )
 
     def delta_net(self, layer: int, *, is_tiled: bool) -> None:
         if self._on_cpu(layer, lambda: self.cpu.delta_net(layer, is_tiled=is_tiled)):
@@ -202,7 +210,8 @@ class Placed:
         s, block = self.cpu.shape, f"blk.{layer}."
         d = recurrent.Sizes.of(self.cpu.file)
         matrices = [
-            self._weight(name, rows, s.width, order, of) for name, rows, order, of in recurrent.projections(self.cpu, block, d)
+            self._weight(name, rows, s.width, order, of)
+            for name, rows, order, of in recurrent.projections(self.cpu, block, d)
         ]
         taps = self.cpu.array(block + "ssm_conv1d.weight", (d.channels, d.kernel))
         part = DeltaNet(
@@ -271,7 +280,9 @@ class Placed:
             self.slots.add(layer, torch.from_numpy(np.concatenate(hosts, 1)))
         return tuple(ways)
 
-    def _elsewhere(self, layer: int, count: int, how: dict[str, Any]) -> Callable[[Tensor, Tensor], Callable[[], Tensor]]:
+    def _elsewhere(
+        self, layer: int, count: int, how: dict[str, Any]
+    ) -> Callable[[Tensor, Tensor], Callable[[], Tensor]]:
         """Routed experts on the CPU: a function that hands states and the router's logits over, and returns how to get the result."""
         handed: list[tuple[int, int]] = []
         segment = self._segment(lambda: handed.append(experts.feed_forward(self.cpu, layer, is_apart=True, **how)))
@@ -383,7 +394,9 @@ class Runner:
                     "the file's weights are damaged"
                 )
             found = self.accelerator.download(chosen)
-            self.placed.cpu.routes[layer].reshape(-1)[: len(found) * (found.shape[1] + 1)].reshape(len(found), -1)[:, :-1] = found
+            self.placed.cpu.routes[layer].reshape(-1)[: len(found) * (found.shape[1] + 1)].reshape(len(found), -1)[
+                :, :-1
+            ] = found
 
     def close(self) -> None:
         if self.placed.slots is not None:

@@ -72,7 +72,9 @@ class Sizes:
 
         shape, name = Shape.of(file), file.architecture
         routed = {n: i for n, i in file.tensors.items() if "_exps." in n}
-        ways = {way: sum(i.nbytes for n, i in routed.items() if f"ffn_{way}_exps" in n) for way in ("gate", "up", "down")}
+        ways = {
+            way: sum(i.nbytes for n, i in routed.items() if f"ffn_{way}_exps" in n) for way in ("gate", "up", "down")
+        }
         both = sum(i.nbytes for n, i in routed.items() if "ffn_gate_up_exps" in n)
         ways |= dict(gate=ways["gate"] + both // 2, up=ways["up"] + both - both // 2)
         used = int(file.metadata.get(f"{name}.expert_used_count", 0)) if routed else 0
@@ -119,7 +121,9 @@ def choices(sizes: Sizes, machine: Machine) -> Iterator[Choice]:
         return
     whole = sizes.dense + sizes.experts + sizes.cache + INTERPRETER
     seconds = sizes.active / (SHARE * machine.bandwidth)
-    yield Choice("none", whole, 0, whole <= machine.ram, 1 / seconds, f"every token reads {sizes.active / 1e9:.2f} GB of memory")
+    yield Choice(
+        "none", whole, 0, whole <= machine.ram, 1 / seconds, f"every token reads {sizes.active / 1e9:.2f} GB of memory"
+    )
     if sizes.experts:
         yield _from_disk(sizes, machine, sizes.dense + sizes.cache, 0, seconds)
 
@@ -153,11 +157,20 @@ def _on_accelerator(sizes: Sizes, machine: Machine) -> Iterator[Choice]:
         missed = sizes.used * sizes.layers * miss_rate(slots / (sizes.count * sizes.layers), sizes.count, sizes.used)
         seconds = dense + experts + (1 - OVERLAP) * missed * piece / speeds.link
         fits = rest + LEAST * sizes.used * piece <= vram and host + INTERPRETER <= ram
-        reason = f"{' and '.join(ways)} of {slots} experts fit beside the rest; about {missed:.1f} are copied for a token"
+        reason = (
+            f"{' and '.join(ways)} of {slots} experts fit beside the rest; about {missed:.1f} are copied for a token"
+        )
         yield Choice(offload, host + INTERPRETER, rest + slots * piece, fits, 1 / seconds, reason)
     if sizes.experts:
         host = sizes.experts + INTERPRETER
-        yield Choice("experts", host, fixed, fixed <= vram and host <= ram, 1 / (dense + by_cpu), "experts are computed by the CPU")
+        yield Choice(
+            "experts",
+            host,
+            fixed,
+            fixed <= vram and host <= ram,
+            1 / (dense + by_cpu),
+            "experts are computed by the CPU",
+        )
         yield _from_disk(sizes, machine, 0, fixed, dense + by_cpu)
         return
     layer = (sizes.dense - sizes.table) / sizes.depth
@@ -176,7 +189,9 @@ def best_of(found: Sequence[Choice]) -> Choice | None:
     return max(known, key=lambda choice: choice.tokens_per_s) if known else next(iter(fitting), None)
 
 
-def look(file: GGUFFile, sizes: Sizes, threads: int, accelerator: Accelerator | None, ram: float | None) -> list[Choice]:
+def look(
+    file: GGUFFile, sizes: Sizes, threads: int, accelerator: Accelerator | None, ram: float | None
+) -> list[Choice]:
     """Measure this machine, and what it can be expected to do with a file. ram: bytes; None: what is free."""
     return list(choices(sizes, measured(file, sizes, threads, accelerator, ram)))
 
@@ -208,7 +223,9 @@ def too_large(sizes: Sizes, offload: str, free: int, accelerator: Accelerator | 
     others = [choice.offload for choice in found if choice.fits]
     hint = f"--offload {others[0]} fits" if others else "a smaller model or format is needed"
     there = f", {machine.vram / 1e9:.1f} GB of the accelerator's" if accelerator else ""
-    needs = f"{mine.memory / 1e9:.1f} GB of memory" + (f" and {mine.vram / 1e9:.1f} GB of the accelerator's" if accelerator else "")
+    needs = f"{mine.memory / 1e9:.1f} GB of memory" + (
+        f" and {mine.vram / 1e9:.1f} GB of the accelerator's" if accelerator else ""
+    )
     return f"it needs {needs}, and there are {free / 1e9:.1f} GB{there}; {hint}"
 
 

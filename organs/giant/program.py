@@ -144,7 +144,9 @@ class Recorder:
         self.token_table: Matrix | None = None
         self.rooms: dict[str, np.ndarray] = {}
         self.page_bytes = 0  # of a page of keys and values; grows with each layer of attention
-        self.part = 0  # the row where the program began that is being recorded: the model's, then its head's for drafting
+        self.part = (
+            0  # the row where the program began that is being recorded: the model's, then its head's for drafting
+        )
         self.is_drafting = is_drafting
         self.head_table: Matrix | None = None
         self.is_on_disk = is_on_disk  # whether experts stay in the file
@@ -443,6 +445,7 @@ class Recorder:
         if self.has(block + "attn_sinks.weight"):
             sinks = self.keep(self.vector(block + "attn_sinks.weight", s.queries))
         width, layout = attention.width_of(s.head), attention.layout_of(*self.kinds, s.head)
+        kernels = engine.attention_addresses(*self.kinds).ctypes.data
         groups = s.queries // s.heads
         self.need(64 + 4 * attention.QUERIES * ((groups + 1) * (s.head + width + 3) + attention.PAGE) + 4 * s.head)
         if self.kinds[0] == "q4":
@@ -455,13 +458,13 @@ class Recorder:
                  window=window, bias=bias, query_norm=norms["q"], key_norm=norms["k"],
                  epsilon=s.epsilon, cap=cap, **layout,
                  factor=scale if scale is not None else 1 / math.sqrt(s.head),
-                 attention_kernels=engine.attention_addresses(*self.kinds).ctypes.data, barrier=1, **self.turns(rope))  # fmt: skip
+                 attention_kernels=kernels, barrier=1, **self.turns(rope))  # fmt: skip
         self.page_bytes += s.heads * layout["stretch"]
         matrix = self.matrix(block + "attn_output.weight", s.width, self.attention_width)
         self.need(4 * self.attention_width + 4 * BLOCK)
         a = self.quantise("attention", (self.out, self.out_stride), self.attention_width, [matrix], merge=1,
                           queries=s.queries, heads=s.heads, head=s.head, head_width=width, sinks=sinks, gate=gate[0],
-                          gate_stride=gate[1], value_kind=layout["value_kind"])  # fmt: skip
+                          gate_stride=gate[1], value_kind=layout["value_kind"], attention_kernels=kernels)  # fmt: skip
         self._back(a, matrix, block + "attn_output.bias", f"{block}{behind}.weight")
 
     def feed_forward(self, layer: int, is_gelu: bool = False, norm: str = "ffn_norm") -> None:

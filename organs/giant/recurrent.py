@@ -233,7 +233,14 @@ class Sizes:
         number = lambda key: file.get(f"{file.architecture}.ssm.{key}", int)
         names = ("state_size", "group_count", "time_step_rank", "inner_size", "conv_kernel")
         dk, nk, nv, inner, kernel = (number(n) for n in names)
-        if min(dk, nk, nv, inner) < 1 or kernel < 2 or nv % nk or inner % nv or max(dk, inner // nv) > 4096 or kernel > 64:
+        if (
+            min(dk, nk, nv, inner) < 1
+            or kernel < 2
+            or nv % nk
+            or inner % nv
+            or max(dk, inner // nv) > 4096
+            or kernel > 64
+        ):
             raise GGUFError(
                 f"{file.path}: {nk} and {nv} heads of {dk} and {inner}, kernel {kernel}: that makes no Gated DeltaNet"
             )

@@ -147,11 +147,15 @@ class Ahead:
                 start = end - len(pairs) + first
                 pages.own(start)
                 pages.reserve(start + len(some))
-                giant._predict(np.array([token for token, _ in some]), np.stack([state for _, state in some]), start, pages)
+                giant._predict(
+                    np.array([token for token, _ in some]), np.stack([state for _, state in some]), start, pages
+                )
         return int(giant._logits[: giant.vocab_size].argmax())
 
 
 def check(giant: Giant) -> None:
     """Raises ValueError where a model's file has no head for multi-token prediction, or it is not supported."""
     if giant._draft_rows is None:
-        raise ValueError(f"{giant.file.path.name} has no head for multi-token prediction (or of a kind that is not supported)")
+        raise ValueError(
+            f"{giant.file.path.name} has no head for multi-token prediction (or of a kind that is not supported)"
+        )

@@ -76,7 +76,9 @@ def _mxfp4(b: Tensor) -> Tensor:
 def _q2_k(b: Tensor) -> Tensor:
     q = _shifted(b[:, 16:80].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 16, 16).float()
     scales = b[:, :16]
-    return ((_half(b, 80) * (scales & 15))[:, :, None] * q - (_half(b, 82) * (scales >> 4))[:, :, None]).reshape(-1, 256)
+    return ((_half(b, 80) * (scales & 15))[:, :, None] * q - (_half(b, 82) * (scales >> 4))[:, :, None]).reshape(
+        -1, 256
+    )
 
 
 def _q3_k(b: Tensor) -> Tensor:

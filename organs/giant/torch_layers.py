@@ -43,7 +43,9 @@ class Step:
     together: bool
     angles: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
     after: list[Callable[[], None]] = field(default_factory=list)  # what happens when nothing can fail any more
-    routes: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # layer, chosen experts, whether numbers came
+    routes: list[tuple[int, Tensor, Tensor]] = field(
+        default_factory=list
+    )  # layer, chosen experts, whether numbers came
 
     def turned(self, rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines [n, 1, pairs], computed once a step in float64."""
@@ -251,7 +253,11 @@ class Attention:
 
     def planes_of(self, positions: int, device: Any) -> list[Tensor]:
         """Empty planes for so many positions."""
-        return [plane for kind in self.kinds for plane in kind.encode(torch.zeros(self.heads, positions, self.head, device=device))]
+        return [
+            plane
+            for kind in self.kinds
+            for plane in kind.encode(torch.zeros(self.heads, positions, self.head, device=device))
+        ]
 
     def make_room(self, pages: DevicePages, end: int) -> None:
         """Twice what there was, where `end` positions do not fit: a token costs the same on average, however many came before."""

@@ -32,13 +32,14 @@ FIRST_HALF = ("field", "tokenizer")  # takes about as long to compile as the res
 
 def warm(say: Callable[[str], None] = lambda text: None) -> None:
     """Compile everything that is missing from the cache, on two cores where there are two; `say` hears of each part."""
-    other = _start_warming(*FIRST_HALF) if (os.cpu_count() or 1) > 1 and not ready() else None
-    compile_parts([part for part in PARTS if other is None or part not in FIRST_HALF], say)
-    if other is not None:
-        say(f"compiling {' and '.join(PARTS[part] for part in FIRST_HALF)}…")
-        if other.wait() != 0:  # whatever it was, here it is heard of
-            compile_parts(FIRST_HALF, say)
-    cache.mark()
+    with cache.alone():
+        other = _start_warming(*FIRST_HALF) if (os.cpu_count() or 1) > 1 and not ready() else None
+        compile_parts([part for part in PARTS if other is None or part not in FIRST_HALF], say)
+        if other is not None:
+            say(f"compiling {' and '.join(PARTS[part] for part in FIRST_HALF)}…")
+            if other.wait() != 0:  # whatever it was, here it is heard of
+                compile_parts(FIRST_HALF, say)
+        cache.mark()
 
 
 def compile_parts(parts: Iterable[str], say: Callable[[str], None] = lambda text: None) -> None:

@@ -127,6 +127,20 @@ def environment() -> dict[str, str]:
     return dict(os.environ, **{GIVEN: str(folder())}, PYTHONPATH=os.pathsep.join(paths))
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time fills the folder. The others wait, and find it filled: eight organisms that are born together
+    compile once. Where files cannot be locked, each compiles for itself."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder() / "compiling", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def is_marked() -> bool:
     """Whether everything was compiled into the folder."""
     return (folder() / "complete").exists()

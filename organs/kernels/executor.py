@@ -24,6 +24,7 @@ from organs.kernels.ground import (
     ZERO,
     atomic_add,
     atomic_load,
+    entry,
     f4,
     f8,
     i8,
@@ -98,7 +99,7 @@ def run(program, machine):
         call(program[i], machine)
 
 
-@njit(nogil=True, **FAST)
+@entry(nogil=True, **FAST)
 def execute(program, machines):
     """Run a program once on the first machine."""
     old = swap_mode(FLUSH)
@@ -106,7 +107,7 @@ def execute(program, machines):
     swap_mode(old)
 
 
-@njit(nogil=True, **FAST)
+@entry(nogil=True, **FAST)
 def execute_batch(program, machines, sequences, length, micro):
     """Run a program over sequences, `micro` at a time."""
     old = swap_mode(FLUSH)
@@ -120,7 +121,7 @@ def execute_batch(program, machines, sequences, length, micro):
     swap_mode(old)
 
 
-@njit(nogil=True, **FAST)
+@entry(nogil=True, **FAST)
 def generate(program, machines, tokens, known, logits):
     """Fill tokens [N] from `known` on with the likeliest token each: one program run a token, no Python between."""
     old = swap_mode(FLUSH)
@@ -255,7 +256,7 @@ def next_batch(team, t, s, end):
     return s
 
 
-@njit(nogil=True, **FAST)
+@entry(nogil=True, **FAST)
 def train(program, machines, team, arrays, G, norms, flag, t):
     """Thread t's part of a step: its sequences' gradients, then its part of their sum, then its part of AdamW."""
     old = swap_mode(FLUSH)
@@ -294,7 +295,7 @@ def train(program, machines, team, arrays, G, norms, flag, t):
     swap_mode(old)
 
 
-@njit(nogil=True, **FAST)
+@entry(nogil=True, **FAST)
 def lead(program, machines, team, arrays, G, norms, flag):
     """Post a step and do thread 0's part, unless others sleep: then the caller wakes so many, and trains."""
     team[0].next = 0
@@ -304,7 +305,7 @@ def lead(program, machines, team, arrays, G, norms, flag):
     return sleepers
 
 
-@njit(nogil=True, **FAST)
+@entry(nogil=True, **FAST)
 def serve(program, machines, team, arrays, G, norms, flag, t, done):
     """A helper's life, from step to step without Python. Returns the steps done, to sleep."""
     slot = norms.ctypes.data + 8 * (8 * t + 2)

@@ -45,7 +45,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from organs.kernels.ground import log, sigmoid
+from organs.kernels.ground import entry, log, sigmoid
 
 u32, u64, f32 = np.uint32, np.uint64, np.float32
 
@@ -517,7 +517,7 @@ def _describe(registers, costs, matches, guess, masses, ranges, count, scalars, 
 # --- Entry points. ---
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@entry(nogil=True, fastmath=True)
 def read(
     nodes, rank, leaf, text, starts, curves, rates, mixer_rates, transitions, sets,
     table, successors, maps, weights, visits, final, apm, match_table, history, registers, rolling, costs,
@@ -596,7 +596,7 @@ def read(
             _learn_guesses(nodes, maps, rates, guess, node, bit, contexts)
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@entry(nogil=True, fastmath=True)
 def dense(
     nodes, rank, leaf, text, starts, curves, rates, mixer_rates, transitions, sets,
     table, successors, maps, weights, visits, final, apm, match_table, history, registers, rolling, costs,

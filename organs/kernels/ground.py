@@ -11,8 +11,11 @@ import platform
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
 f4, f8, i4, i8 = np.float32, np.float64, np.int32, np.int64
@@ -29,6 +32,44 @@ FLOAT, INT, WORD, BYTES, VOID = (
     ir.IntType(8).as_pointer(),
     ir.VoidType(),
 )
+
+
+# --- What Python or other compiled code enters. ---
+
+
+class _Cache(FunctionCache):
+    """numba's, without the look at all of its own tables before a function is loaded (half a second at every start), which
+    compiling alone needs."""
+
+    def load_overload(self, sig, target_context):
+        rtsys.initialize(target_context)  # names that compiled code may be linked with
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
+
+
+class _CFunction(CFunc):
+    def enable_caching(self):
+        self._cache = _Cache(self._pyfunc)
+
+
+def entry(**options):
+    """numba.njit, cached, for what Python calls."""
+
+    def decorate(f):
+        dispatcher = njit(**dict(options, cache=False))(f)
+        dispatcher._cache = _Cache(f)
+        return dispatcher
+
+    return decorate
+
+
+def c_function(signature, f, **options):
+    """numba.cfunc, cached: compiled or loaded at once."""
+    options.pop("cache", None)
+    made = _CFunction(f, (signature.args, signature.return_type), locals={}, options=options)
+    made.enable_caching()
+    made.compile()
+    return made
 
 
 # --- Instructions, as functions. ---
@@ -262,7 +303,7 @@ def choose_blas() -> tuple[str, bool, object]:
                 return f"NumPy's OpenBLAS ({core})", core in ("SkylakeX", "Cooperlake", "SapphireRapids"), None
         except (OSError, AttributeError):
             pass
-    product = cfunc(_SGEMM, **FAST)(_own_cblas)
+    product = c_function(_SGEMM, _own_cblas, **FAST)
     llvmlite.binding.add_symbol("organism_sgemm", product.address)
     return (
         "our own product (NumPy brings no OpenBLAS that can be called)"

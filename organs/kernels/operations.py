@@ -13,7 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import njit, types
 
 from organs.kernels.ground import (
     BYTES,
@@ -24,6 +24,7 @@ from organs.kernels.ground import (
     VOID,
     WORD,
     ZERO,
+    c_function,
     doubles,
     exp,
     exponentials,
@@ -88,7 +89,7 @@ def kernel(function):
 def address(name: str) -> int:
     """The machine address of a kernel; the first call compiles it, or loads it from the cache."""
     if name not in _compiled:
-        _compiled[name] = cfunc(types.void(ROW_T, MACHINE_T), **FAST)(KERNELS[name])
+        _compiled[name] = c_function(types.void(ROW_T, MACHINE_T), KERNELS[name], **FAST)
     return _compiled[name].address
 
 

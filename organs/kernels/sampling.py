@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import njit
 
-from organs.kernels.ground import exp, half, log
+from organs.kernels.ground import entry, exp, half, log
 
 if TYPE_CHECKING:
     from organism import FieldView, VoiceConfig
 
 f32 = np.float32
-FAST = dict(nogil=True, cache=True, fastmath=True, error_model="numpy", no_cfunc_wrapper=True)
+FAST = dict(nogil=True, fastmath=True, error_model="numpy", no_cfunc_wrapper=True)
 INNER = dict(FAST, no_cpython_wrapper=True)
 NEVER = f32(-1e9)  # ln p of a banned token; far below any other, and finite, since fastmath knows no infinity
 
@@ -119,7 +119,7 @@ def _keep_nucleus(q, order, count, share, mass):
     return count
 
 
-@njit(**FAST)
+@entry(**FAST)
 def choose(p, produced, banned, frequency, presence, settings, draw, log_p, q, order, mass, away):
     """One token: penalties, temperature, top-k, min-p, typical-p, top-p, and the draw, a number in [0, 1).
 
@@ -167,7 +167,7 @@ def choose(p, produced, banned, frequency, presence, settings, draw, log_p, q, o
     return last
 
 
-@njit(**FAST)
+@entry(**FAST)
 def blend(logits, starts, logmass, leaf, share, cumulative, g, p):
     """p [V] becomes g · softmax(logits) + (1 - g) · field, the field as a view's ranges spread over their leaves."""
     size, width = len(p), len(starts)

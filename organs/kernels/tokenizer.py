@@ -29,8 +29,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numba import njit
 
+from organs.kernels.ground import entry
+
 u64 = np.uint64
-compiled = njit(nogil=True, cache=True, no_cfunc_wrapper=True)
+compiled = entry(nogil=True, no_cfunc_wrapper=True)
 called = njit(nogil=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)  # by compiled functions only
 inlined = njit(forceinline=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)
 

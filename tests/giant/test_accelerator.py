@@ -61,7 +61,9 @@ def test_every_format_means_the_same_numbers_as_in_numpy(name):
     assert np.array_equal(torch_formats.dequantise(torch.from_numpy(raw), name).numpy(), want, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2moe", "olmoe, clipped", "gpt-oss", "qwen35", "qwen3next, other heads"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2moe", "olmoe, clipped", "gpt-oss", "qwen35", "qwen3next, other heads"]
+)
 def test_logits_equal_those_of_transformers(name, tmp_path):
     model, path = converted(name, tmp_path)
     tokens = np.random.default_rng(5).integers(0, SIZE, 90)
@@ -180,7 +182,12 @@ def test_memory_that_is_full_in_the_middle_of_a_turn_ends_it_and_the_context_sta
 
 def test_nan_in_a_router_is_an_error_there_too(hybrid, tmp_path):
     def changed(name, array):
-        yield name, np.where(np.arange(array.shape[0])[:, None] == 2, np.nan, array) if "blk.1.ffn_gate_inp.w" in name else array
+        yield (
+            name,
+            np.where(np.arange(array.shape[0])[:, None] == 2, np.nan, array)
+            if "blk.1.ffn_gate_inp.w" in name
+            else array,
+        )
 
     path = rewritten(open_gguf(hybrid[1]), tmp_path / "nan.gguf", changed)
     giant = placed(path)
@@ -191,7 +198,9 @@ def test_nan_in_a_router_is_an_error_there_too(hybrid, tmp_path):
 
 
 def test_what_does_not_fit_is_said_before_anything_is_loaded_with_what_would(hybrid):
-    with pytest.raises(GGUFError, match=r"it needs .* GB of memory and .* GB of the accelerator's, .*; a smaller model"):
+    with pytest.raises(
+        GGUFError, match=r"it needs .* GB of memory and .* GB of the accelerator's, .*; a smaller model"
+    ):
         placed(hybrid[1], vram=0.2)
     with pytest.raises(ValueError, match="offload is 'most'; it can be none, up"):
         placed(hybrid[1], "most")
@@ -246,7 +255,9 @@ def test_a_cuda_device_computes_what_the_cpu_does(offload, hybrid):
 
 def test_devices_by_name():
     assert device_of("cpu") == "cpu" and device_of("torch") == "torch"
-    assert device_of("auto") == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    assert device_of("auto") == (
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="there is no cuda device"):
             device_of("cuda")
