@@ -205,6 +205,7 @@ class Giant:
         from organs.giant import architectures
         from organs.giant.placing import Placed, Runner
 
+        assert self.accelerator is not None
         placed = Placed(recorder, self.accelerator, offload, is_prefetching)
         architectures.record(placed)  # type: ignore[arg-type]
         program = placed.program()
@@ -217,7 +218,7 @@ class Giant:
 
     def _identity(self, kinds: tuple[str, str], exact: bool) -> str:
         path = self.file.path
-        side = f" {self.accelerator.kind} {self._runner.placed.layers}" if self.accelerator else ""
+        side = f" {self._runner.accelerator.kind} {self._runner.placed.layers}" if self._runner else ""
         return f"{path.resolve()} {self.file.nbytes} {path.stat().st_mtime_ns} {kinds} {exact} {self._draft_rows}{side}"
 
     def _fixed_bytes(self) -> int:

@@ -214,12 +214,12 @@ class Placed:
             for name, rows, order, of in recurrent.projections(self.cpu, block, d)
         ]
         taps = self.cpu.array(block + "ssm_conv1d.weight", (d.channels, d.kernel))
+        decay, step = (self._vector(name, d.value_heads) for name in recurrent.constants(self.cpu, block))
         part = DeltaNet(
             self.accelerator, self._vector(block + "attn_norm.weight", s.width), tuple(matrices),  # type: ignore[arg-type]
             self._behind(self._weight(block + "ssm_out.weight", s.width, d.value_heads * d.value), "", ""),
-            self.accelerator.place(taps, "taps"), *(self._vector(name, d.value_heads) for name in recurrent.constants(self.cpu, block)),
-            self._vector(block + "ssm_norm.weight", d.value), d.key_heads, d.value_heads, d.key, d.value, is_tiled,
-            self.cpu.memory_bytes,
+            self.accelerator.place(taps, "taps"), decay, step, self._vector(block + "ssm_norm.weight", d.value),
+            d.key_heads, d.value_heads, d.key, d.value, is_tiled, self.cpu.memory_bytes,
         )  # fmt: skip
         self.cpu.memory_bytes += -(-part.memory_bytes() // 64) * 64
         self.cpu.has_state = True
@@ -322,7 +322,7 @@ class Placed:
 
 def floats_at(address: int, stride: int, n: int) -> np.ndarray:
     """float32 [n, stride / 4]: rows of memory that compiled code uses."""
-    return np.frombuffer((ctypes.c_char * (stride * n)).from_address(address), np.float32).reshape(n, -1)
+    return np.ctypeslib.as_array((ctypes.c_float * (stride // 4 * n)).from_address(address)).reshape(n, -1)
 
 
 class Runner:

@@ -206,8 +206,8 @@ class Attention:
     def _heads(self, y: Tensor, i: int) -> Tensor:
         """[n, heads, head] of queries, keys or values."""
         z = self.matrices[i].times(y)
-        if self.biases[i] is not None:
-            z = z + self.biases[i]
+        if (bias := self.biases[i]) is not None:
+            z = z + bias
         if self.whole[i] is not None:
             z = norm(z, self.whole[i], self.behind.epsilon)
         if self.clamp:
