@@ -135,7 +135,8 @@ class Giant:
         if self.accelerator is None and offload not in ("none", "disk", "auto"):
             say(f"there is no accelerator: --offload {offload} is as none, all on the CPU")
             offload = "none"
-        sizes = plan.Sizes.of(file, context or file.get(f"{file.architecture}.context_length", int), kv_cache)
+        trained = file.get(f"{file.architecture}.context_length", int)
+        sizes = plan.Sizes.of(file, context or min(trained, plan.CONTEXT), kv_cache)
         if offload == "auto":
             found = plan.look(file, sizes, threads, self.accelerator, 1e9 * ram if ram else None)
             best = plan.best_of(found)

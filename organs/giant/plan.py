@@ -24,6 +24,7 @@ SHARE = 0.85  # of the bandwidth that decoding reaches (docs/benchmarks.md)
 OVERLAP = 0.6  # of reading experts that is hidden behind computing (docs/benchmarks.md)
 SKEW = 0.8  # popularity of experts ∝ rank^-0.8, as in text
 INTERPRETER = 200 << 20  # bytes that Python, NumPy and compiled code take
+CONTEXT = 8192  # tokens that are planned for where nobody says how many
 LEAST = 4  # times as many experts as a token uses in a layer have to have room
 
 
@@ -212,7 +213,11 @@ def measured(file: GGUFFile, sizes: Sizes, threads: int, accelerator: Accelerato
 
 
 def too_large(sizes: Sizes, offload: str, free: int, accelerator: Accelerator | None) -> str | None:
-    """What is wrong with loading a model so, with what would do; None if nothing is. free: bytes of the machine's memory."""
+    """What is wrong with loading a model so, with what would do; None if nothing is. free: bytes of the machine's memory.
+
+    Keys and values are left out: they take memory when tokens come.
+    """
+    sizes = replace(sizes, cache=0)
     machine = Machine(free, math.nan, math.nan, float(accelerator.budget) if accelerator else 0.0)
     found = list(choices(sizes, machine))
     if layers_of(offload) is not None or offload == "disk":
