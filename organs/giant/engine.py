@@ -42,6 +42,7 @@ from organs.giant.attention import (
     call3,
     entry,
     kernels_of,
+    staged_bytes,
     store_pair,
 )
 from organs.giant.lanes import address_of, c_function, callable_of, function, jit
@@ -643,7 +644,7 @@ def _attend_apart(r, m):
 @jit(**HELP)
 def own_staged(r, m, t, h):
     """Where the keys of the page that token t's sequence is writing are staged, of head h; 0 if they are not."""
-    return longs(m.memories, m.n)[t] + r.staged_at + 4 * PAGE * r.head * h if r.key_kind == Q4_KIND else 0
+    return longs(m.memories, m.n)[t] + r.staged_at + staged_bytes(r) * h if r.key_kind == Q4_KIND else 0
 
 
 @jit(**HELP)
@@ -657,7 +658,7 @@ def _attention_space(r, m, groups):
 
 @jit(**HELP)
 def _attend(r, table, h, groups, M, first, end, limits, q, work, out, state, staged, staged_from):
-    attend(r, longs(r.attention_kernels, 3 * QUERIES), table, r.inside + h * r.stretch, groups, M, q, first, end, limits, work,
+    attend(r, longs(r.attention_kernels, 4 * QUERIES), table, r.inside + h * r.stretch, groups, M, q, first, end, limits, work,
            out, state, staged, staged_from)  # fmt: skip
 
 
@@ -692,7 +693,7 @@ def _attend_together(r, m):
     for t in range(first, end):
         staged = r.staged + (positions[t] // PAGE - staged_from) * r.staged_stride
         for h in range(r.heads):
-            _remember(r, m, t, h, m.own + m.scratch, staged + 4 * PAGE * r.head * h)
+            _remember(r, m, t, h, m.own + m.scratch, staged + staged_bytes(r) * h)
     if r.key_kind == Q4_KIND:
         call2(entry(r, RESTAGE), address_of(r), address_of(m))
     barrier(m)
@@ -709,7 +710,7 @@ def _attend_together(r, m):
                 _query(r, m, t + i, h * group + g, q + 4 * (g * M * r.head + i), M)
         table = longs(longs(m.tables, m.n)[t], limits[M - 1] // PAGE + 1)
         _attend(r, table, h, group, M, _first_seen(r, limits[0]), limits[M - 1] + 1, limits, q, work, out, state,
-                r.staged + 4 * PAGE * r.head * h, staged_from)  # fmt: skip
+                r.staged + staged_bytes(r) * h, staged_from)  # fmt: skip
         for i in range(M):
             for g in range(group):
                 k = g * M + i

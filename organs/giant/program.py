@@ -449,7 +449,7 @@ class Recorder:
         groups = s.queries // s.heads
         self.need(64 + 4 * attention.QUERIES * ((groups + 1) * (s.head + width + 3) + attention.PAGE) + 4 * s.head)
         if self.kinds[0] == "q4":
-            size = 4 * attention.PAGE * s.head * s.heads
+            size = 4 * attention.PAGE * (s.head + (width if self.kinds[1] == "q4" else 0)) * s.heads
             layout |= dict(staged=self.room("staged keys", size * (self.chunk // attention.PAGE + 2)), staged_stride=size,
                            staged_at=self.memory_bytes)  # fmt: skip
             self.memory_bytes += size
