@@ -535,10 +535,10 @@ class Recorder:
         s, is_own = self.shape, norm == "output_norm.weight"
         norm_at = self.keep(self.vector(norm, s.width))
         if self.head_table is None:
-            assert self.token_table is not None, "embed comes first"
             has_own = self.has("output.weight")
             self.head_table = self.matrix("output.weight", s.vocabulary, s.width) if has_own else self.token_table
         table = self.head_table
+        assert table is not None, "embed comes first"
         common = dict(input=self.x, input_stride=self.x_stride, width=s.width, norm=norm_at, epsilon=s.epsilon)
         if is_own:
             self.row("states", **common)
