@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class Giant:
         prefix_bytes: int | None = None,
         prefix_folder: str | os.PathLike | None = None,
         say: Callable[[str], None] | None = None,
-    ) -> Giant:
+    ) -> Self:
         """Read a GGUF and make it ready.
 
         context: tokens a session holds at most; None: what the model was trained for.
@@ -253,7 +253,7 @@ class Giant:
         m["logits"], m["logits_stride"] = logits.ctypes.data, 4 * self._logits_width
         m["states"] = 0 if states is None else states.ctypes.data
         if self._runner is not None:
-            self._runner.step(inputs[0, :n], inputs[1, :n].copy(), sequences, together=together, is_all=is_all,
+            self._runner.step(inputs[0, :n], inputs[1, :n].copy(), sequences, together=together, is_all=is_all,  # type: ignore[arg-type]
                               logits=logits.reshape(-1, self._logits_width), states=states)  # fmt: skip
             return
         if (

@@ -46,7 +46,7 @@ class Giant(engine.Giant):
         """Take a tokenizer.json in place of what the model's file says of its own. Raises OrganismError for one that does not fit."""
         from organs.giant.convert import tokenizer_of
 
-        metadata = self.file.metadata | tokenizer_of(Path(path).expanduser(), self.file.metadata, self.vocab_size)
+        metadata = dict(self.file.metadata) | tokenizer_of(Path(path).expanduser(), self.file.metadata, self.vocab_size)
         self.tokenizer = Tokenizer(metadata)
         self.template = ChatTemplate(metadata, self.tokenizer)
 
