@@ -26,6 +26,7 @@ MUST = {  # (decode, prefill): ratio to llama.cpp
     "context 128": (1.6, None), "context 512": (1.8, 4.0), "avx2": (1.4, 2.5), "format": (1.2, 1.5), "long": (1.5, None),
     "neighbour": (1.5, None),
 }  # fmt: skip
+ROWS = ("context", "threads", "paths", "formats", "long", "neighbour", "start")
 
 
 # --- Workers: one process each, a measurement a line. ---
@@ -139,9 +140,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=[], help="the same model in other formats")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--generate", type=int, default=48, help="tokens that are decoded, each round")
-    parser.add_argument(
-        "--only", nargs="*", default=[], help="context, threads, paths, formats, long, neighbour, start"
-    )
+    parser.add_argument("--only", nargs="*", default=[], choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

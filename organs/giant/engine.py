@@ -51,6 +51,7 @@ from organs.giant.products import (
     ROWS,
     TILE,
     copy_plain,
+    interleaver,
     quantise_double,
     quantise_narrow,
     quantise_wide,
@@ -768,6 +769,7 @@ def compile_beside(kinds: tuple[str, str]) -> None:
     for name in COMMON:
         address(name)
     attention_addresses(*kinds)
+    interleaver()
     child.wait()  # if it failed, we shall compile that too
 
 

@@ -15,6 +15,7 @@ A kernel is made for a format, a form and a T when a model first needs it, and k
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -382,9 +383,14 @@ def pack(raw: np.ndarray, name: str, rows: int, columns: int, out: np.ndarray) -
         fields, size = LAYOUTS[name].fields, FORMATS[name].nbytes
         row_bytes = columns // FORMATS[name].block * size
     table = np.array(fields, np.int64)
-    interleaver()(
+    with _MAKING:  # several threads pack, one compiles
+        interleave = interleaver()
+    interleave(
         raw.ctypes.data, out.ctypes.data, table.ctypes.data, len(table), rows, row_bytes, blocks(name, columns), size
     )
+
+
+_MAKING = threading.Lock()
 
 
 @cache
