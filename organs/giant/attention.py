@@ -19,6 +19,7 @@ Queries meet a page at a time, with the running maximum and sum of an online sof
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -38,7 +39,6 @@ from organs.giant.lanes import (
     from_half,
     function,
     jit,
-    kernel,
     load,
     named,
     splat,
@@ -166,17 +166,13 @@ def _mixture(M: int, kind: str):
     return build
 
 
-PAIR = types.void(*[types.int64] * 5)
-
-
-def kernels_of(keys: str, values: str) -> list:
-    """C functions: the scores for 1 to QUERIES queries, then the mixtures, then, where keys are q4, both of what is staged."""
-    out = []
+def kernels_of(keys: str, values: str) -> tuple[Any, list[int]]:
+    """(what keeps them alive, addresses) of the scores for 1 to QUERIES queries, then of the mixtures, then, where keys are q4, of
+    both for what is staged."""
     staged = ((_scores, "f32"), (_mixture, "f32")) if keys == "q4" else ()
-    for make, kind in ((_scores, keys), (_mixture, values), *staged):
-        for M in range(1, QUERIES + 1):
-            out.append(kernel(f"{make.__name__[1:]}_{M}_{kind}", PAIR, make(M, kind)))
-    return out
+    pairs = [(_scores, keys), (_mixture, values), *staged]
+    builds = [make(M, kind) for make, kind in pairs for M in range(1, QUERIES + 1)]
+    return lanes.kernel_table(f"attention_{keys}_{values}", 5, builds)
 
 
 _call = lanes.caller(5)  # calls a kernel by its address

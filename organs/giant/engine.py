@@ -780,13 +780,14 @@ def attention_addresses(keys: str, values: str) -> np.ndarray:
     """int64 [ENTRIES], for keys and values of these kinds; kept alive here."""
     kind = keys, values
     if kind not in _attention_kernels:
-        made = dict(enumerate(kernels_of(keys, values)))
+        table, first = kernels_of(keys, values)
+        addresses, kept = np.zeros(ENTRIES, np.int64), [table]
+        addresses[: len(first)] = first
         if "q4" in kind:
-            made |= importlib.import_module("organs.giant.four_bits").functions()
-        addresses = np.zeros(ENTRIES, np.int64)
-        for number, f in made.items():
-            addresses[number] = f.address
-        _attention_kernels[kind] = list(made.values()), addresses
+            for number, f in importlib.import_module("organs.giant.four_bits").functions().items():
+                addresses[number] = f.address
+                kept.append(f)
+        _attention_kernels[kind] = kept, addresses
     return _attention_kernels[kind][1]
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
@@ -146,6 +147,7 @@ def renamed(template, name: str, **globals_):
 
 _BODY = None  # of the templates; renamed() gives each copy its own
 _TEMPLATES = {
+    1: lambda a: _BODY(a),  # type: ignore[misc]
     3: lambda a, b, c: _BODY(a, b, c),  # type: ignore[misc]
     5: lambda a, b, c, d, e: _BODY(a, b, c, d, e),  # type: ignore[misc]
     6: lambda a, b, c, d, e, f: _BODY(a, b, c, d, e, f),  # type: ignore[misc]
@@ -155,6 +157,25 @@ _TEMPLATES = {
 def kernel(name: str, signature, build):
     """A C function for compiled code (by its .address) and ctypes; build(builder, *arguments) emits its body."""
     return c_function(signature, renamed(_TEMPLATES[len(signature.args)], name, _BODY=function(signature, build)))
+
+
+def kernel_table(name: str, count: int, builds: Sequence[Callable]) -> tuple[Any, list[int]]:
+    """Functions of `count` int64, each emitted by a build(builder, *arguments), compiled and loaded together, which takes a
+    fraction of what it takes one by one: (what keeps them alive, their addresses)."""
+
+    def emit(b, out):
+        for i, build in enumerate(builds):
+            one = ir.Function(b.module, ir.FunctionType(VOID, [I64] * count), f"{name}_{i}")
+            one.linkage = "internal"
+            inside = ir.IRBuilder(one.append_basic_block("entry"))
+            build(inside, *one.args)
+            inside.ret_void()
+            store(b, b.ptrtoint(one, I64), out, 8 * i, 8)
+
+    made = kernel(name, types.void(types.int64), emit)
+    addresses = (ctypes.c_int64 * len(builds))()
+    callable_of(made)(ctypes.addressof(addresses))
+    return made, list(addresses)
 
 
 def load(b, base, kind, offset=0, align=1):
