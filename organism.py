@@ -10809,8 +10809,21 @@ _GIANT_LOADING = (
         ("f32", "f16", "bf16", "q8", "q8_0", "q4", "q4k", "q8/q4"),
         "How keys and values are kept (default: f16).",
     ),
-    ("--offload", ("none", "disk"), "disk: experts stay in the file and are read when they are wanted."),
+    (
+        "--device",
+        ("auto", "cpu", "cuda", "mps", "torch"),
+        "Where it computes (default: auto, CUDA, then Metal, then the CPU).",
+    ),
+    ("--offload", "text", "What is elsewhere: none, up, updown, experts, layers=N, disk, or auto (docs/giant.md)."),
     ("--ram", "more than 0", "With --offload disk: GB that the process may take (default: half of what is free)."),
+    ("--vram", "more than 0", "GB of an accelerator's memory that may be taken (default: what is free)."),
+    ("--no-prefetch", "switch", "Read and copy experts only when they are wanted, for comparison."),
+    ("--tokenizer", "path", "A tokenizer.json in place of the file's own."),
+    (
+        "--speculate",
+        "switch",
+        "Draft tokens by the file's own head for multi-token prediction: the same answer in fewer steps.",
+    ),
     ("--exact", "switch", "Read prompts with 16-bit activations: slower, nearer to float32."),
 )
 _GIANT_SAMPLING = (
@@ -10835,7 +10848,7 @@ def _run_giant_pull(asking: _Asking, **options: Any) -> None:
     organ("giant.commands").pull(asking, **options)
 
 
-@_command("giant info", ("model", "text", ""), ("--context", "count", "Reckon the memory for this context."))
+@_command("giant info", ("model", "text or nothing", ""), ("--context", "count", "Reckon the memory for this context."))
 def _run_giant_info(asking: _Asking, **options: Any) -> None:
     """Show what a model file is: sizes, formats, tokenizer, template, memory.
 
@@ -10846,7 +10859,7 @@ def _run_giant_info(asking: _Asking, **options: Any) -> None:
     organ("giant.commands").info(asking, **options)
 
 
-@_command("giant chat", ("model", "text", ""), ("--system", "text", "What the model is told to be."),
+@_command("giant chat", ("model", "text or nothing", ""), ("--system", "text", "What the model is told to be."),
           *_GIANT_SAMPLING, *_GIANT_LOADING)  # fmt: skip
 def _run_giant_chat(asking: _Asking, **options: Any) -> None:
     """Talk with a model; /help lists what else can be typed. Reads piped lines too.
@@ -10857,7 +10870,7 @@ def _run_giant_chat(asking: _Asking, **options: Any) -> None:
 
 
 @_command(
-    "giant generate", ("model", "text", ""), ("text", "text or nothing", ""),
+    "giant generate", ("model", "text or nothing", ""), ("text", "text or nothing", ""),
     ("--prompt/-p", "text", "The text, if not given behind MODEL; - or nothing: standard input."),
     ("--chat", "switch", "The text is a message: answer it, by the model's chat template."),
     ("--system", "text", "With --chat: what the model is told to be."),
@@ -10877,7 +10890,7 @@ def _run_giant_generate(asking: _Asking, **options: Any) -> None:
 
 
 @_command(
-    "giant bench", ("model", "text", ""), ("--prompt", "count", "Tokens that are read (default: 128)."),
+    "giant bench", ("model", "text or nothing", ""), ("--prompt", "count", "Tokens that are read (default: 128)."),
     ("--generate", "count", "Tokens that are written behind them (default: 64)."),
     ("--rounds", "count", "The best of so many (default: 3)."), *_GIANT_LOADING,
 )  # fmt: skip
@@ -10889,12 +10902,13 @@ def _run_giant_bench(asking: _Asking, **options: Any) -> None:
     organ("giant.commands").bench(asking, **options)
 
 
-@_command("giant plan", ("model", "text", ""), ("--ram", "more than 0", "GB of memory to plan for (default: what is free)."),
-          _GIANT_LOADING[0], _GIANT_LOADING[1])  # fmt: skip
+@_command("giant plan", ("model", "text or nothing", ""), ("--ram", "more than 0", "GB of memory to plan for (default: what is free)."),
+          ("--vram", "more than 0", "GB of an accelerator's memory to plan for (default: what is free of it)."),
+          *_GIANT_LOADING[:3])  # fmt: skip
 def _run_giant_plan(asking: _Asking, **options: Any) -> None:
     """Say what of a model fits into the memory, how to load it, and how fast that will be here.
 
-    organism giant plan model.gguf --ram 16
+    organism giant plan model.gguf --vram 24 --ram 64
     """
     organ("giant.commands").plan(asking, **options)
 

@@ -4,6 +4,7 @@ Usage: python benchmarks/giant_experts.py --make FILE.gguf          (writes a Qw
        python benchmarks/giant_experts.py FILE.gguf [--peer PYTHON]  (the table; PYTHON has llama-cpp-python)
        python benchmarks/giant_experts.py FILE.gguf --ram 0.5 [--peer PYTHON]  (held to half of the file's size)
        python benchmarks/giant_experts.py --agree --peer PYTHON    (needs transformers)
+       python benchmarks/giant_experts.py FILE.gguf --plan           (what `giant plan` foretells, beside what comes)
        python benchmarks/giant_experts.py FILE.gguf --routes         (how its routing is distributed)
 
 The file's weights are random, made to route like text: a constant number in every embedding gives each layer's experts
@@ -327,6 +328,41 @@ def held(asked: argparse.Namespace) -> None:
     print(table(f"{asked.model.name}, experts on disk, {limit / 1e9:.2f} GB, {what}", ["measure", "value"], rows))
 
 
+WAYS = {  # how it is loaded: (device, offload, memory as a share of the file)
+    "all in memory": ("cpu", "none", 0.0), "disk, half": ("cpu", "disk", 0.5), "disk, a quarter": ("cpu", "disk", 0.25),
+    "torch, none": ("torch", "none", 0.0), "torch, experts": ("torch", "experts", 0.0), "torch, updown": ("torch", "updown", 0.0),
+}  # fmt: skip
+
+
+def foretold(asked: argparse.Namespace) -> None:
+    """What `giant plan` says of each way, measured a moment before, beside what the way then does."""
+    from organs.giant import Giant, open_gguf, plan
+    from organs.giant.accelerator import Accelerator
+
+    rows = []
+    for name, (device, offload, share) in WAYS.items():
+        ram = share * asked.model.stat().st_size or None
+        with open_gguf(asked.model) as file:
+            sizes = plan.Sizes.of(file, 1024, "f16")
+            accelerator = Accelerator(device) if device != "cpu" else None
+            found = plan.look(file, sizes, asked.threads, accelerator, ram)
+        said = next(choice.tokens_per_s for choice in found if choice.offload == offload)
+        giant = Giant.load(asked.model, context=1024, threads=asked.threads, device=device, offload=offload,
+                           ram=ram / 1e9 if ram else None)  # fmt: skip
+        tokens, each = text(64 + asked.warm + asked.generate, giant.vocab_size), []
+        session = giant.session()
+        session.feed(tokens[:64])
+        for token in tokens[64:]:
+            began = time.perf_counter()
+            session.feed([token])
+            each.append(time.perf_counter() - began)
+        giant.close()
+        measured = asked.generate / sum(each[-asked.generate :])
+        rows.append([name, said, measured, f"{100 * (said / measured - 1):+.0f} %"])
+    print(table(f"{asked.model.name}: what `giant plan` foretells, and what came", ["way", "foretold, tokens/s", "measured", "off by"],
+                rows))  # fmt: skip
+
+
 class Peer:
     """llama.cpp in a process of its own Python; with a limit, in a memory cgroup (version 1) of so many bytes."""
 
@@ -424,6 +460,9 @@ def main() -> int:
     parser.add_argument("model", nargs="?", type=Path, help="the file that --make wrote")
     parser.add_argument("--make", type=Path, metavar="FILE", help="write the model and stop")
     parser.add_argument("--layers", type=int, default=8, help="of the model that is made")
+    parser.add_argument(
+        "--plan", action="store_true", help="compare what `giant plan` foretells with what comes, and stop"
+    )
     parser.add_argument("--routes", action="store_true", help="show how the file routes, and stop")
     parser.add_argument(
         "--agree", action="store_true", help="compare logits of small models with llama.cpp's, and stop"
@@ -450,6 +489,9 @@ def main() -> int:
         parser.error("give the model's file, or --make FILE")
     if asked.routes:
         routes(asked.model)
+        return 0
+    if asked.plan:
+        foretold(asked)
         return 0
     if asked.ram:
         held(asked)

@@ -9,7 +9,8 @@ Integers of values, and keys of 8 bits, have a float32 scale for each position; 
 before they become four bits, values are rotated by a Hadamard matrix, which spreads a few large numbers over all (QuaRot, arXiv
 2404.00456): an output is rotated back once at its end. Keys of 4 bits vary much between numbers of a head and little between
 positions: each number has a scale and a least value of its own for a whole page (KIVI, arXiv 2402.02750), both float16. So they
-become 4 bits when their page is full; until then the page's keys are float32 in the sequence's memory ("staged"), and those of a
+become 4 bits when their page is full; until then the page's keys (and values, if both have 4 bits) are float32 in the sequence's memory
+("staged"), and those of a
 prompt's piece in a room that all layers share. What is read in one step is not quantised before the step ends.
 
 Queries meet a page at a time, with the running maximum and sum of an online softmax (Milakov & Gimelshein, 2018).
@@ -166,9 +167,10 @@ def _mixture(M: int, kind: str):
 
 
 def kernels_of(keys: str, values: str) -> tuple[Any, list[int]]:
-    """(what keeps them alive, addresses) of the scores for 1 to QUERIES queries, then of the mixtures, then of scores of staged
-    keys where keys are q4."""
-    pairs = [(_scores, keys), (_mixture, values), *([(_scores, "f32")] if keys == "q4" else [])]
+    """(what keeps them alive, addresses) of the scores for 1 to QUERIES queries, then of the mixtures, then, where keys are q4, of
+    both for what is staged."""
+    staged = ((_scores, "f32"), (_mixture, "f32")) if keys == "q4" else ()
+    pairs = [(_scores, keys), (_mixture, values), *staged]
     builds = [make(M, kind) for make, kind in pairs for M in range(1, QUERIES + 1)]
     return lanes.kernel_table(f"attention_{keys}_{values}", 5, builds)
 
@@ -177,8 +179,8 @@ _call = lanes.caller(5)  # calls a kernel by its address
 
 # Behind the addresses of those kernels stand, where keys or values have 4 bits, those of what only they need: most of
 # attention's code, which nobody else shall wait for (organs/giant/four_bits.py).
-TURN, KEEP, SETTLE, SCALED, RESTAGE, SETTLE_ALL = range(3 * QUERIES, 3 * QUERIES + 6)
-ENTRIES = 3 * QUERIES + 6
+TURN, KEEP, SETTLE, SCALED, RESTAGE, SETTLE_ALL = range(4 * QUERIES, 4 * QUERIES + 6)
+ENTRIES = 4 * QUERIES + 6
 call2, call3 = lanes.caller(2), lanes.caller(3)
 
 
@@ -186,6 +188,18 @@ call2, call3 = lanes.caller(2), lanes.caller(3)
 def entry(r, number):
     """The address of one of these."""
     return longs(r.attention_kernels, ENTRIES)[number]
+
+
+@jit(**HELP)
+def stages_values(r):
+    """Whether values wait for their page to be full, too."""
+    return r.key_kind == Q4_KIND and r.value_kind == Q4_KIND
+
+
+@jit(**HELP)
+def staged_bytes(r):
+    """Of one head: float32 keys [PAGE / 16, head, 16], and behind them values [PAGE, width], turned."""
+    return 4 * PAGE * (r.head + r.head_width if stages_values(r) else r.head)
 
 
 # --- Storing a key and a value. ---
@@ -231,7 +245,7 @@ def _scale_of(x, n):
 def store_pair(r, stretch, position, key, value, staged):
     """Write a key and a value (addresses of float32 [head]; they may change) into a stretch of a page, at position % PAGE.
 
-    A key that will have 4 bits goes to `staged`, the page's float32 keys.
+    A key that will have 4 bits goes to `staged`, the page's float32 keys, and its value behind them.
     """
     at, head = position % PAGE, r.head
     k, v = floats(key, 0, head), floats(value, 0, head)
@@ -249,6 +263,10 @@ def store_pair(r, stretch, position, key, value, staged):
         for i in range(head):
             _store_number(r.key_kind, stretch + at // 16 * r.key_panel + size * (16 * i + at % 16), k[i] * scale)
     row = stretch + r.values_at + at * r.value_row
+    if stages_values(r):
+        call2(entry(r, TURN), value, head)
+        floats(staged, PAGE * head + at * r.head_width, head)[:] = v
+        return
     if r.value_kind == Q4_KIND:
         _call(entry(r, KEEP), address_of(r), value, row, stretch + r.value_scales_at + 4 * at, 0)
         return
@@ -326,7 +344,7 @@ def attend(r, kernels, table, inside, groups, M, q, first, end, limits, work, ou
 
     r: the row of the operation, which says what heads and pages are like; table: addresses of pages; inside: where the head's
     stretch lies in a page; limits [M]: the last position that each query of a group may see; work: [M, PAGE]; staged: where
-    float32 keys are of page number staged_from and those behind it (4-bit keys only), r.staged_stride bytes apart.
+    float32 keys (and values) are of page number staged_from and those behind it (4 bits only), r.staged_stride bytes apart.
     out [groups, M, width] and state [groups, M, 2] become Σ exp(score - top) · value, top and Σ exp(score - top).
     """
     head, width, cap = r.head, r.head_width, f4(r.cap)
@@ -343,13 +361,14 @@ def attend(r, kernels, table, inside, groups, M, q, first, end, limits, work, ou
         panels = (stop - begin + 15) // 16
         keys = table[page] + inside
         settled = r.key_kind == Q4_KIND and page < staged_from
+        waits = staged + (page - staged_from) * r.staged_stride
         for g in range(groups):
             queries, scores, panel = q + 4 * g * M * head, kernels[M - 1], keys + begin // 16 * r.key_panel
             if settled:
                 queries = state + 8 * groups * M
                 _call(entry(r, SCALED), address_of(r), q + 4 * g * M * head, keys, M, queries)
             elif r.key_kind == Q4_KIND:
-                scores, panel = kernels[7 + M], staged + (page - staged_from) * r.staged_stride + 4 * begin * head
+                scores, panel = kernels[7 + M], waits + 4 * begin * head
             _call(scores, queries, panel, work + 4 * begin, head, panels)
             for m in range(M):
                 low, high, row = begin, min(stop, limits[m] + 1 - page * PAGE), work + 4 * m * PAGE
@@ -363,10 +382,12 @@ def attend(r, kernels, table, inside, groups, M, q, first, end, limits, work, ou
                     _cap(row, begin, stop, cap)
                 _soften_row(row + 4 * begin, panels * 16, low - begin, high - begin, out + 4 * (g * M + m) * width, width,
                             state + 8 * (g * M + m))  # fmt: skip
-                if r.value_kind >= Q8_KIND:
+                if r.value_kind >= Q8_KIND and (settled or not stages_values(r)):
                     _scale(row, keys + r.value_scales_at, begin, stop)
-            values = keys + r.values_at + begin * r.value_row
-            _call(kernels[3 + M], work + 4 * begin, values, stop - begin, out + 4 * g * M * width, width)
+            values, mix = keys + r.values_at + begin * r.value_row, kernels[3 + M]
+            if stages_values(r) and not settled:
+                values, mix = waits + 4 * (PAGE * head + begin * width), kernels[11 + M]
+            _call(mix, work + 4 * begin, values, stop - begin, out + 4 * g * M * width, width)
         at = (page + 1) * PAGE
 
 

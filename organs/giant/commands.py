@@ -21,6 +21,7 @@ import numpy as np
 
 from organism import OrganismError, UsageError
 from organs.giant import pull as pulling
+from organs.giant.accelerator import AcceleratorFull
 from organs.giant.gguf import GGUFError, GGUFFile, open_gguf
 from organs.giant.giant import ContextFull
 from organs.giant.template import ChatTemplate
@@ -49,7 +50,7 @@ def sentences() -> Iterator[None]:
     """What is wrong with a file or a request, in the command line's two kinds of errors."""
     try:
         yield
-    except (GGUFError, ContextFull) as error:
+    except (GGUFError, ContextFull, AcceleratorFull) as error:
         raise OrganismError(f"{str(error).rstrip('.')}.") from error
     except ValueError as error:
         if isinstance(error, UnicodeError):
@@ -57,11 +58,14 @@ def sentences() -> Iterator[None]:
         raise UsageError(f"{str(error).rstrip('.')}.") from error
 
 
-LOADING = ("context", "kv_cache", "offload", "ram", "exact")  # options of every command that loads a model
+LOADING = (  # options of every command that loads a model
+    "context", "kv_cache", "device", "offload", "ram", "vram", "no_prefetch", "tokenizer", "speculate", "exact",
+)  # fmt: skip
 # Settings by environment: ours is ORGANISM_GIANT_ and the key, theirs is for people who come from Paramecia.
 ENVIRONMENT = {
-    "CONTEXT": "PARAMECIA_CONTEXT_LENGTH", "OFFLOAD": "PARAMECIA_OFFLOAD", "KV_CACHE": "PARAMECIA_KV_CACHE_QUANT",
-    "NO_PREFETCH": "PARAMECIA_NO_PREFETCH", "RAM": "", "TEMPERATURE": "PARAMECIA_TEMPERATURE", "TOP_P": "PARAMECIA_TOP_P",
+    "MODEL": "PARAMECIA_MODEL_PATH", "TOKENIZER": "PARAMECIA_TOKENIZER_PATH", "CONTEXT": "PARAMECIA_CONTEXT_LENGTH",
+    "DEVICE": "", "OFFLOAD": "PARAMECIA_OFFLOAD", "RAM": "", "VRAM": "", "KV_CACHE": "PARAMECIA_KV_CACHE_QUANT",
+    "NO_PREFETCH": "PARAMECIA_NO_PREFETCH", "TEMPERATURE": "PARAMECIA_TEMPERATURE", "TOP_P": "PARAMECIA_TOP_P",
     "TOP_K": "PARAMECIA_TOP_K", "REPEAT_PENALTY": "PARAMECIA_REPEAT_PENALTY", "PRESENCE_PENALTY": "PARAMECIA_PRESENCE_PENALTY",
 }  # fmt: skip
 
@@ -78,25 +82,36 @@ def setting(key: str, kind: Callable[[str], Any]) -> Any:
     return None
 
 
-def load(asking: Any, model: str, context: int | None = None, kv_cache: str | None = None, exact: bool = False,
-         offload: str | None = None, ram: float | None = None) -> Giant:  # fmt: skip
+def load(asking: Any, model: str | None, context: int | None = None, kv_cache: str | None = None, exact: bool = False,
+         device: str | None = None, offload: str | None = None, ram: float | None = None, vram: float | None = None,
+         no_prefetch: bool = False, tokenizer: str | None = None, speculate: bool = False) -> Giant:  # fmt: skip
     """The model of this name or path; its context is what it was trained for, but at most 8,192 unless asked for.
 
     What is not given comes from the environment, then from the defaults.
     """
-    path = pulling.find(model)
+    path = pulling.find(named(model))
+    no_prefetch = no_prefetch or (setting("NO_PREFETCH", str) or "0").lower() in ("1", "true", "yes")
     with sentences():
         context = context or setting("CONTEXT", int)
-        offload, ram = offload or setting("OFFLOAD", str), ram or setting("RAM", float)
-        kv_cache = kv_cache or setting("KV_CACHE", str) or "f16"
-        prefetch = (setting("NO_PREFETCH", str) or "0").lower() not in ("1", "true")
         if context is None:
             with open_gguf(path) as file:
                 context = min(int(file.metadata.get(f"{file.architecture}.context_length", 8192)), 8192)
-        return Giant.load(
-            path, context=context, kv_cache=kv_cache, threads=asking.threads, exact=exact, say=asking.note, offload=offload,
-            ram=ram, prefetch=prefetch,
+        giant = Giant.load(
+            path, context=context, kv_cache=kv_cache or setting("KV_CACHE", str) or "f16", threads=asking.threads, exact=exact,
+            say=asking.note, device=device or setting("DEVICE", str) or "auto", offload=offload or setting("OFFLOAD", str),
+            ram=ram or setting("RAM", float), vram=vram or setting("VRAM", float), prefetch=not no_prefetch, speculate=speculate,
         )  # fmt: skip
+        if (other := tokenizer or setting("TOKENIZER", str)) is not None:
+            giant.use_tokenizer(other)
+        return giant
+
+
+def named(model: str | None) -> str:
+    """The model that was named, or else the environment's. Raises UsageError where there is neither."""
+    found = model or setting("MODEL", str)
+    if found is None:
+        raise UsageError("Which model? Give a path or a name (smollm2), or set ORGANISM_GIANT_MODEL.")
+    return found
 
 
 def _settings(asking: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +139,9 @@ def pull(asking: Any, name: str) -> None:
     asking.result(dict(name=name, path=str(path), bytes=size), text)
 
 
-def info(asking: Any, model: str, context: int | None) -> None:
+def info(asking: Any, model: str | None, context: int | None) -> None:
     """What a model file says of itself."""
-    with sentences(), open_gguf(pulling.find(model)) as file:
+    with sentences(), open_gguf(pulling.find(named(model))) as file:
         facts = _facts(file, context)
     if asking.json:
         asking.result(facts)
@@ -197,7 +212,7 @@ def _card(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 # --- generate ---
 
 
-def generate(asking: Any, model: str, **options: Any) -> None:
+def generate(asking: Any, model: str | None, **options: Any) -> None:
     """Continue a text, or answer it; or write the logits of a prompt."""
     prompt = _prompt(options)
     giant = load(asking, model, **{name: options[name] for name in LOADING})
@@ -297,7 +312,8 @@ def _stream(answer: Generation) -> None:
 
 def _figures(answer: Generation) -> str:
     read = answer.prompt_tokens - answer.cached_tokens
-    return (f"[{read} tokens read at {answer.prefill_tokens_per_s:,.0f}/s, {len(answer.tokens)} written at "
+    ahead = f" in {answer.forwards} steps" if answer.forwards else ""
+    return (f"[{read} tokens read at {answer.prefill_tokens_per_s:,.0f}/s, {len(answer.tokens)} written{ahead} at "
             f"{answer.decode_tokens_per_s:,.0f}/s; {answer.finish_reason}]")  # fmt: skip
 
 
@@ -325,7 +341,7 @@ _HELP = """/help            this list
 /quit            leave (so does Ctrl-D); Ctrl-C stops an answer"""
 
 
-def chat(asking: Any, model: str, **options: Any) -> None:
+def chat(asking: Any, model: str | None, **options: Any) -> None:
     """Talk with a model in a terminal or over a pipe."""
     giant = load(asking, model, **{name: options[name] for name in LOADING})
     settings = _settings(asking, options) | {"max_tokens": options["max_tokens"] or CHAT_TOKENS}
@@ -467,42 +483,54 @@ class _Talk:
 # --- plan ---
 
 
-def plan(asking: Any, model: str, ram: float | None, context: int | None, kv_cache: str | None) -> None:
+def plan(asking: Any, model: str | None, ram: float | None, vram: float | None, device: str | None, context: int | None,
+         kv_cache: str | None) -> None:  # fmt: skip
     """What of a model fits, how it should be loaded, and how fast that will be."""
     from organs.giant import plan as planning
-    from organs.giant.giant import default_threads, free_memory
-    from organs.giant.roofs import read_roof
+    from organs.giant.accelerator import Accelerator, device_of
+    from organs.giant.giant import default_threads
 
-    path = pulling.find(model)
+    path = pulling.find(named(model))
     with sentences(), open_gguf(path) as file:
+        kind = device_of(device or setting("DEVICE", str) or "auto")
         context = context or min(int(file.metadata.get(f"{file.architecture}.context_length", 8192)), 8192)
         sizes = planning.Sizes.of(file, context, kv_cache or "f16")
-    memory = 1e9 * ram if ram else float(free_memory())
-    bandwidth = 1e9 * read_roof(min(1 << 30, free_memory() // 4), asking.threads or default_threads())
-    disk = planning.disk_bandwidth(path, max(sizes.expert // 3, 4096)) if sizes.experts else 0.0
-    found = list(planning.choices(sizes, memory, bandwidth, disk))
-    best = next((choice for choice in found if choice.fits), None)
-    result = dict(offload=best.offload if best else None, ram_bytes=int(memory), memory_bandwidth=bandwidth, disk_bandwidth=disk,
+        accelerator = None if kind == "cpu" else Accelerator(kind, int(1e9 * vram) if vram else None)
+        machine = planning.measured(file, sizes, asking.threads or default_threads(), accelerator, 1e9 * ram if ram else None,
+                                    1e9 * vram if vram else None)  # fmt: skip
+    found = list(planning.choices(sizes, machine))
+    best = planning.best_of(found)
+    result = dict(offload=best.offload if best else None, context=context, machine=asdict(machine),
                   choices=[asdict(choice) for choice in found])  # fmt: skip
-    lines = [
-        f"{memory / 1e9:.1f} GB of memory at {bandwidth / 1e9:.1f} GB/s, disk {disk / 1e9:.2f} GB/s, context {context:,}"
-    ]
-    for choice in found:
-        mark = "→" if choice is best else " "
-        fit = "fits" if choice.fits else "does not fit"
-        lines.append(f"{mark} --offload {choice.offload}: {choice.memory / 1e9:.2f} GB, {fit}, about {choice.tokens_per_s:.1f} tokens/s "
-                     f"({choice.reason})")  # fmt: skip
-    asking.result(result, "\n".join(lines))
+    asking.result(result, "\n".join(_plan_lines(machine, context, found, best)))
     if best is None:
+        there = f" and {machine.vram / 1e9:.1f} GB of an accelerator" if machine.vram else ""
         raise OrganismError(
-            f"{path.name} does not fit into {memory / 1e9:.1f} GB in any way: take a smaller model or format."
+            f"{path.name} does not fit into {machine.ram / 1e9:.1f} GB{there} in any way: take a smaller model or format."
         )
+
+
+def _plan_lines(machine: Any, context: int, found: list[Any], best: Any) -> Iterator[str]:
+    yield (f"{machine.ram / 1e9:.1f} GB of memory at {machine.bandwidth / 1e9:.1f} GB/s"
+           + ("" if math.isnan(machine.disk) else f", disk {machine.disk / 1e9:.2f} GB/s") + f", context {context:,}")  # fmt: skip
+    if machine.vram:
+        speeds = machine.speeds
+        measured = "no accelerator here, so its speed is not known" if math.isnan(speeds.weights) else (
+            f"quantised weights at {speeds.weights / 1e9:.2f} GB/s, copies to it at {speeds.link / 1e9:.1f} GB/s")  # fmt: skip
+        yield f"{machine.vram / 1e9:.1f} GB of an accelerator: {measured}"
+    for choice in found:
+        where = f"{choice.memory / 1e9:.2f} GB" + (f" + {choice.vram / 1e9:.2f} GB there" if machine.vram else "")
+        fit = "fits" if choice.fits else "does not fit"
+        speed = (
+            "" if math.isnan(choice.tokens_per_s) or not choice.fits else f", about {choice.tokens_per_s:.1f} tokens/s"
+        )
+        yield f"{'→' if choice is best else ' '} --offload {choice.offload}: {where}, {fit}{speed} ({choice.reason})"
 
 
 # --- bench, perplexity, convert ---
 
 
-def bench(asking: Any, model: str, prompt: int | None, generate: int | None, rounds: int | None, context: int | None,
+def bench(asking: Any, model: str | None, prompt: int | None, generate: int | None, rounds: int | None, context: int | None,
           **loading: Any) -> None:  # fmt: skip
     """Speed of reading and writing, best of some rounds, beside what the machine could do."""
     n, m = prompt or 128, generate or 64
@@ -561,7 +589,7 @@ def _sgemm_gflop_per_s(n: int = 1024) -> float:
     return 2 * n**3 / best / 1e9
 
 
-def perplexity(asking: Any, model: str, file: str, window: int | None, **loading: Any) -> None:
+def perplexity(asking: Any, model: str | None, file: str, window: int | None, **loading: Any) -> None:
     """How well a model predicts a text."""
     try:
         data = Path(file).expanduser().read_bytes()

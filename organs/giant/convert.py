@@ -436,12 +436,30 @@ class Stored(NamedTuple):
 # Vocabulary.
 
 
-def _tokenizer(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Metadata of tokenizer.ggml.*, and the chat template."""
+def tokenizer_of(path: Path, metadata: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Metadata of a tokenizer.json, with what a tokenizer_config.json beside it says, in place of a GGUF's own.
+
+    What neither says of BOS and EOS stays as in `metadata`. Raises OrganismError where it cannot be read, or has other tokens
+    than the model, which has `size`.
+    """
+    if not path.is_file():
+        raise OrganismError(f"There is no tokenizer at {path}: give a tokenizer.json.")
+    known = {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    vocabulary = _json(path).get("model", {}).get("vocab", {})
+    most = max(vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1], default=-1)
+    if most >= size:
+        raise OrganismError(
+            f"{path} has more tokens than the model ({most + 1:,} and {size:,}): it belongs to another one."
+        )
+    return _tokenizer(path.parent, known | {"vocab_size": size}, path)
+
+
+def _tokenizer(folder: Path, config: dict[str, Any], file: Path | None = None) -> dict[str, Any]:
+    """Metadata of tokenizer.ggml.*, and the chat template; file: the tokenizer.json, where it has another name."""
     settings = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    size = int(config["vocab_size"])
-    if (folder / "tokenizer.json").exists():
-        out = _from_tokenizer_json(_json(folder / "tokenizer.json"), size, settings)
+    size, file = int(config["vocab_size"]), file or folder / "tokenizer.json"
+    if file.exists():
+        out = _from_tokenizer_json(_json(file), size, settings)
     elif (folder / "tokenizer.model").exists():
         out = _from_sentencepiece((folder / "tokenizer.model").read_bytes(), size)
     else:

@@ -42,6 +42,7 @@ from organs.giant.attention import (
     call3,
     entry,
     kernels_of,
+    staged_bytes,
     store_pair,
 )
 from organs.giant.lanes import address_of, c_function, callable_of, function, jit
@@ -95,6 +96,7 @@ _ROW_REALS = ("epsilon", "factor", "cap", "magnitude")
 ROW = np.dtype([(n, i8) for n in _ROW_WORDS] + [(n, np.float64) for n in _ROW_REALS], align=True)
 _MACHINE_WORDS = (
     "thread", "threads", "n", "together", "all", "chunks",
+    "first", "end",  # rows of the program that this step runs
     "tokens", "positions", "tables",  # addresses of int64 [n]
     "memories",  # address of int64 [n]: where the recurrent state of each token's sequence is
     "logits", "logits_stride", "states",  # where to
@@ -216,26 +218,26 @@ def barrier(m):
 
 
 @jit(**HELP)
-def _run(program, rows, machine):
-    for i in range(rows):
+def _run(program, machine):
+    for i in range(machine.first, machine.end):
         row = row_at(program + i * ROW_BYTES)
         _call(row, machine)
         if row.barrier:
             barrier(machine)
 
 
-def _lead(program, rows, machine):
+def _lead(program, machine):
     """Run a step as thread 0, with the helpers' help. Rows and machine by address, as in `_serve`."""
     m = machine_at(machine)
     if m.threads > 1:
         atomic_add(m.team + POSTED, 1)
         _wake(m.team, POSTED)
     old = ground.swap_mode(ground.FLUSH)
-    _run(program, rows, m)
+    _run(program, m)
     ground.swap_mode(old)
 
 
-def _serve(program, rows, machine):
+def _serve(program, machine):
     """A helper's life: it comes back to Python only when it is sent home."""
     done, m = i8(0), machine_at(machine)
     old = ground.swap_mode(ground.FLUSH)
@@ -244,7 +246,7 @@ def _serve(program, rows, machine):
         if atomic_load(m.team + STOP):
             break
         done += 1
-        _run(program, rows, m)
+        _run(program, m)
     ground.swap_mode(old)
 
 
@@ -414,6 +416,19 @@ def states(r, m):
         factor = _root_mean_square(r.input + t * r.input_stride, r.width, r.epsilon)
         for i in range(r.width):
             out[i] = x[i] * factor * weights[i]
+
+
+@operation
+def pair(r, m):
+    """output [n, 2 · width] = norm(what its first half has) and norm(states), by weights `norm` and `weight`: see Recorder.pair."""
+    first, end = _share(m.n, m)
+    for t in range(first, end):
+        at, source = r.output + t * r.output_stride, m.states + 4 * t * r.width
+        for half, x, weights in ((0, at, r.norm), (1, source, r.weight)):
+            factor = _root_mean_square(x, r.width, r.epsilon)
+            v, w, out = floats(x, 0, r.width), floats(weights, 0, r.width), floats(at, half * r.width, r.width)
+            for i in range(r.width):
+                out[i] = v[i] * factor * w[i]
 
 
 @operation
@@ -630,7 +645,7 @@ def _attend_apart(r, m):
 @jit(**HELP)
 def own_staged(r, m, t, h):
     """Where the keys of the page that token t's sequence is writing are staged, of head h; 0 if they are not."""
-    return longs(m.memories, m.n)[t] + r.staged_at + 4 * PAGE * r.head * h if r.key_kind == Q4_KIND else 0
+    return longs(m.memories, m.n)[t] + r.staged_at + staged_bytes(r) * h if r.key_kind == Q4_KIND else 0
 
 
 @jit(**HELP)
@@ -644,7 +659,7 @@ def _attention_space(r, m, groups):
 
 @jit(**HELP)
 def _attend(r, table, h, groups, M, first, end, limits, q, work, out, state, staged, staged_from):
-    attend(r, longs(r.attention_kernels, 3 * QUERIES), table, r.inside + h * r.stretch, groups, M, q, first, end, limits, work,
+    attend(r, longs(r.attention_kernels, 4 * QUERIES), table, r.inside + h * r.stretch, groups, M, q, first, end, limits, work,
            out, state, staged, staged_from)  # fmt: skip
 
 
@@ -679,7 +694,7 @@ def _attend_together(r, m):
     for t in range(first, end):
         staged = r.staged + (positions[t] // PAGE - staged_from) * r.staged_stride
         for h in range(r.heads):
-            _remember(r, m, t, h, m.own + m.scratch, staged + 4 * PAGE * r.head * h)
+            _remember(r, m, t, h, m.own + m.scratch, staged + staged_bytes(r) * h)
     if r.key_kind == Q4_KIND:
         call2(entry(r, RESTAGE), address_of(r), address_of(m))
     barrier(m)
@@ -696,7 +711,7 @@ def _attend_together(r, m):
                 _query(r, m, t + i, h * group + g, q + 4 * (g * M * r.head + i), M)
         table = longs(longs(m.tables, m.n)[t], limits[M - 1] // PAGE + 1)
         _attend(r, table, h, group, M, _first_seen(r, limits[0]), limits[M - 1] + 1, limits, q, work, out, state,
-                r.staged + 4 * PAGE * r.head * h, staged_from)  # fmt: skip
+                r.staged + staged_bytes(r) * h, staged_from)  # fmt: skip
         for i in range(M):
             for g in range(group):
                 k = g * M + i
@@ -778,7 +793,7 @@ def attention_addresses(keys: str, values: str) -> np.ndarray:
 
 def _help(program: np.ndarray, machines: np.ndarray, t: int) -> None:
     """A helper thread, which keeps alive what it is given by address."""
-    _entry(_serve)(program.ctypes.data, len(program), machines[t:].ctypes.data)
+    _entry(_serve)(program.ctypes.data, machines[t:].ctypes.data)
 
 
 class Team:
@@ -811,16 +826,17 @@ class Team:
         """How often a thread has slept."""
         return int(self.words[NAPS // 8])
 
-    def step(self, alone: bool = False) -> None:
-        """Run the program once, on all threads or on the caller's only."""
+    def step(self, alone: bool = False, first: int = 0, end: int | None = None) -> None:
+        """Run the program once, or rows first to end of it, on all threads or on the caller's only."""
         self.machines["threads"] = 1 if alone else self.threads
-        self._lead(self.program.ctypes.data, len(self.program), self.machines.ctypes.data)
+        self.machines["first"], self.machines["end"] = first, len(self.program) if end is None else end
+        self._lead(self.program.ctypes.data, self.machines.ctypes.data)
 
     def close(self) -> None:
         """Send the helpers home."""
         if not self.words[STOP // 8]:
-            self.words[STOP // 8], self.machines["threads"] = 1, self.threads
-            self._lead(0, 0, self.machines.ctypes.data)
+            self.words[STOP // 8], self.machines["threads"], self.machines["end"] = 1, self.threads, 0
+            self._lead(0, self.machines.ctypes.data)
             for helper in self.helpers:
                 helper.join()
 

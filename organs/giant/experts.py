@@ -531,29 +531,37 @@ class Stack:
     addresses: np.ndarray  # int64 [experts]
 
 
+def has_shared(r: Recorder, block: str) -> bool:
+    """Whether a layer has a shared expert. Raises GGUFError where a part of it is missing."""
+    parts = [r.has(f"{block}ffn_{n}_shexp.weight") for n in ("gate", "up", "down")]
+    if not parts[0] and any(parts):
+        raise GGUFError(f"{r.file.path}: of {block}'s shared expert only a part is there")
+    return parts[0]
+
+
 def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL, activation: int = SILU,
-                 norm: str = "ffn_norm") -> None:  # fmt: skip
-    """x += the mixture of norm(x): with a shared expert, a fused gate and up, and biases where the file has them."""
+                 norm: str = "ffn_norm", is_apart: bool = False) -> tuple[int, int]:  # fmt: skip
+    """x += the mixture of norm(x): with a shared expert, a fused gate and up, and biases where the file has them.
+
+    is_apart: somebody else computes the router's logits, and the shared expert. Returns the logits' place: (address, bytes from
+    token to token).
+    """
     s, block = r.shape, f"blk.{layer}."
     sizes = Sizes.of(r.file, s, normalised)
     weights = r.keep(r.vector(f"{block}{norm}.weight", s.width))
-    router = r.matrix(block + "ffn_gate_inp.weight", sizes.experts, s.width)
     routed = _stacks(r, block, "exps", sizes.experts, sizes.inside, layer if r.is_on_disk else None, sizes.used)
-    has_shared = r.has(block + "ffn_gate_shexp.weight")
-    if not has_shared and any(r.has(f"{block}ffn_{n}_shexp.weight") for n in ("up", "down")):
-        raise GGUFError(f"{r.file.path}: of {block}'s shared expert only a part is there")
-    shared = _stacks(r, block, "shexp", 0, sizes.shared) if has_shared else None
-    shared_gate = None
-    if r.has(block + "ffn_gate_inp_shexp.weight"):
-        shared_gate = r.matrix(block + "ffn_gate_inp_shexp.weight", 1, s.width)
-    inputs = [router, *(w.matrix for w in routed[:2]), *(w.matrix for w in (shared or [])[:2])]
-    a = r.quantise("x", (r.x, r.x_stride), s.width, [*inputs, *([shared_gate] if shared_gate else [])], weights)
-    logits = r.buffered("logits of experts", -(-sizes.experts // ROWS) * ROWS + ROWS)
-    r.product(a, router, logits, barrier=0 if shared_gate else 1)
-    gate_at = 0
-    if shared_gate:
-        gate_at = logits[0] + 4 * -(-sizes.experts // ROWS) * ROWS
-        r.product(a, shared_gate, (gate_at, logits[1]), barrier=1)
+    is_shared = has_shared(r, block) and not is_apart
+    shared = _stacks(r, block, "shexp", 0, sizes.shared) if is_shared else None
+    routers = [] if is_apart else [r.matrix(block + "ffn_gate_inp.weight", sizes.experts, s.width)]
+    if not is_apart and r.has(block + "ffn_gate_inp_shexp.weight"):
+        routers.append(r.matrix(block + "ffn_gate_inp_shexp.weight", 1, s.width))
+    inputs = [*routers, *(w.matrix for w in routed[:2]), *(w.matrix for w in (shared or [])[:2])]
+    a = r.quantise("x", (r.x, r.x_stride), s.width, inputs, weights)
+    gate_at = -(-sizes.experts // ROWS) * ROWS  # where among the logits the shared expert's gate is
+    logits = r.buffered("logits of experts", gate_at + ROWS)
+    gate_at = logits[0] + 4 * gate_at if len(routers) == 2 else 0
+    for matrix, target in zip(routers, (logits[0], gate_at)):
+        r.product(a, matrix, (target, logits[1]), barrier=int(matrix is routers[-1]))
     families = np.zeros(2, FAMILY)
     most = (
         2 * (r.chunk + TILE) + 2 * r.chunk * sizes.used
@@ -583,6 +591,7 @@ def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL
     r.need(20 * MOST_USED + 64 + 2 * n_blocks * (GROUP + TILE) * BYTES["plain"] + 256 * TILE + 64 * TILE)
     r.row("experts", input=r.x, input_stride=r.x_stride, width=s.width, norm=weights, ones=r.ones, epsilon=s.epsilon,
           more=r.keep(e), barrier=1)  # fmt: skip
+    return logits
 
 
 def _stacks(r: Recorder, block: str, suffix: str, experts: int, inside: int, layer: int | None = None,
@@ -610,7 +619,7 @@ def _stacks_on_disk(r: Recorder, layer: int, fused: str, names: dict[str, str], 
     """As _stacks, of experts that residency.py brings when they are wanted."""
     width = r.shape.width
     if r.residency is None:
-        r.residency = Residency(r.file, width, experts, used, r.shape.layers)
+        r.residency = Residency(r.file, width, experts, used, r.shape.layers + 1)  # and perhaps one that drafts
     if r.has(fused):
         info = r.info(fused, (experts, 2 * inside, width))
         parts = [(info, inside, width, first, 2 * inside) for first in (0, inside)]

@@ -11,7 +11,19 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from organs.giant.attention import KEEP, MIDDLE, PAGE, RESTAGE, SCALED, SETTLE, SETTLE_ALL, TURN, store_half
+from organs.giant.attention import (
+    KEEP,
+    MIDDLE,
+    PAGE,
+    RESTAGE,
+    SCALED,
+    SETTLE,
+    SETTLE_ALL,
+    TURN,
+    staged_bytes,
+    stages_values,
+    store_half,
+)
 from organs.giant.engine import machine_at, own_staged, row_at
 from organs.giant.lanes import I32, LANES, c_function, const, from_half, function, ground, jit, load, splat
 
@@ -67,6 +79,12 @@ def keep(row, value, out, scale_at, unused):
     """A value (float32 [head], which changes) becomes levels at `out` and their step."""
     r = row_at(row)
     _turn(value, r.head)
+    _quantise(r, value, out, scale_at)
+
+
+@jit(**HELP)
+def _quantise(r, value, out, scale_at):
+    """A value that is turned already becomes levels and their step."""
     v = floats(value, 0, r.head)
     scale = _step(v, r.head)
     floats(scale_at, 0, 1)[0] = scale
@@ -78,8 +96,14 @@ def keep(row, value, out, scale_at, unused):
 
 
 def settle(row, stretch, staged):
-    """A page's staged keys become levels: number by number of the head, a scale and a least value for all positions."""
+    """A page's staged keys become levels: number by number of the head, a scale and a least value for all positions.
+
+    So do staged values, position by position.
+    """
     r = row_at(row)
+    for at in range(PAGE if stages_values(r) else 0):
+        value = staged + 4 * (PAGE * r.head + at * r.head_width)
+        _quantise(r, value, stretch + r.values_at + at * r.value_row, stretch + r.value_scales_at + 4 * at)
     for i in range(r.head):
         low, high = f4(3e38), f4(-3e38)
         for panel in range(PAGE // 16):
@@ -121,7 +145,10 @@ def restage(row, machine):
     r, m = row_at(row), machine_at(machine)
     known = longs(m.positions, m.n)[0] % PAGE
     for h in range(m.thread, r.heads, m.threads):
-        source, target = own_staged(r, m, 0, h), r.staged + 4 * PAGE * r.head * h
+        source, target = own_staged(r, m, 0, h), r.staged + staged_bytes(r) * h
+        if stages_values(r):
+            n, begin = known * r.head_width, PAGE * r.head
+            floats(target, begin, n)[:] = floats(source, begin, n)
         for at in range(known):
             begin = at // 16 * 16 * r.head + at % 16
             old, new = floats(source, begin, 16 * r.head), floats(target, begin, 16 * r.head)
@@ -136,7 +163,7 @@ def settle_all(row, machine):
     begin, end = positions[0], positions[m.n - 1] + 1
     first, last = begin // PAGE, (end - 1) // PAGE
     table = longs(longs(m.tables, m.n)[0], last + 1)
-    item, size = m.thread, 4 * PAGE * r.head
+    item, size = m.thread, staged_bytes(r)
     while item < (last - first + 1) * r.heads:
         page, h = first + item // r.heads, item % r.heads
         staged = r.staged + (page - first) * r.staged_stride + size * h

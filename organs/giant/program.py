@@ -115,7 +115,7 @@ class Recorder:
 
     def __init__(
         self, file: GGUFFile, *, kv_cache: tuple[str, str], threads: int, exact: bool, say: Callable[[str], None] | None = None,
-        is_on_disk: bool = False,
+        is_on_disk: bool = False, is_drafting: bool = False,
     ):  # fmt: skip
         self.file, self.shape, self.kinds, self.threads, self.exact = file, Shape.of(file), kv_cache, threads, exact
         s = self.shape
@@ -144,6 +144,11 @@ class Recorder:
         self.token_table: Matrix | None = None
         self.rooms: dict[str, np.ndarray] = {}
         self.page_bytes = 0  # of a page of keys and values; grows with each layer of attention
+        self.part = (
+            0  # the row where the program began that is being recorded: the model's, then its head's for drafting
+        )
+        self.is_drafting = is_drafting
+        self.head_table: Matrix | None = None
         self.is_on_disk = is_on_disk  # whether experts stay in the file
         self.residency: Any = None  # who brings them (residency.Residency), once a layer has some
         self.memory_bytes = 0  # of a sequence's memory beside pages; grows with each layer that has one
@@ -363,9 +368,13 @@ class Recorder:
         s = self.shape
         table = self.matrix("token_embd.weight", s.vocabulary, s.width)
         self.token_table = table
+        self._embed(table, (self.x, self.x_stride), factor)
+
+    def _embed(self, table: Matrix, target: tuple[int, int], factor: float) -> None:
+        s = self.shape
         block = BLOCK if table.format in PLAIN else products.FORMATS[table.format].block
         self.need(table.blocks * block * ROWS * 4)
-        self.row("embed", output=self.x, output_stride=self.x_stride, width=s.width, factor=factor, weight=table.data.ctypes.data,
+        self.row("embed", output=target[0], output_stride=target[1], width=s.width, factor=factor, weight=table.data.ctypes.data,
                  panel_bytes=table.panel_bytes, blocks=table.blocks, kernel=engine.reader_address(table.format), barrier=1)  # fmt: skip
 
     def turns(self, rope: Rope | None) -> dict:
@@ -376,10 +385,8 @@ class Recorder:
             count = len(rope.frequencies)
             space, _ = self.keep(products.aligned(8 * count * self.chunk)), None
             frequencies = self.keep(np.array(rope.frequencies, np.float64))
-            before = self.rows
-            self.rows = []
             self.row("angles", output=space, count=count, frequencies=frequencies, magnitude=rope.magnitude)
-            self.rows = self.rows + before  # first of all, so that `embed`'s barrier covers it
+            self.rows.insert(self.part, self.rows.pop())  # first of all, so that `embed`'s barrier covers it
             self.turned[rope] = space
         return dict(rotated=2 * len(rope.frequencies), split=int(rope.split), angles=self.turned[rope])
 
@@ -442,7 +449,7 @@ class Recorder:
         groups = s.queries // s.heads
         self.need(64 + 4 * attention.QUERIES * ((groups + 1) * (s.head + width + 3) + attention.PAGE) + 4 * s.head)
         if self.kinds[0] == "q4":
-            size = 4 * attention.PAGE * s.head * s.heads
+            size = 4 * attention.PAGE * (s.head + (width if self.kinds[1] == "q4" else 0)) * s.heads
             layout |= dict(staged=self.room("staged keys", size * (self.chunk // attention.PAGE + 2)), staged_stride=size,
                            staged_at=self.memory_bytes)  # fmt: skip
             self.memory_bytes += size
@@ -492,17 +499,50 @@ class Recorder:
         self.row("add_normed", input=self.spare[0], input_stride=self.spare[1], output=self.x,
                  norm=self.keep(self.vector(norm, s.width)), **common)  # fmt: skip
 
-    def head(self, cap: float = 0.0) -> None:
-        """Logits: of the last token, or of all."""
-        s = self.shape
-        norm = self.keep(self.vector("output_norm.weight", s.width))
-        table = self.token_table
-        if self.has("output.weight"):
-            table = self.matrix("output.weight", s.vocabulary, s.width)
+    def mixture(self, layer: int, **how: Any) -> None:
+        """A feed-forward of experts: experts.feed_forward."""
+        from organs.giant import experts
+
+        experts.feed_forward(self, layer, **how)
+
+    def delta_net(self, layer: int, *, is_tiled: bool) -> None:
+        """Gated DeltaNet in attention's place: recurrent.mix."""
+        from organs.giant import recurrent
+
+        recurrent.mix(self, layer, is_tiled=is_tiled)
+
+    def pair(self, layer: int) -> None:
+        """x = eh_proj · [norm(embedding of a token) | norm(state before it)]: the beginning of the program that drafts.
+
+        The states come from where the model's own program puts them.
+        """
+        assert self.token_table is not None and self.head_table is not None, "the model comes first"
+        self.part, self.turned = len(self.rows), {}
+        s, block = self.shape, f"blk.{layer}.nextn."
+        both = self.buffer(2 * s.width)
+        self.wide(2 * s.width)
+        self._embed(self.token_table, both, 1.0)
+        norms = (self.keep(self.vector(f"{block}{n}.weight", s.width)) for n in ("enorm", "hnorm"))
+        self.row("pair", output=both[0], output_stride=both[1], width=s.width, norm=next(norms), weight=next(norms),
+                 epsilon=s.epsilon, barrier=1)  # fmt: skip
+        matrix = self.matrix(block + "eh_proj.weight", s.width, 2 * s.width)
+        self.need(8 * s.width + 4 * BLOCK)
+        a = self.quantise("pair", both, 2 * s.width, [matrix])
+        self.product(a, matrix, (self.x, self.x_stride), barrier=1)
+
+    def head(self, cap: float = 0.0, norm: str = "output_norm.weight") -> None:
+        """Logits: of the last token, or of all; by what norm."""
+        s, is_own = self.shape, norm == "output_norm.weight"
+        norm_at = self.keep(self.vector(norm, s.width))
+        if self.head_table is None:
+            has_own = self.has("output.weight")
+            self.head_table = self.matrix("output.weight", s.vocabulary, s.width) if has_own else self.token_table
+        table = self.head_table
         assert table is not None, "embed comes first"
-        common = dict(input=self.x, input_stride=self.x_stride, width=s.width, norm=norm, epsilon=s.epsilon)
-        self.row("states", **common)
-        a = self.quantise("x", (self.x, self.x_stride), s.width, [table], norm, last=1)
+        common = dict(input=self.x, input_stride=self.x_stride, width=s.width, norm=norm_at, epsilon=s.epsilon)
+        if is_own:
+            self.row("states", **common)
+        a = self.quantise("x", (self.x, self.x_stride), s.width, [table], norm_at, last=1)
         self.product(a, table, (0, 0), last=1, barrier=1)
         if cap > 0:
             self.row("cap", cap=cap, panels=table.panels, barrier=1)

@@ -14,6 +14,7 @@ Sources: Gated Delta Networks (arXiv 2412.06464); Qwen3-Next as in `transformers
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numba import types
@@ -21,7 +22,7 @@ from numba import types
 from organs.giant.engine import HELP, barrier, exp, f4, floats, ground, i8, jit, longs, operation, record_at
 from organs.giant.engine import _root_mean_square as root_mean_square
 from organs.giant.engine import _share as share
-from organs.giant.gguf import GGUFError
+from organs.giant.gguf import GGUFError, GGUFFile
 from organs.giant.lanes import F32, LANES, Loop, const, fma, function, load, splat, store, vector, word
 from organs.giant.products import ROWS
 from organs.giant.program import Recorder
@@ -211,53 +212,85 @@ def delta_net(r, m):
 # --- Recording. ---
 
 
-def _split(r: Recorder, block: str, nk: int, nv: int, dk: int, dv: int) -> list:
-    """Matrices of queries, keys and values together, of z, of β and of α: from split tensors, or from fused ones of old files,
-    whose rows are sorted by head of keys."""
-    width, ratio = r.shape.width, nv // nk
-    qkv, z = 2 * nk * dk + nv * dv, nv * dv
+@dataclass(frozen=True)
+class Sizes:
+    """A layer of Gated DeltaNet, as the metadata says."""
+
+    key: int
+    value: int
+    key_heads: int
+    value_heads: int
+    kernel: int
+
+    @property
+    def channels(self) -> int:
+        """Of queries, keys and values together."""
+        return 2 * self.key_heads * self.key + self.value_heads * self.value
+
+    @classmethod
+    def of(cls, file: GGUFFile) -> Sizes:
+        """Raises GGUFError for what is missing or impossible."""
+        number = lambda key: file.get(f"{file.architecture}.ssm.{key}", int)
+        names = ("state_size", "group_count", "time_step_rank", "inner_size", "conv_kernel")
+        dk, nk, nv, inner, kernel = (number(n) for n in names)
+        if (
+            min(dk, nk, nv, inner) < 1
+            or kernel < 2
+            or nv % nk
+            or inner % nv
+            or max(dk, inner // nv) > 4096
+            or kernel > 64
+        ):
+            raise GGUFError(
+                f"{file.path}: {nk} and {nv} heads of {dk} and {inner}, kernel {kernel}: that makes no Gated DeltaNet"
+            )
+        return cls(dk, inner // nv, nk, nv, kernel)
+
+
+def projections(r: Recorder, block: str, d: Sizes) -> list[tuple[str, int, np.ndarray | None, int | None]]:
+    """(tensor, rows, which rows, of how many) of queries, keys and values together, of z, of β and of α.
+
+    From split tensors, or from fused ones of old files, whose rows are sorted by head of keys.
+    """
+    z, ratio = d.value_heads * d.value, d.value_heads // d.key_heads
     if r.has(block + "attn_qkv.weight"):
-        matrices = [r.matrix(block + "attn_qkv.weight", qkv, width), r.matrix(block + "attn_gate.weight", z, width)]
+        out = [(block + "attn_qkv.weight", d.channels, None, None), (block + "attn_gate.weight", z, None, None)]
     else:
-        rows = np.arange(qkv + z).reshape(nk, -1)
-        q, k, v, gate = np.split(rows, np.cumsum([dk, dk, ratio * dv]), 1)
+        rows = np.arange(d.channels + z).reshape(d.key_heads, -1)
+        q, k, v, gate = np.split(rows, np.cumsum([d.key, d.key, ratio * d.value]), 1)
         orders = np.concatenate([part.reshape(-1) for part in (q, k, v)]), gate.reshape(-1)
-        matrices = [r.matrix(block + "ssm_in.weight", len(o), width, order=o, of=qkv + z) for o in orders]
+        out = [(block + "ssm_in.weight", len(o), o, d.channels + z) for o in orders]
     if r.has(block + "ssm_ba.weight"):
-        rows = np.arange(2 * nv).reshape(nk, 2, ratio)
-        return [
-            *matrices,
-            *(r.matrix(block + "ssm_ba.weight", nv, width, order=rows[:, i].reshape(-1), of=2 * nv) for i in (0, 1)),
-        ]
-    return [*matrices, r.matrix(block + "ssm_beta.weight", nv, width), r.matrix(block + "ssm_alpha.weight", nv, width)]
+        rows = np.arange(2 * d.value_heads).reshape(d.key_heads, 2, ratio)
+        orders = [rows[:, i].reshape(-1) for i in (0, 1)]
+        return [*out, *((block + "ssm_ba.weight", d.value_heads, o, 2 * d.value_heads) for o in orders)]
+    return [*out, *((f"{block}ssm_{n}.weight", d.value_heads, None, None) for n in ("beta", "alpha"))]
+
+
+def constants(r: Recorder, block: str) -> tuple[str, str]:
+    """The tensors of decays and of what is added to α, which files name in two ways."""
+    decay = block + ("ssm_a" if r.has(block + "ssm_a") else "ssm_a.weight")
+    return decay, block + ("ssm_dt.bias" if r.has(block + "ssm_dt.bias") else "ssm_dt")
 
 
 def mix(r: Recorder, layer: int, *, is_tiled: bool) -> None:
     """x += Gated DeltaNet of norm(x)."""
-    s, block = r.shape, f"blk.{layer}."
-    number = lambda key: r.file.get(f"{s.architecture}.ssm.{key}", int)
-    dk, nk, nv, inner, kernel = (
-        number(n) for n in ("state_size", "group_count", "time_step_rank", "inner_size", "conv_kernel")
-    )
-    if min(dk, nk, nv, inner) < 1 or kernel < 2 or nv % nk or inner % nv or max(dk, inner // nv) > 4096 or kernel > 64:
-        raise GGUFError(
-            f"{r.file.path}: {nk} and {nv} heads of {dk} and {inner}, kernel {kernel}: that makes no Gated DeltaNet"
-        )
-    dv = inner // nv
-    channels = 2 * nk * dk + nv * dv
+    s, block, d = r.shape, f"blk.{layer}.", np.zeros(1, DELTA)
+    sizes = Sizes.of(r.file)
+    dk, dv, nk, nv, kernel = sizes.key, sizes.value, sizes.key_heads, sizes.value_heads, sizes.kernel
     norm = r.keep(r.vector(block + "attn_norm.weight", s.width))
-    matrices = _split(r, block, nk, nv, dk, dv)
+    matrices = [
+        r.matrix(name, rows, s.width, order=order, of=of) for name, rows, order, of in projections(r, block, sizes)
+    ]
     a = r.quantise("x", (r.x, r.x_stride), s.width, matrices, norm)
-    d = np.zeros(1, DELTA)
     for name, matrix in zip(("qkv", "z", "beta", "alpha"), matrices, strict=True):
         d[0][name], d[0][f"{name}_stride"] = target = r.buffered(f"delta {name}", matrix.panels * ROWS)
         r.product(a, matrix, target, barrier=int(name == "alpha"))
-    taps = np.ascontiguousarray(r.array(block + "ssm_conv1d.weight", (channels, kernel)).T)
+    taps = np.ascontiguousarray(r.array(block + "ssm_conv1d.weight", (sizes.channels, kernel)).T)
     gains, out = r.buffered("delta gains", 2 * nv), r.buffered("delta out", nv * dv)
-    inputs = -(-4 * channels * (kernel - 1) // 64) * 64
+    inputs = -(-4 * sizes.channels * (kernel - 1) // 64) * 64
     facts = dict(out=out[0], out_stride=out[1], gains=gains[0], gains_stride=gains[1], taps=r.keep(taps), kernel=kernel,
-                 decay=r.keep(r.vector(block + ("ssm_a" if r.has(block + "ssm_a") else "ssm_a.weight"), nv)),
-                 step=r.keep(r.vector(block + ("ssm_dt.bias" if r.has(block + "ssm_dt.bias") else "ssm_dt"), nv)),
+                 **{field: r.keep(r.vector(name, nv)) for field, name in zip(("decay", "step"), constants(r, block))},
                  norm=r.keep(r.vector(block + "ssm_norm.weight", dv)), key_heads=nk, value_heads=nv, key=dk, value=dv,
                  tiled=is_tiled, inputs=r.memory_bytes, states=r.memory_bytes + inputs, epsilon=s.epsilon)  # fmt: skip
     for name, value in facts.items():

@@ -9,9 +9,11 @@ for piece in giant.generate([{"role": "user", "content": "Name three rivers."}],
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,14 @@ class Giant(engine.Giant):
     def template(self) -> ChatTemplate:
         """The chat template of the model's file, or a fall-back."""
         return ChatTemplate(self.file.metadata, self.tokenizer)
+
+    def use_tokenizer(self, path: str | os.PathLike) -> None:
+        """Take a tokenizer.json in place of what the model's file says of its own. Raises OrganismError for one that does not fit."""
+        from organs.giant.convert import tokenizer_of
+
+        metadata = dict(self.file.metadata) | tokenizer_of(Path(path).expanduser(), self.file.metadata, self.vocab_size)
+        self.tokenizer = Tokenizer(metadata)
+        self.template = ChatTemplate(metadata, self.tokenizer)
 
     def tokenize(self, text: str | bytes, special: bool = False) -> list[int]:
         """Token ids of a text; adds no BOS. special: recognise control tokens, which only trusted text should write."""
@@ -172,6 +182,7 @@ class Generation:
 
     text, tokens; finish_reason: "stop" (it ended, or met a stop text), "length" (max_tokens, or the context is full) or
     "cancelled"; prompt_tokens, cached_tokens (of them, taken from the session's context); prefill_seconds, decode_seconds;
+    forwards: steps that the tokens behind the first took, where the model drafts (else 0).
     logprobs: [(Candidate, [Candidate, …]), …], one a token, if they were asked for.
     """
 
@@ -183,6 +194,7 @@ class Generation:
         self.finish_reason = ""
         self.prompt_tokens, self.cached_tokens = len(prompt), 0
         self.prefill_seconds = self.decode_seconds = 0.0
+        self.forwards = 0
         self._text = ""
         self._cancelled = threading.Event()
         self._sampler, self._max_tokens, self._stream = sampler, max_tokens, TextStream(stops)
@@ -215,8 +227,9 @@ class Generation:
 
     def _generate(self, session: engine.Session | None) -> Iterator[str]:
         own, session = session is None, session or self.giant.session()
+        feeder = self.giant.feeder(session)
         try:
-            logits = self._prefill(session)
+            logits = self._prefill(session, feeder)
             began = time.perf_counter()
             while logits is not None:
                 shown = len(self._text)
@@ -225,10 +238,14 @@ class Generation:
                     yield self._text[shown:]
                 if token is None:
                     break
-                logits = session.feed([token])
+                logits = feeder.feed([token])
                 self.decode_seconds = time.perf_counter() - began
         finally:
             self.finish_reason = self.finish_reason or "cancelled"
+            if feeder is not session:
+                self.forwards = feeder.forwards
+                if not own:
+                    feeder.finish()
             if own:
                 session.close()
 
@@ -266,7 +283,7 @@ class Generation:
         full = len(session.tokens) >= self.giant.context
         return "length" if full or len(self.tokens) == self._max_tokens else ""
 
-    def _prefill(self, session: engine.Session) -> np.ndarray | None:
+    def _prefill(self, session: engine.Session, feeder: Any = None) -> np.ndarray | None:
         """Logits after the prompt; what the session holds of it already is kept. None if it was cancelled."""
         began = time.perf_counter()
         same = 0
@@ -282,7 +299,7 @@ class Generation:
             end = start + PREFILL
             if start == 0:  # what the prefix cache has comes on top: a session looks there when its first tokens come
                 end += len(self.giant.prefixes.find(np.asarray(self.prompt[:-1]))) * engine.PAGE
-            logits = session.feed(self.prompt[start:end])
+            logits = (feeder or session).feed(self.prompt[start:end])
             start = end
         self.prefill_seconds = time.perf_counter() - began
         return logits

@@ -181,7 +181,7 @@ def test_impossible_tokens_are_refused(giant, tokens, message):
 
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(kv_cache="q3"), "f32, f16, bf16, q8, q4"), (dict(threads=0), "at least 1"), (dict(context=-1), "at least 1"),
-    (dict(offload="gpu"), "none or disk"), (dict(ram=4), "offload=.disk."),
+    (dict(offload="gpu"), "none, up, updown, experts, disk, auto or layers=N"), (dict(ram=4), "offload=.disk."),
         (dict(offload="disk", ram=-1), "number of GB"),
 ])  # fmt: skip
 def test_impossible_settings_are_refused(small_llama, settings, message):
@@ -276,7 +276,7 @@ def test_a_known_beginning_is_not_read_again(small_llama):
     first.feed(TOKENS)
     steps: list[int] = []
     read = model._read
-    model._read = lambda pages, start, ids, *more: steps.append(len(ids)) or read(pages, start, ids, *more)  # type: ignore[method-assign]
+    model._read = lambda pages, start, ids, *a, **k: steps.append(len(ids)) or read(pages, start, ids, *a, **k)  # type: ignore[method-assign]
     again = model.session()
     logits = again.feed([*TOKENS[:140], 3, 4])
     assert steps == [142 - 2 * cache.PAGE] and again._pages.pages[1] is first._pages.pages[1]

@@ -352,31 +352,76 @@ def test_too_little_memory_is_said_before_anything_is_read(many):
 
 # --- Settings by environment. ---
 
+SETTINGS = ("MODEL", "TOKENIZER", "CONTEXT", "OFFLOAD", "KV_CACHE", "NO_PREFETCH", "TEMPERATURE", "TOP_P", "TOP_K",
+            "REPEAT_PENALTY", "PRESENCE_PENALTY")  # fmt: skip
+THEIRS = dict(MODEL="MODEL_PATH", TOKENIZER="TOKENIZER_PATH", CONTEXT="CONTEXT_LENGTH", KV_CACHE="KV_CACHE_QUANT")
+
 
 @pytest.mark.parametrize("prefix, names", [
-    ("ORGANISM_GIANT_", ("CONTEXT", "OFFLOAD", "KV_CACHE", "NO_PREFETCH", "TEMPERATURE", "TOP_P", "TOP_K", "REPEAT_PENALTY",
-                         "PRESENCE_PENALTY")),
-    ("PARAMECIA_", ("CONTEXT_LENGTH", "OFFLOAD", "KV_CACHE_QUANT", "NO_PREFETCH", "TEMPERATURE", "TOP_P", "TOP_K",
-                    "REPEAT_PENALTY", "PRESENCE_PENALTY")),
+    ("ORGANISM_GIANT_", {name: name for name in SETTINGS}),
+    ("PARAMECIA_", {name: THEIRS.get(name, name) for name in SETTINGS}),
 ])  # fmt: skip
-def test_the_environment_sets_what_was_not_given(many, monkeypatch, prefix, names):
+def test_the_environment_sets_what_was_not_given(many, monkeypatch, tmp_path, prefix, names):
+    """A value of each, and what it changes."""
+    import json
     from types import SimpleNamespace
 
     from organs.giant import commands
 
-    for name, value in zip(names, ("99", "disk", "q8_0", "1", "0.25", "0.5", "7", "1.5", "0.75")):
-        monkeypatch.setenv(prefix + name, value)
-    asking = SimpleNamespace(threads=1, seed=None, note=lambda text: None)
-    giant = commands.load(asking, str(many))
+    save_tokenizer(tmp_path)
+    other = json.loads((tmp_path / "tokenizer.json").read_text())
+    other["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    values = (str(many), str(tmp_path / "tokenizer.json"), "99", "disk", "q8_0", "1", "0.25", "0.5", "7", "1.5", "0.75")
+    for name, value in zip(SETTINGS, values, strict=True):
+        monkeypatch.setenv(prefix + names[name], value)
+    said: list[str] = []
+    asking = SimpleNamespace(threads=1, seed=None, note=said.append)
+    giant = commands.load(asking, None)
+    plain = Giant.load(many, threads=1)
     assert (giant.context, giant.residency.is_prefetching) == (99, False)
-    assert giant._page_bytes < Giant.load(many, threads=1)._page_bytes * 0.6  # 8 bits
+    assert giant._page_bytes < plain._page_bytes * 0.6  # 8 bits
+    assert len(giant.tokenize("tokenizer")) == 9 > len(plain.tokenize("tokenizer"))  # without merges, a token a byte
     giant.close()
+    plain.close()
     options = dict.fromkeys(commands.SAMPLING) | dict(top_k=3)
     assert commands._settings(asking, options) == dict(temperature=0.25, top_p=0.5, top_k=3, repetition_penalty=1.5,
                                                        presence_penalty=0.75)  # fmt: skip
-    monkeypatch.setenv(prefix + names[0], "many")
+    monkeypatch.setenv(prefix + names["CONTEXT"], "many")
     with pytest.raises(UsageError, match="should be a number"):
-        commands.load(asking, str(many))
+        commands.load(asking, None)
+
+
+def test_device_and_memory_come_from_the_environment_too(many, monkeypatch):
+    from types import SimpleNamespace
+
+    from organs.giant import commands
+
+    for name, value in dict(DEVICE="torch", OFFLOAD="up", VRAM="2.5").items():
+        monkeypatch.setenv("ORGANISM_GIANT_" + name, value)
+    giant = commands.load(SimpleNamespace(threads=1, seed=None, note=lambda text: None), str(many), context=64)
+    assert (giant.accelerator.kind, giant.accelerator.budget) == ("torch", 2_500_000_000)
+    giant.close()
+    monkeypatch.delenv("ORGANISM_GIANT_DEVICE")
+    monkeypatch.setenv("ORGANISM_GIANT_OFFLOAD", "disk")
+    monkeypatch.setenv("ORGANISM_GIANT_RAM", "0.01")
+    with pytest.raises(OrganismError, match="GB are left for experts"):
+        commands.load(SimpleNamespace(threads=1, seed=None, note=lambda text: None), str(many), context=64)
+
+
+def test_a_model_that_nobody_named_and_a_tokenizer_that_is_none(many, tmp_path, monkeypatch):
+    from organs.giant import commands
+
+    monkeypatch.delenv("ORGANISM_GIANT_MODEL", raising=False)
+    with pytest.raises(UsageError, match="Which model"):
+        commands.named(None)
+    giant = Giant.load(many, threads=1)
+    with pytest.raises(OrganismError, match="There is no tokenizer at"):
+        giant.use_tokenizer(tmp_path / "nowhere.json")
+    (tmp_path / "large.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 99999}, "merges": []}}')
+    with pytest.raises(OrganismError, match="belongs to another one"):
+        giant.use_tokenizer(tmp_path / "large.json")
+    giant.close()
 
 
 # --- Bad input. ---
@@ -432,17 +477,59 @@ def test_a_folder_that_lacks_an_expert_is_refused(tmp_path):
 # --- Planning. ---
 
 
-def test_a_plan_takes_memory_where_it_fits_and_the_disk_where_not(many):
+@pytest.fixture(scope="module")
+def many_sizes(many):
     from organs.giant import plan
 
     with open_gguf(many) as file:
-        sizes = plan.Sizes.of(file, 256, "f16")
+        return plan.Sizes.of(file, 256, "f16")
+
+
+def test_a_plan_takes_memory_where_it_fits_and_the_disk_where_not(many_sizes):
+    from organs.giant import plan
+
+    sizes = many_sizes
     assert (sizes.used, sizes.count, sizes.layers) == (4, 64, 8)
     assert sizes.experts == 64 * 8 * sizes.expert and sizes.active < sizes.dense + sizes.experts // 10
     ample, none = sizes.dense + sizes.experts + sizes.cache + (300 << 20), 1 << 20
     half = ample - (100 << 20) - sizes.experts // 2
-    first = lambda ram: next((c.offload for c in plan.choices(sizes, ram, 2e10, 1e9) if c.fits), None)
+
+    def first(ram):
+        best = plan.best_of(list(plan.choices(sizes, plan.Machine(ram, 2e10, 1e9))))
+        return best and best.offload
+
     assert [first(ram) for ram in (ample, half, none)] == ["none", "disk", None]
+
+
+def test_a_plan_puts_on_an_accelerator_what_fits_there(many_sizes):
+    from organs.giant import plan
+    from organs.giant.accelerator import Speeds
+
+    sizes, fast = many_sizes, Speeds(1e11, 1e10, 0)
+    rest = sizes.dense + sizes.cache + plan.WORKSPACE
+
+    def best(vram, ram=1e12, speeds=fast):
+        found = plan.best_of(list(plan.choices(sizes, plan.Machine(ram, 2e10, 1e9, vram, speeds))))
+        return found and found.offload
+
+    host = sizes.experts + plan.INTERPRETER
+    assert best(rest + sizes.experts) == "none"
+    assert best(rest + sizes.experts - 1) == "up"
+    assert best(rest + sizes.experts // 2) == "updown"
+    assert best(rest) == "experts"
+    assert best(rest, host - 1) == "disk"
+    assert best(rest - 1) is None
+    assert best(rest + sizes.experts, speeds=Speeds(float("nan"), float("nan"), 0)) == "none"  # by what fits alone
+
+
+def test_a_dense_model_is_split_by_layers(small_llama):
+    from organs.giant import plan
+
+    with open_gguf(small_llama) as file:
+        sizes = plan.Sizes.of(file, 256, "f16")
+    half = plan.WORKSPACE + sizes.table + (sizes.dense - sizes.table + sizes.cache) // 2 + 4096
+    found = list(plan.choices(sizes, plan.Machine(1e12, 2e10, 1e9, half)))
+    assert [(choice.offload, choice.fits) for choice in found] == [("none", False), ("layers=1", True)]
 
 
 def test_fewer_experts_in_memory_miss_more():
@@ -450,3 +537,31 @@ def test_fewer_experts_in_memory_miss_more():
 
     rates = [miss_rate(share, 512, 10) for share in (0.1, 0.25, 0.5, 0.9, 1.0)]
     assert rates == sorted(rates, reverse=True) and rates[-1] == 0 and 0.15 < rates[2] < 0.3
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read_with_what_would(many, monkeypatch, many_sizes):
+    from organs.giant import giant as engine
+    from organs.giant import plan
+
+    least = many_sizes.dense + many_sizes.experts + plan.INTERPRETER - 1
+    monkeypatch.setattr(engine, "free_memory", lambda: least)
+    with pytest.raises(GGUFError, match="it needs .* GB of memory, and there are .* GB; --offload disk fits"):
+        Giant.load(many, context=256)
+    monkeypatch.setattr(engine, "free_memory", lambda: 1 << 20)
+    with pytest.raises(GGUFError, match="a smaller model or format is needed"):
+        Giant.load(many, context=256)
+
+
+def test_a_snapshot_of_another_model_or_kind_of_cache_is_not_taken(tmp_path):
+    """The folder is the same; what is in it belongs to one model with one kind of cache."""
+    _, path = converted("qwen3next", tmp_path)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(path.read_bytes())
+    tokens = np.random.default_rng(3).integers(0, SIZE, 600)
+    folder = tmp_path / "prefixes"
+    for model, kind, read_from in ((path, "f16", 0), (other, "f16", 0), (path, "q8", 0), (path, "f16", 576)):
+        giant = Giant.load(model, kv_cache=kind, threads=1, prefix_folder=folder)
+        session = giant.session()
+        session.feed(tokens)
+        assert session.read_from == read_from, (model.name, kind)
+        giant.close()

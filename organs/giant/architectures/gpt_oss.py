@@ -15,6 +15,6 @@ def record(r: Recorder) -> None:
     r.embed()
     for layer in range(r.shape.layers):
         r.attention(layer, rope, window=window if layer % 2 == 0 else 0, behind="none")
-        experts.feed_forward(r, layer, normalised=True, gating=experts.CHOSEN, activation=experts.CLAMPED,
+        r.mixture(layer, normalised=True, gating=experts.CHOSEN, activation=experts.CLAMPED,
                              norm="post_attention_norm")  # fmt: skip
     r.head()

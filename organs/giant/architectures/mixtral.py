@@ -1,6 +1,5 @@
 """Mixtral: Llama with experts in place of the feed-forward; files of it name themselves llama. arXiv 2401.04088."""
 
-from organs.giant import experts
 from organs.giant.program import Recorder, rope_of
 
 
@@ -10,5 +9,5 @@ def record(r: Recorder) -> None:
     r.embed()
     for layer in range(r.shape.layers):
         r.attention(layer, rope)
-        experts.feed_forward(r, layer, normalised=True)
+        r.mixture(layer, normalised=True)
     r.head()

@@ -3,7 +3,6 @@
 Qwen1.5-MoE and Qwen2 (arXiv 2407.10671), Qwen3 (2505.09388), OLMoE (2409.02060).
 """
 
-from organs.giant import experts
 from organs.giant.program import Recorder, rope_of
 
 
@@ -16,7 +15,7 @@ def record(r: Recorder) -> None:
     for layer in range(r.shape.layers):
         r.attention(layer, rope, clamp=clamp)
         if r.has(f"blk.{layer}.ffn_gate_inp.weight"):
-            experts.feed_forward(r, layer, normalised=name == "qwen3moe")
+            r.mixture(layer, normalised=name == "qwen3moe")
         else:
             r.feed_forward(layer)
     r.head()

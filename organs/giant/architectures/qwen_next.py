@@ -5,7 +5,6 @@ Qwen3-Next-80B-A3B and Qwen3.5, as in `transformers`; Gated Delta Networks: arXi
 
 import numpy as np
 
-from organs.giant import experts, recurrent
 from organs.giant.gguf import GGUFError
 from organs.giant.program import Recorder, rope_of
 
@@ -30,11 +29,21 @@ def record(r: Recorder) -> None:
     r.embed()
     for layer, is_recurrent in enumerate(recurrent_layers(r)):
         if is_recurrent:
-            recurrent.mix(r, layer, is_tiled=r.shape.architecture != "qwen3next")
+            r.delta_net(layer, is_tiled=r.shape.architecture != "qwen3next")
         else:
             r.attention(layer, rope, is_gated=True, behind="none")
-        if r.has(f"blk.{layer}.ffn_gate_inp.weight"):
-            experts.feed_forward(r, layer, normalised=True, norm="post_attention_norm")
-        else:
-            r.feed_forward(layer, norm="post_attention_norm")
+        _feed_forward(r, layer)
     r.head()
+    layer = r.shape.layers
+    if r.is_drafting and r.has(f"blk.{layer}.nextn.eh_proj.weight"):
+        r.pair(layer)
+        r.attention(layer, rope, is_gated=True, behind="none")
+        _feed_forward(r, layer)
+        r.head(norm=f"blk.{layer}.nextn.shared_head_norm.weight")
+
+
+def _feed_forward(r: Recorder, layer: int) -> None:
+    if r.has(f"blk.{layer}.ffn_gate_inp.weight"):
+        r.mixture(layer, normalised=True, norm="post_attention_norm")
+    else:
+        r.feed_forward(layer, norm="post_attention_norm")
