@@ -35,7 +35,12 @@ SUMMARY_SECONDS = 60.0  # between two summaries
 EXCHANGE = 60.0  # seconds between two gifts
 GIFT_BYTES = 4096  # of a gift at most
 GAMMA_STRENGTH = 0.1  # of somebody else's gamma that is tried
-PRIVATE = ("chat", "giant", THOUGHT, SEED_CORPUS)  # sources that are never given away: what was said or thought, and what all read
+PRIVATE = (
+    "chat",
+    "giant",
+    THOUGHT,
+    SEED_CORPUS,
+)  # sources that are never given away: what was said or thought, and what all read
 
 
 def surprise_per_byte(life: Organism, text: str) -> float:
