@@ -123,7 +123,7 @@ class ByteReader:
             view = state.field.view()
             logits = state.decoder.feed(last, view).astype(np.float64)
             p = np.exp(logits - logits.max())
-            g = float(snap.gate.weight[snap.gate.bucket(view.scalars[0, 0])])
+            g = float(snap.gate.share(view.scalars[0, 0], state.field.domain))
             p = (
                 g * p / p.sum() + (1 - g) * state.field.dense()
             )  # as `Learner.predict` has it: the whole field, not its view

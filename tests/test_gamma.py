@@ -5,9 +5,9 @@ pytest tests/test_gamma.py
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,9 +146,11 @@ def test_a_gamma_that_is_damaged_or_lacks_something_is_refused(tmp_path):
 
 
 def organism(home: Path, *arguments: str) -> tuple[int, list[dict], str]:
-    command = [sys.executable, str(ROOT / "organism.py"), *arguments, "--home", str(home), "--json", "--quiet"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    return run.returncode, [json.loads(line) for line in run.stdout.splitlines()], run.stderr
+    """(exit code, objects on stdout, stderr) of one command, in this process: a score of starts would take longer than the test."""
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        code = o.main([*arguments, "--home", str(home), "--json", "--quiet"])
+    return code, [json.loads(line) for line in out.getvalue().splitlines()], error.getvalue()
 
 
 def test_a_life_grows_has_deltas_and_moves_its_gamma(tmp_path):
