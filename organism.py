@@ -9609,7 +9609,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
-    _give_memory_back()
+    spare_memory()
     try:
         with _signals():
             group = command_line()
@@ -9623,7 +9623,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _exit_code(error)
 
 
-def _give_memory_back() -> None:
+def spare_memory() -> None:
     """Let freed arrays of a megabyte and more go back to the system at once. By default glibc raises that limit with every
     array that is freed, until an embryo's chat holds 70 MB of holes (docs/performance.md)."""
     with contextlib.suppress(OSError, AttributeError):  # another C library

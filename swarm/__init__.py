@@ -1,7 +1,7 @@
 """Colonies: many organisms as processes that find each other in a mesh, answer together, teach and make each other.
 
 The public face: `open_mesh` and `Mesh` (who is there, letters, offers), `Member` (an organism's life in a mesh). What a
-command needs (colony, nursery, thinking, topology, metabolism) is imported by that command.
+command needs (colony, nursery, thinking, ensemble, topology) is imported by that command.
 """
 
 from __future__ import annotations

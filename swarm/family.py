@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from organism import Organism, OrganismError, free_memory
+from organism import Organism, OrganismError, free_memory, spare_memory
 from swarm.mesh import default_mesh, open_mesh
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,7 +157,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.birth.is_file():
         parser.error(f"{options.birth} does not exist: a child is born by `Organism.bear`.")
-    from swarm.nursery import dwell, spare_memory
+    from swarm.nursery import dwell
 
     spare_memory()
     threading.Thread(target=_end_with, args=(options.parent,), daemon=True).start()

@@ -136,14 +136,8 @@ def live(order: dict[str, Any], home: Path) -> int:
     return HIBERNATES if member.hibernating else 0
 
 
-def spare_memory() -> None:
-    """Freed arrays go back to the system at once, as `organism.main` has it."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    spare_memory()
+    organism.spare_memory()
     preload()
     Nursery().run()

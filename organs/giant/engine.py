@@ -45,7 +45,7 @@ from organs.giant.attention import (
     staged_bytes,
     store_pair,
 )
-from organs.giant.lanes import address_of, c_function, callable_of, function, jit
+from organs.giant.lanes import address_of, c_function, callable_of, caller, function, jit
 from organs.giant.products import (
     BLOCK,
     ROWS,
@@ -136,14 +136,8 @@ def record_at(record: np.dtype):
     return function(from_dtype(record)(types.int64), lambda b, at: b.inttoptr(at, _record_pointer(record)))
 
 
-def _jump_tile(b, entry, *arguments):
-    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(arguments))
-    b.call(b.inttoptr(entry, kind.as_pointer()), arguments)
-
-
 _call = function(types.void(ROW_T, MACHINE_T), _jump)
-_call_tile = function(types.void(*[types.int64] * 7), _jump_tile)
-_call_reader = function(types.void(*[types.int64] * 4), _jump_tile)
+_call_tile, _call_reader = caller(6), caller(3)
 
 row_at, machine_at = record_at(ROW), record_at(MACHINE)
 
