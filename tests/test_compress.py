@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import struct
 import subprocess
@@ -288,6 +289,25 @@ def test_another_process_gives_back_what_crosses_the_first_growth_and_the_claim_
     assert abs(size - claim) <= 1.5 + 0.001 * claim
     assert command(capsys, "decompress", tmp_path / "b", "-o", tmp_path / "c")[0] == 0
     assert (tmp_path / "c").read_bytes() == data
+
+
+@pytest.mark.slow
+def test_the_process_that_compiles_the_kernels_and_a_later_one_write_the_same_file(tmp_path, sample_text):
+    (tmp_path / "a").write_bytes(sample_text[:22_000])
+    for name in ("cold", "warm"):
+        command_line = [
+            sys.executable,
+            str(Path(o.__file__).resolve()),
+            "compress",
+            "a",
+            "-o",
+            name,
+            "--stage",
+            "embryo",
+        ]
+        environment = dict(os.environ, ORGANISM_CACHE=str(tmp_path / "cache"))
+        subprocess.run(command_line, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=300)
+    assert (tmp_path / "cold").read_bytes() == (tmp_path / "warm").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["compress", "decompress"])

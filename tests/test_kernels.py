@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llvmlite.binding import Linkage
 from numba import njit
 
 import organism as o
@@ -212,6 +213,24 @@ def test_a_forced_path_computes_the_same(path, blas, tmp_path):
         and same == "True"
     )
     assert ("our own" in product) == (blas == "own")
+
+
+@njit("int64(int64)")
+def _fibonacci(n):  # calls itself, hence is never inlined
+    return n if n < 2 else _fibonacci(n - 1) + _fibonacci(n - 2)
+
+
+def test_each_compiled_function_has_its_own_copy_of_its_helpers():
+    """Else the copy that a process loaded first serves all, and its last bits depend on what was compiled before."""
+
+    @njit("int64(int64)")
+    def twice(n):
+        return 2 * _fibonacci(n)
+
+    assert twice(10) == 110
+    (compiled,) = twice.overloads.values()
+    (helper,) = [f for f in compiled.library._final_module.functions if "_fibonacci" in f.name]
+    assert helper.linkage == Linkage.internal
 
 
 def test_the_cache_is_private_and_named_by_what_decides_the_code(monkeypatch, tmp_path):

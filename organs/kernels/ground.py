@@ -15,6 +15,8 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
+from numba.core.codegen import JITCodeLibrary
+from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
@@ -35,6 +37,21 @@ FLOAT, INT, WORD, BYTES, VOID = (
 
 
 # --- What Python or other compiled code enters. ---
+
+
+class _Library(JITCodeLibrary):
+    """numba's, with its own copy of every helper it is linked with. numba lets all libraries share the copy that was loaded
+    first; copies differ in how they were optimised, hence in their last bits, and what is loaded first differs between a
+    process that compiles and one that finds the cache full (a text compressed by the one was lost to the other)."""
+
+    def _optimize_final_module(self):
+        for f in self._final_module.functions:
+            if not f.is_declaration and f.linkage == llvmlite.binding.Linkage.linkonce_odr:
+                f.linkage = "internal"
+        super()._optimize_final_module()
+
+
+cpu_target.target_context.codegen()._library_class = _Library
 
 
 class _Cache(FunctionCache):
