@@ -8,11 +8,13 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import nursery
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,7 +197,7 @@ def test_documented_commands_run(block, tmp_path, sample_text):
     tools = tmp_path / "bin"
     tools.mkdir()
     program = tools / "organism"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT / "organism.py"}" "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(nursery.program())} "$@"\n')
     program.chmod(0o755)
     work = tmp_path / "work"
     work.mkdir()
