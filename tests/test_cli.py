@@ -36,7 +36,12 @@ def run(*arguments, home=None, stdin="", timeout=120, **more):
 
 def start(*arguments, home, **pipes):
     return subprocess.Popen([sys.executable, str(PROGRAM), *map(str, arguments), "--home", str(home)], text=True, env=environment(),
-                            cwd=PROGRAM.parent, **pipes)  # fmt: skip
+                            cwd=PROGRAM.parent, preexec_fn=heed_control_c, **pipes)  # fmt: skip
+
+
+def heed_control_c():
+    """Whoever runs the tests may ignore it, as a shell does for what it starts with &, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def objects(text):
@@ -265,7 +270,7 @@ def at_a_terminal(home, script):
     """Drive the program at a terminal by [(text to wait for, text to type or a function)]; (what it showed, exit code)."""
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests may ignore it, and children inherit that
+        heed_control_c()
         os.execve(sys.executable, [sys.executable, str(PROGRAM), "--home", str(home)], environment(TERM="xterm"))
     shown, position = "", 0
 
