@@ -104,10 +104,15 @@ def organ(name: str):
         ) from error
 
 
+def kernels_wanted() -> bool:
+    """Not where ORGANISM_KERNELS is off: all that lives then computes with the NumPy reference."""
+    return os.environ.get("ORGANISM_KERNELS", "").lower() != "off"
+
+
 def kernels_ready() -> bool:
     """Whether compiled kernels can be used now without waiting for a compiler (see organs/kernels)."""
     try:
-        return organ("kernels").ready()
+        return kernels_wanted() and organ("kernels").ready()
     except OrganismError:
         return False
 
@@ -7936,6 +7941,8 @@ class Organism:
         self.close()
 
     def _prepare_kernels(self, wish: str) -> str:
+        if not kernels_wanted():
+            return "off"
         if wish == "wait" and not kernels_ready():
             self._say_progress("compiling kernels, once for this machine…")
             organ("kernels").warm()
@@ -9761,7 +9768,7 @@ def _patient_kernels() -> str:
     """What measures and trains waits for compiled kernels; where nothing can be compiled it does without."""
     from importlib.util import find_spec
 
-    return "wait" if find_spec("numba") and find_spec("organs") else "off"
+    return "wait" if kernels_wanted() and find_spec("numba") and find_spec("organs") else "off"
 
 
 def _json_numbers(value: Any) -> Any:
@@ -11058,6 +11065,9 @@ def _examine_machine() -> Iterator[Finding]:
 
     if not find_spec("numba") or not find_spec("organs"):
         yield Finding("kernels", "bad", "numba or organs/ is missing, so everything is slow", "pip install -e .")
+    elif not kernels_wanted():
+        yield Finding("kernels", "note", "not used, so everything is slow: ORGANISM_KERNELS is off", "unset it")
+        return
     elif kernels_ready():
         yield Finding("kernels", "ok", "compiled")
     else:

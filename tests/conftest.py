@@ -44,14 +44,10 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(autouse=True)
-def reference(request, monkeypatch):
+def reference(request, own_home, monkeypatch):
     """With --reference, whatever does not ask for kernels by name lives without."""
     if request.config.getoption("--reference"):
-        from organism import Organism
-
-        born = Organism.__init__
-        monkeypatch.setattr("organism.kernels_ready", lambda: False)
-        monkeypatch.setattr(Organism, "__init__", lambda *given, **named: born(*given, **(dict(kernels="off") | named)))
+        monkeypatch.setenv("ORGANISM_KERNELS", "off")
 
 
 @pytest.fixture(scope="session")

@@ -40,15 +40,46 @@ FLOAT, INT, WORD, BYTES, VOID = (
 
 
 class _Library(JITCodeLibrary):
-    """numba's, with its own copy of every helper it is linked with. numba lets all libraries share the copy that was loaded
-    first; copies differ in how they were optimised, hence in their last bits, and what is loaded first differs between a
-    process that compiles and one that finds the cache full (a text compressed by the one was lost to the other)."""
+    """numba's, with two differences.
+
+    Each has its own copy of every helper it is linked with. numba lets all libraries share the copy that was loaded first;
+    copies differ in how they were optimised, hence in their last bits, and what is loaded first differs between a process
+    that compiles and one that finds the cache full (a text compressed by the one was lost to the other).
+
+    One from the cache is only called, so its bitcode is not parsed, nor numba's runtime compiled for one that does not use
+    it: half of the time that loading takes.
+    """
+
+    _bitcode = b""
 
     def _optimize_final_module(self):
         for f in self._final_module.functions:
             if not f.is_declaration and f.linkage == llvmlite.binding.Linkage.linkonce_odr:
                 f.linkage = "internal"
         super()._optimize_final_module()
+
+    @classmethod
+    def _unserialize(cls, codegen, state):
+        name, kind, data = state
+        if kind != "object":
+            return super()._unserialize(codegen, state)
+        self = codegen.create_library(name)
+        code, self._bitcode = data
+        if b"NRT_" in code:  # names that it is linked with
+            rtsys.initialize(cpu_target.target_context)
+        self.enable_object_caching()
+        self._set_compiled_object(code)
+        self._finalize_final_module()
+        return self
+
+    def _get_module_for_linking(self):
+        if self._shared_module is None and self._bitcode:
+            self._shared_module = llvmlite.binding.parse_bitcode(self._bitcode)
+        return super()._get_module_for_linking()
+
+    def get_pointer_to_function(self, name):
+        self._ensure_finalized()
+        return self._codegen._engine.get_function_address(name)  # 0 for what is not there
 
 
 cpu_target.target_context.codegen()._library_class = _Library
@@ -59,7 +90,6 @@ class _Cache(FunctionCache):
     compiling alone needs."""
 
     def load_overload(self, sig, target_context):
-        rtsys.initialize(target_context)  # names that compiled code may be linked with
         with self._guard_against_spurious_io_errors():
             return self._load_overload(sig, target_context)
 
