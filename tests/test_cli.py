@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import nursery
+import launcher
 import pytest
 
 import organism as o
@@ -34,7 +34,7 @@ def environment(**more):
 def run(*arguments, home=None, stdin="", timeout=120, **more):
     """The finished process; stdin and output as text."""
     at = ["--home", str(home)] if home else []
-    return subprocess.run([*nursery.program(), *map(str, arguments), *at], input=stdin, capture_output=True, text=True,
+    return subprocess.run([*launcher.program(), *map(str, arguments), *at], input=stdin, capture_output=True, text=True,
                           env=environment(**more), timeout=timeout, cwd=PROGRAM.parent)  # fmt: skip
 
 

@@ -15,8 +15,8 @@ import sys
 import zlib
 from pathlib import Path
 
+import launcher
 import numpy as np
-import nursery
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -274,7 +274,7 @@ def test_another_process_gives_back_what_crosses_a_growth_and_the_claim_holds(tm
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "organism.toml").write_text("[tokenizer]\nstart_bytes = 600\n[field]\ntable_mb = 1\n")
     mine = ["--stage", "embryo", "--quiet", "--home", tmp_path / "home"]
-    command_line = [*nursery.program(), "compress", tmp_path / "a", "-o", tmp_path / "b", *mine]
+    command_line = [*launcher.program(), "compress", tmp_path / "a", "-o", tmp_path / "b", *mine]
     subprocess.run(list(map(str, command_line)), check=True, stdout=subprocess.DEVNULL, timeout=300)
     learner = o.newborn_learner(o.Config.load(tmp_path / "home"), "embryo", engine="auto", threads=1, seed=0)
     walk, size = o.Prequential(learner, []), (tmp_path / "b").stat().st_size

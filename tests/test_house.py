@@ -14,7 +14,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-import nursery
+import launcher
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,7 +197,7 @@ def test_documented_commands_run(block, tmp_path, sample_text):
     tools = tmp_path / "bin"
     tools.mkdir()
     program = tools / "organism"
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(nursery.program())} "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(launcher.program())} "$@"\n')
     program.chmod(0o755)
     work = tmp_path / "work"
     work.mkdir()

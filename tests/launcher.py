@@ -1,9 +1,10 @@
 """Processes of the program, forked from one that has imported it: a tenth of a second each instead of a whole one.
 
-    subprocess.run([*nursery.program(), "say", "Hello."], ...)      # as sys.executable organism.py say Hello.
+    subprocess.run([*launcher.program(), "say", "Hello."], ...)      # as sys.executable organism.py say Hello.
 
 What runs is a process of its own, with the caller's arguments, folder, environment and open files, and its exit code comes
-back. Only signals do not reach it: tests that send some start the program itself.
+back. Signals do not reach it, and variables that are read when kernels are loaded have been read: tests of those start
+the program itself.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ CRASHED = 70  # without a word
 # What stands for the program: hands its open files over, and waits for the exit code.
 CLIENT = f"""
 import json, os, socket, sys
-nursery = socket.socket(socket.AF_UNIX)
-nursery.connect(sys.argv[1])
+launcher = socket.socket(socket.AF_UNIX)
+launcher.connect(sys.argv[1])
 request = json.dumps([sys.argv[2:], os.getcwd(), dict(os.environ)]).encode()
-socket.send_fds(nursery, [len(request).to_bytes(4, "big")], [0, 1, 2])
-nursery.sendall(request)
-sys.exit(int(nursery.recv(16) or {CRASHED}))
+socket.send_fds(launcher, [len(request).to_bytes(4, "big")], [0, 1, 2])
+launcher.sendall(request)
+sys.exit(int(launcher.recv(16) or {CRASHED}))
 """
 
 
 @functools.cache
 def program() -> list[str]:
-    """The command line that stands for the program. The nursery ends with the process that first asked."""
+    """The command line that stands for the program. The launcher ends with the process that first asked."""
     server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     _kept.append(server)  # and with it our end of its stdin
     assert server.stdout
@@ -51,11 +52,10 @@ def serve() -> None:
     """Fork for each client, until nobody holds the other end of stdin."""
     sys.path.insert(0, str(ROOT))
     import organism
+    from swarm.nursery import preload
 
     organism.command_line()
-    if organism.kernels_ready():
-        kernels = organism.organ("kernels")
-        kernels.compile_parts(kernels.PARTS)
+    preload()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address := f"{folder}/socket")
