@@ -1,6 +1,7 @@
-"""`organism train` as a whole: wall speed against training speed, the cost of a busy neighbour, and memory of an adult.
+"""`organism train` as a whole: wall speed against training speed, what the field costs training, the cost of a busy
+neighbour, and memory of an adult.
 
-Usage: python benchmarks/throughput.py [--seconds 20] [--megabytes 50] [--only wall neighbour memory]
+Usage: python benchmarks/throughput.py [--seconds 20] [--megabytes 50] [--only wall field neighbour memory]
 The file is Python's own library, repeated. Wall counts everything: reading, tokenising, the field, checkpoints.
 """
 
@@ -14,6 +15,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from statistics import median
 
 from common import ROOT, fresh_home, resident_mb, table
 
@@ -62,6 +64,20 @@ def wall(path: Path, seconds: str) -> list[tuple]:
     return rows
 
 
+def field(path: Path, seconds: str, rounds: int = 3) -> list[tuple]:
+    """Training with the field on and off, in turn; medians."""
+    rows = []
+    for stage, must, aim in (("embryo", 0.5, 0.7), ("child", 0.7, 0.85), ("adolescent", 0.85, 0.95)):
+        options = ("--seconds", seconds, "--stage", stage, "--vocab", "643", "--batch", "32")
+        pairs = [
+            [train(path, *options, "--field", setting)[0]["tokens_per_s"] for setting in ("off", "on")]
+            for _ in range(rounds)
+        ]
+        off, on, ratio = (median(values) for values in zip(*((a, b, b / a) for a, b in pairs)))
+        rows.append((stage, off, on, ratio, must, aim))
+    return rows
+
+
 def neighbour(path: Path, seconds: str) -> list[tuple]:
     rows = []
     for stage in ("embryo", "child", "adolescent"):
@@ -80,13 +96,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", default="20")
     parser.add_argument("--megabytes", type=int, default=50)
-    parser.add_argument("--only", nargs="*", default=["wall", "neighbour", "memory"])
+    parser.add_argument("--only", nargs="*", default=["wall", "field", "neighbour", "memory"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = corpus(Path(folder) / "corpus.txt", options.megabytes)
         if "wall" in options.only:
             head = ["what", "tokens/s of training", "of everything", "ratio", "must", "aim"]
             print(table(f"Wall speed, {options.megabytes} MB", head, wall(path, options.seconds)), flush=True)
+        if "field" in options.only:
+            head = ["stage", "field off (tokens/s)", "field on", "ratio", "must", "aim"]
+            print(table("What the field costs training, batch 32", head, field(path, options.seconds)), flush=True)
         if "neighbour" in options.only:
             head = ["stage", "idle (tokens/s)", "beside one busy process", "ratio", "must"]
             print(table("A busy neighbour", head, neighbour(path, options.seconds)), flush=True)

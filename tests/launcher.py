@@ -36,6 +36,9 @@ sys.exit(int(launcher.recv(16) or {CRASHED}))
 """
 
 
+_kept: list[subprocess.Popen] = []
+
+
 @functools.cache
 def program() -> list[str]:
     """The command line that stands for the program. The launcher ends with the process that first asked."""
@@ -43,9 +46,6 @@ def program() -> list[str]:
     _kept.append(server)  # and with it our end of its stdin
     assert server.stdout
     return [sys.executable, "-I", "-S", "-c", CLIENT, server.stdout.readline().decode().strip()]
-
-
-_kept: list[subprocess.Popen] = []
 
 
 def serve() -> None:
