@@ -26,7 +26,7 @@ def environment(**more):
     kept = {
         k: v
         for k, v in os.environ.items()
-        if not k.startswith("ORGANISM_") or k in ("ORGANISM_CACHE", "ORGANISM_KERNELS")
+        if not k.startswith("ORGANISM_") or k == "ORGANISM_CACHE"
     }
     return kept | dict(PYTHONIOENCODING="utf-8", OUMNIX_DETERMINISTIC="1") | more
 
