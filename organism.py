@@ -2660,6 +2660,7 @@ class CooccurField(_FieldBase):
         self.contexts = [collections.Counter() for _ in self.ORDERS]  # (t1 .. tn-1) -> times followed
         self.near = collections.Counter()  # (a, b), a <= b -> times within five tokens of each other
         self.near_totals = np.zeros(len(vocabulary))
+        self._near_rows: dict[int, np.ndarray] = {}  # of `near`, those that were asked for
         self.recent: list[int] = []  # the last tokens, learned or observed
         self.seen = 0
         self.last_costs = [0.0, 2.0]  # nats: of the last token, and the running mean
@@ -2696,19 +2697,26 @@ class CooccurField(_FieldBase):
                 first = max(0, len(past) - gap)
                 pairs = [(a, b) if a <= b else (b, a) for a, b in zip(line[first:], line[first + gap :])]
                 self.near.update(pairs)
+                for a, b in pairs if self._near_rows else ():
+                    for one, other in ((a, b), (b, a)):
+                        if one in self._near_rows:
+                            self._near_rows[one][other] += 1
                 np.add.at(self.near_totals, np.array(pairs, np.int64).ravel(), 1)
             self.seen += len(tokens)
         self.recent = line[1 - self.ORDERS[-1] :]
 
+    def _contexts(self) -> Iterator[tuple[tuple[int, ...], int, collections.Counter]]:
+        """(context, times that it was followed, counts of its order), from the empty one to the longest that was seen:
+        what the shorter context never saw, the longer one did not either."""
+        for n, counts, contexts in zip(self.ORDERS, self.counts, self.contexts):
+            context = tuple(self.recent[len(self.recent) - n + 1 :])
+            if n > len(self.recent) + 1 or not (total := contexts.get(context, 0)):
+                return
+            yield context, total, counts
+
     def _prob(self, token: int) -> float:
         p = 1 / len(self.tree)
-        for n, counts, contexts in zip(self.ORDERS, self.counts, self.contexts):
-            if n > len(self.recent) + 1:
-                break
-            context = tuple(self.recent[len(self.recent) - n + 1 :])
-            total = contexts.get(context, 0)
-            if not total:
-                break  # what the shorter context never saw, the longer one did not either
+        for context, total, counts in self._contexts():
             p = (counts.get((*context, token), 0) + self.STRENGTH * p) / (total + self.STRENGTH)
         neighbours = self.recent[-self.NEAR :]
         total = sum(self.near_totals[other] for other in neighbours)
@@ -2726,24 +2734,46 @@ class CooccurField(_FieldBase):
         return self._prob(int(self._checked([token])[0]))
 
     def _plain_dense(self) -> np.ndarray:
-        return np.array([self._prob(token) for token in range(len(self.tree))])
+        """`_prob` of all tokens. What followed a context followed the shorter ones too, so each order looks only at those."""
+        p = np.full(len(self.tree), 1 / len(self.tree))
+        followers: Iterable[int] = range(len(p))
+        for context, total, counts in self._contexts():
+            times = {token: count for token in followers if (count := counts.get((*context, token)))}
+            followers = list(times)
+            p *= self.STRENGTH
+            p[followers] += list(times.values())
+            p /= total + self.STRENGTH
+        neighbours = self.recent[-self.NEAR :]
+        total = sum(self.near_totals[other] for other in neighbours)
+        if total:
+            close = sum(self._near_row(other) for other in neighbours)
+            p = (1 - self.SHARE) * p + self.SHARE * close / total
+        return p
+
+    def _near_row(self, a: int) -> np.ndarray:
+        """int64 [V]: `_near` of a and all tokens."""
+        if a not in self._near_rows:
+            self._near_rows[a] = np.array([self._near(a, b) for b in range(len(self.tree))])
+        return self._near_rows[a]
 
     def view(self) -> FieldView:
         """The pruned distribution of the next token, one row, with boosts."""
         p = self.dense()
         cumulative = np.concatenate([[0.0], np.cumsum(p[self.tree.leaf])])
-        ranges = [(0, len(self.tree), 1.0, 0)]  # low, high, mass, node
         starts, mass, _ = self._blank_cuts(1)
-        while len(ranges) < starts.shape[1]:
-            place = max(range(len(ranges)), key=lambda k: ranges[k][2] if ranges[k][3] >= 0 else -1.0)
-            low, high, weight, node = ranges[place]
-            if node < 0 or weight < self.config.view_floor:
-                break
+        whole, leaves = [(-1.0, 0, 0)], []  # a heap of ranges that can be cut: -mass, low, node; tokens: low, mass
+        while whole and len(whole) + len(leaves) < starts.shape[1] and -whole[0][0] >= self.config.view_floor:
+            weight, low, node = heapq.heappop(whole)
             _, mid, _, left, right, *_ = self.tree.nodes[node].tolist()
             left_mass = float(cumulative[mid] - cumulative[low])
-            ranges[place : place + 1] = [(low, mid, left_mass, left), (mid, high, weight - left_mass, right)]
-        starts[0, : len(ranges)], mass[0, : len(ranges)] = [r[0] for r in ranges], [max(r[2], 1e-12) for r in ranges]
-        top = max((r[2] for r in ranges if r[3] < 0), default=0.0)
+            for low, weight, node in ((low, left_mass, left), (mid, -weight - left_mass, right)):
+                if node >= 0:
+                    heapq.heappush(whole, (-weight, low, node))
+                else:
+                    leaves.append((low, weight))
+        ranges = sorted(leaves + [(low, -weight) for weight, low, _ in whole])
+        starts[0, : len(ranges)], mass[0, : len(ranges)] = [r[0] for r in ranges], [max(r[1], 1e-12) for r in ranges]
+        top = max((weight for _, weight in leaves), default=0.0)
         scalars = np.array([_field_scalars(mass[0, : len(ranges)].tolist(), top, None, *self.last_costs)])
         return _field_view(starts, mass, scalars, self.tree)
 
@@ -2753,6 +2783,7 @@ class CooccurField(_FieldBase):
         twin.__dict__.update(self.__dict__)
         twin.counts, twin.contexts = [c.copy() for c in self.counts], [c.copy() for c in self.contexts]
         twin.near, twin.near_totals, twin.boosts = self.near.copy(), self.near_totals.copy(), self.boosts.copy()
+        twin._near_rows = {}
         twin.recent, twin.last_costs = list(self.recent), list(self.last_costs)
         return twin
 

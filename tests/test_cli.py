@@ -23,11 +23,7 @@ SAID = {"text", "source", "surprise_bits", "entropy_bits", "tokens", "seconds"}
 
 
 def environment(**more):
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith("ORGANISM_") or k == "ORGANISM_CACHE"
-    }
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("ORGANISM_") or k == "ORGANISM_CACHE"}
     return kept | dict(PYTHONIOENCODING="utf-8", OUMNIX_DETERMINISTIC="1") | more
 
 
