@@ -2766,11 +2766,11 @@ class CooccurField(_FieldBase):
             weight, low, node = heapq.heappop(whole)
             _, mid, _, left, right, *_ = self.tree.nodes[node].tolist()
             left_mass = float(cumulative[mid] - cumulative[low])
-            for low, weight, node in ((low, left_mass, left), (mid, -weight - left_mass, right)):
-                if node >= 0:
-                    heapq.heappush(whole, (-weight, low, node))
+            for begin, part, child in ((low, left_mass, left), (mid, -weight - left_mass, right)):
+                if child >= 0:
+                    heapq.heappush(whole, (-part, begin, child))
                 else:
-                    leaves.append((low, weight))
+                    leaves.append((begin, part))
         ranges = sorted(leaves + [(low, -weight) for weight, low, _ in whole])
         starts[0, : len(ranges)], mass[0, : len(ranges)] = [r[0] for r in ranges], [max(r[1], 1e-12) for r in ranges]
         top = max((weight for _, weight in leaves), default=0.0)
