@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from organs.giant import GGUFError, Giant
+from organs.giant.program import rope_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 gguf = pytest.importorskip("gguf")
@@ -150,6 +151,18 @@ def test_an_unknown_architecture_is_named_with_what_is_supported(tmp_path):
     path = write(tmp_path / "model.gguf", "rwkv7", make("Llama"))
     with pytest.raises(GGUFError, match=r"'rwkv7' is not supported; supported are llama"):
         Giant.load(path)
+
+
+def test_ntk_scaling_is_the_dynamic_one_at_the_length_for_which_it_is_made(tmp_path):
+    """Dynamic NTK of factor 3 raises the base for twice the context as NTK of factor 3 · 2 - (3 - 1) = 4 always does."""
+    config = transformers.LlamaConfig(**SIZES, **rope("dynamic", factor=3.0))
+    dynamic = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["dynamic"]
+    want, _ = dynamic(config, "cpu", seq_len=2 * SIZES["max_position_embeddings"])
+    metadata = {"rope.scaling.type": "ntk", "rope.scaling.factor": 4.0}
+    giant = Giant.load(write(tmp_path / "model.gguf", "llama", make("Llama"), **metadata))
+    got = rope_of(giant.file, giant.shape, split=False).frequencies
+    giant.close()
+    assert np.allclose(got, want.numpy(), rtol=1e-6)
 
 
 def test_an_unknown_rope_scaling_is_named(tmp_path):
