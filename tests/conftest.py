@@ -50,6 +50,12 @@ def reference(request, own_home, monkeypatch):
         monkeypatch.setenv("ORGANISM_KERNELS", "off")
 
 
+@pytest.fixture
+def compiled(reference, monkeypatch):
+    """For what asks for kernels by name."""
+    monkeypatch.delenv("ORGANISM_KERNELS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def sample_text() -> bytes:
     """The first 200,000 bytes of Python's own library, file by file in order of name: real text, always the same."""

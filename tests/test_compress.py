@@ -370,14 +370,14 @@ def test_a_newer_format_and_another_version_are_refused(file, refuses, monkeypat
     "what, pattern",
     [("CPU", "another CPU"), ("product", "BLAS"), ("libraries", "numba"), ("path", "ORGANISM_KERNELS=")],
 )
-def test_a_file_from_another_machine_is_refused(file, refuses, monkeypatch, what, pattern):
+def test_a_file_from_another_machine_is_refused(compiled, file, refuses, monkeypatch, what, pattern):
     here = archive.surroundings(True)
     there = "portable" if here["path"] != "portable" else "native"
     monkeypatch.setattr(archive, "surroundings", lambda compiled: here | {what: there if what == "path" else "another"})
     refuses(pattern)
 
 
-def test_another_cpu_path_is_refused_without_kernels_too(file, refuses, monkeypatch):
+def test_another_cpu_path_is_refused_without_kernels_too(compiled, file, refuses, monkeypatch):
     monkeypatch.setattr(o, "_patient_kernels", lambda: "off")
     refuses("pip install -e .")
 
@@ -424,7 +424,7 @@ def test_an_interrupt_leaves_no_file(file, capsys, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b"]
 
 
-def test_the_header_is_as_documented():
+def test_the_header_is_as_documented(compiled):
     """Offsets of docs/compress.md."""
     blob = packed(TEXT[:400], seed=5)
     assert blob[:5] == b"\x8fORG\x01" and len(blob) > archive.HEADER.size == 44

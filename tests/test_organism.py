@@ -219,7 +219,7 @@ def test_words_of_the_user_are_favoured_and_fade(life):
     assert likelier[life.published.tokenizer.encode(" zebra")].all()
 
 
-def test_the_second_birth_on_a_machine_is_the_first_one_again(tmp_path, tiny, monkeypatch):
+def test_the_second_birth_on_a_machine_is_the_first_one_again(compiled, tmp_path, tiny, monkeypatch):
     """The newborn that is kept beside the kernels is bit for bit the one that reads."""
     monkeypatch.setattr(o.organ("kernels"), "cache_folder", lambda: tmp_path)
     for name in ("first", "second"):
