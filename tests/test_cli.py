@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -463,13 +464,18 @@ def test_the_doctor(born, tmp_path):
     assert run("doctor", home=tmp_path / "nowhere").returncode == 0 and not (tmp_path / "nowhere").exists()
 
 
+@pytest.fixture
+def open_folder():
+    """A temporary folder that others may enter; pytest closes its own to them."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody who may not write")
-def test_a_read_only_home(born, tmp_path):
-    subprocess.run(["cp", "-r", born, tmp_path / "home"], check=True)
-    subprocess.run(["chmod", "-R", "a+rX,a-w", tmp_path / "home"], check=True)
-    for folder in (tmp_path, *tmp_path.parents):
-        if len(folder.parts) > 2:
-            folder.chmod(0o755)
+def test_a_read_only_home(born, open_folder):
+    subprocess.run(["cp", "-r", born, open_folder / "home"], check=True)
+    subprocess.run(["chmod", "-R", "a+rX,a-w", open_folder / "home"], check=True)
     # As root first, in a home of its own: another user may not be allowed to read this Python's library.
     code = (
         "import os, sys, organism as o; from numba import njit; arguments = sys.argv; here = arguments.pop(); "
@@ -478,9 +484,9 @@ def test_a_read_only_home(born, tmp_path):
     )
 
     def as_nobody(*arguments):
-        mine = ["--home", str(tmp_path / "home"), str(tmp_path / "other")]
+        mine = ["--home", str(open_folder / "home"), str(open_folder / "other")]
         return subprocess.run([sys.executable, "-c", code, *arguments, *mine], capture_output=True, text=True,
-                              cwd=PROGRAM.parent, env=environment(HOME=str(tmp_path), NUMBA_CACHE_DIR=str(tmp_path)))  # fmt: skip
+                              cwd=PROGRAM.parent, env=environment(HOME=str(open_folder), NUMBA_CACHE_DIR=str(open_folder)))  # fmt: skip
 
     sentence(as_nobody("say", "Hello."), 1, "cannot be written")
     assert as_nobody("quarantine", "list").returncode == 0
