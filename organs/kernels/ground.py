@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 f4, f8, i4, i8 = np.float32, np.float64, np.int32, np.int64
 FAST = dict(cache=True, fastmath=True, error_model="numpy")
-HELP = dict(FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for what only compiled code calls: compiles faster
+HELP = dict(FAST, cache=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for what only compiled code calls
 X86 = platform.machine() in ("x86_64", "AMD64")
 ONE, ZERO, LOWEST = f4(1), f4(0), f4(-1e30)
 
@@ -39,24 +39,33 @@ FLOAT, INT, WORD, BYTES, VOID = (
 # --- What Python or other compiled code enters. ---
 
 
+WRAPPERS = ("cfunc.", "_ZN7cpython")  # names of what Python and C enter
+
+
 class _Library(JITCodeLibrary):
-    """numba's, with two differences.
+    """numba's, with three differences.
 
     Each has its own copy of every helper it is linked with. numba lets all libraries share the copy that was loaded first;
     copies differ in how they were optimised, hence in their last bits, and what is loaded first differs between a process
     that compiles and one that finds the cache full (a text compressed by the one was lost to the other).
 
+    A helper is optimised, and becomes machine code, only as a part of what it is linked with, unless it is called by itself:
+    that takes two thirds of the time.
+
     One from the cache is only called, so its bitcode is not parsed, nor numba's runtime compiled for one that does not use
     it: half of the time that loading takes.
     """
 
-    _bitcode = b""
+    _bitcode, _is_optimised, _is_code = b"", False, False
 
     def _optimize_final_module(self):
-        for f in self._final_module.functions:
-            if not f.is_declaration and f.linkage == llvmlite.binding.Linkage.linkonce_odr:
-                f.linkage = "internal"
-        super()._optimize_final_module()
+        defined = [f for f in self._final_module.functions if not f.is_declaration]
+        if any(f.name.startswith(WRAPPERS) for f in defined):
+            for f in defined:
+                if f.linkage == llvmlite.binding.Linkage.linkonce_odr:
+                    f.linkage = "internal"
+            super()._optimize_final_module()
+            self._is_optimised = True
 
     @classmethod
     def _unserialize(cls, codegen, state):
@@ -64,7 +73,7 @@ class _Library(JITCodeLibrary):
         if kind != "object":
             return super()._unserialize(codegen, state)
         self = codegen.create_library(name)
-        code, self._bitcode = data
+        (code, self._bitcode), self._is_optimised = data, True
         if b"NRT_" in code:  # names that it is linked with
             rtsys.initialize(cpu_target.target_context)
         self.enable_object_caching()
@@ -77,12 +86,38 @@ class _Library(JITCodeLibrary):
             self._shared_module = llvmlite.binding.parse_bitcode(self._bitcode)
         return super()._get_module_for_linking()
 
+    def _finalize_final_module(self):
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def _become_code(self):
+        self._ensure_finalized()
+        if not self._is_optimised:
+            super()._optimize_final_module()
+        if not self._is_code:
+            self._is_optimised = self._is_code = True
+            super()._finalize_final_module()
+
+    def _get_compiled_object(self):
+        self._become_code()
+        return super()._get_compiled_object()
+
     def get_pointer_to_function(self, name):
         self._ensure_finalized()
-        return self._codegen._engine.get_function_address(name)  # 0 for what is not there
+        if not self._bitcode and name not in {f.name for f in self._final_module.functions if not f.is_declaration}:
+            return 0
+        self._become_code()
+        return self._codegen._engine.get_function_address(name)
 
 
-cpu_target.target_context.codegen()._library_class = _Library
+def _set_environment(name, environment):
+    """numba's, for functions that may not have become code."""
+    if _codegen._engine.get_global_value_address(name):
+        type(_codegen).set_env(_codegen, name, environment)
+
+
+_codegen = cpu_target.target_context.codegen()
+_codegen._library_class, _codegen.set_env = _Library, _set_environment
 
 
 class _Cache(FunctionCache):
