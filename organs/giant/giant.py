@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from organs import kernels
 from organs.giant.accelerator import Accelerator, device_of, layers_of
 from organs.giant.cache import PAGE, Pages, PrefixCache
 from organs.giant.gguf import GGUFError, GGUFFile, open_gguf
@@ -166,8 +168,9 @@ class Giant:
         self._runner = None
         try:
             if self.accelerator is None:
-                architectures.record(recorder)
-                program = recorder.program()
+                with contextlib.nullcontext() if is_cold else kernels.collecting_later():  # compiling makes garbage
+                    architectures.record(recorder)
+                    program = recorder.program()
             else:
                 program = self._place(recorder, offload, is_prefetching)
         except BaseException:
@@ -554,7 +557,6 @@ def default_threads() -> int:
 
 def _has_kernels() -> bool:
     """Whether compiled code of the giant, as it is now, is in the cache (perhaps not of all formats)."""
-    from organs import kernels
     from organs.giant import lanes
 
     with kernels.compiling("giant", lanes.SOURCES) as folder:

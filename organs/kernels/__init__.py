@@ -93,7 +93,7 @@ def identity() -> dict[str, str]:
     return dict(path=cache.path_name(), CPU=cache.cpu(), product=ground.BLAS, libraries=libraries)
 
 
-compiling = cache.compiling  # for organs with compiled code of their own
+compiling, collecting_later = cache.compiling, cache.collecting_later  # for organs with compiled code of their own
 _HOMES = dict(Gradients="executor", Speaker="executor", measure="executor", Chain="sampling", blended="sampling")
 
 

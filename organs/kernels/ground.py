@@ -8,17 +8,21 @@ import importlib
 import os
 import platform
 
-import llvmlite.binding
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.core.caching import FunctionCache
-from numba.core.ccallback import CFunc
-from numba.core.codegen import JITCodeLibrary
-from numba.core.registry import cpu_target
-from numba.core.runtime import rtsys
-from numba.extending import intrinsic
+
+from organs.kernels import cache
+
+with cache.collecting_later():
+    import llvmlite.binding
+    from llvmlite import ir
+    from numba import carray, njit, types
+    from numba.core import cgutils
+    from numba.core.caching import FunctionCache
+    from numba.core.ccallback import CFunc
+    from numba.core.codegen import JITCodeLibrary
+    from numba.core.registry import cpu_target
+    from numba.core.runtime import rtsys
+    from numba.extending import intrinsic
 
 f4, f8, i4, i8 = np.float32, np.float64, np.int32, np.int64
 FAST = dict(cache=True, fastmath=True, error_model="numpy")
