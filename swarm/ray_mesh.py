@@ -22,7 +22,9 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -32,9 +34,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from swarm.mesh import WAIT_SECONDS, Letter, Mesh, MeshError, Offer, Row, SQLiteMesh, boot_clock
+from swarm.mesh import Letter, Mesh, MeshError, Offer, Row, SQLiteMesh, boot_clock
 
 NAMESPACE = "organism"
+ANSWER_SECONDS = 40.0  # for the actor; Ray needs 16 to notice that a node is lost, and to start it on another
 FOREVER = 10**9  # seconds that a process waits for a lost cluster before Ray ends it (Ray's default: 60)
 ONCE = ("_post", "inbox", "withdraw", "_offer", "claim")  # what must not be done twice
 
@@ -140,14 +143,15 @@ class MeshActor:
 
     def call(self, client: str, number: int, seen: int, method: str, args: tuple) -> Any:
         if self.ledger is None:
-            import ray
+            from ray.experimental import internal_kv
 
-            context = ray.get_runtime_context()
-            if context.was_current_actor_reconstructed and not self.path.exists():
+            known = f"{NAMESPACE}-mesh:{self.path}"  # of the cluster, for as long as it runs
+            if not self.path.exists() and internal_kv._internal_kv_exists(known):
                 raise MeshError(
                     f"The mesh was moved to a node without {self.path}: give it a path that all nodes share."
                 )
             self.ledger = Ledger(self.path)
+            internal_kv._internal_kv_put(known, b"born")
         if method == "forget":
             return self.ledger.forget(client)
         return self.ledger.answer(client, number, seen, method, args)
@@ -215,33 +219,54 @@ membership = Membership()
 
 
 def _found(cluster: str) -> str:
-    """What `ray.init` takes; "local" is started where nothing runs on this machine."""
-    if cluster != "local":
+    """The address that `ray.init` takes, where something listens: it would wait for ever. "local" is started where nothing
+    runs on this machine."""
+    if cluster.startswith("ray://"):
         return cluster
+    if cluster in ("local", "auto"):
+        cluster = os.environ.get("RAY_ADDRESS") or _running() or (cluster == "local" and start_local()) or ""
+        if not cluster:
+            raise ConnectionError("this machine belongs to none")
+    host, _, port = cluster.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=3.0).close()
+    return cluster
+
+
+def _running() -> str:
+    """The address of the cluster that this machine belongs to by its processes, "" where there is none."""
     from ray._private.services import find_gcs_addresses
 
-    if not find_gcs_addresses():
-        start_local()
-    return "auto"
+    found = sorted(find_gcs_addresses())
+    if len(found) > 1:
+        raise ConnectionError(f"this machine belongs to several, name one: {', '.join(found)}")
+    return found[0] if found else ""
 
 
-def start_local() -> None:
-    """A cluster of this machine alone: it listens on the loopback address and stays until `ray stop`."""
-    folder = _own_path().parent
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(folder / "ray-start.lock", "w") as gate:  # two chats that begin at once start one
+def start_local() -> str:
+    """The address of a new cluster of this machine, which stays until `ray stop`. Its ports are open to the network, but who
+    calls it must know the token that lies in the user's folder."""
+    with open(_own_path().with_name("ray-start.lock"), "w") as gate:  # two chats that begin at once start one
         fcntl.flock(gate, fcntl.LOCK_EX)
-        from ray._private.services import find_gcs_addresses
-
-        if find_gcs_addresses():
-            return
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port=0", "--node-ip-address=127.0.0.1",
-                   "--include-dashboard=false", "--disable-usage-stats"]  # fmt: skip
+        if address := _running():
+            return address
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port=0", "--include-dashboard=false",
+                   "--disable-usage-stats"]  # fmt: skip
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
-            raise MeshError(
-                f"`ray start --head` failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}"
-            )
+            raise OSError((done.stderr.strip() or done.stdout.strip() or "no reason").splitlines()[-1])
+        return _running()
+
+
+def _show_token() -> None:
+    """Let Ray ask for a token, and show it, made where there is none; before the library is loaded."""
+    path = _own_path().with_name("ray-token")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.write(handle, secrets.token_hex(32).encode())
+        os.close(handle)
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(path))
 
 
 @contextlib.contextmanager
@@ -265,6 +290,8 @@ class RayMesh(Mesh):
         self._lock = threading.RLock()
         self._actor: tuple[int, Any] | None = None  # (which joining, handle)
         self._closed = False
+        if self.address.cluster == "local":
+            _show_token()
         self._call("waiting")  # whatever is wrong is said now
 
     def _call(self, method: str, *args: Any) -> Any:
@@ -280,7 +307,7 @@ class RayMesh(Mesh):
     def _answered(self, ask: Callable[[Any], Any]) -> Any:
         """What the actor replies, for which Ray repeats the call while the actor is restarted; an actor that is gone is made anew."""
         ray = the_ray()
-        until, died = time.monotonic() + WAIT_SECONDS, None
+        until, died = time.monotonic() + ANSWER_SECONDS, None
         while (left := until - time.monotonic()) > 0:
             try:
                 return ray.get(ask(self._handle()), timeout=left)
@@ -295,7 +322,7 @@ class RayMesh(Mesh):
                 died = error
                 break
         membership.leave()
-        reason = type(died).__name__ if died else f"not in {WAIT_SECONDS:g} s"
+        reason = type(died).__name__ if died else f"not in {ANSWER_SECONDS:g} s"
         raise MeshError(
             f"The mesh {self.where} does not answer ({reason}): `ray status` shows whether its cluster runs."
         ) from died
