@@ -273,9 +273,11 @@ def _show_token() -> None:
 def _signals_kept() -> Iterator[None]:
     """Ray takes SIGTERM for itself when it is joined from the main thread."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread() and before is not None:
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 # --- The mesh, from outside. ---
