@@ -9929,7 +9929,7 @@ def _run_command(run: Callable[..., None], **options: Any) -> None:
 _GIANT = ("--giant", "text", "Let this large model answer (a path, or a name that was pulled), with what it remembers.")
 
 
-_MESH = ("--mesh", "text", "The mesh to join: a path, or none (default: ORGANISM_MESH, else one a user).")
+_MESH = ("--mesh", "text", "The mesh to join: a path, ray:ADDRESS, or none (default: ORGANISM_MESH, else one a user).")
 MESH_DELAY = 1.0  # seconds of chat before it looks for others: its first reply does not wait for that
 
 

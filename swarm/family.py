@@ -6,7 +6,7 @@ the child saves itself. Its home stays, one like any other. In a colony the supe
 
 Never a runaway: nobody divides in no mesh, where `life.family` live in it, before the cooldown since birth and since the last
 division is over, or where memory or disk are short. Whoever divides holds the lock file `mesh.db-births` until its child is
-counted.
+counted (in a Ray mesh one on each machine, so that several machines may each be one too many).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import os
 import shutil
@@ -23,6 +24,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import platformdirs
 
 from organism import Organism, OrganismError, free_memory, spare_memory
 from swarm.mesh import default_mesh, open_mesh
@@ -99,12 +102,20 @@ def room_for_one_more(path: Path) -> None:
         raise OrganismError(f"Only {left >> 20} MB of its disk are free.")
 
 
+def births_path(where: str) -> Path:
+    """The lock file of births in a mesh: beside its file; of a Ray mesh one on each machine, in the user's folder."""
+    if where.startswith("ray:"):
+        folder = Path(platformdirs.user_data_dir("organism", appauthor=False))
+        return folder / f"ray-{hashlib.sha256(where.encode()).hexdigest()[:16]}-births"
+    return Path(f"{Path(where).expanduser()}-births")
+
+
 @contextlib.contextmanager
 def _births(where: str) -> Iterator[None]:
     """One birth at a time in a mesh, so that all are counted."""
-    path = Path(where).expanduser()
+    path = births_path(where)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle = os.open(f"{path}-births", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -2,16 +2,21 @@
 
 `Mesh` is the interface, `SQLiteMesh` the default: one file, mesh.db, in WAL mode. Writers queue at a lock file before they
 begin a transaction, so that SQLite's own lock is always free when it is asked for: nobody ever sees "database is locked".
+`swarm.ray_mesh.RayMesh` reaches such a file across machines.
 
 Three rules. Time is the machine's boot clock, so that a clock that jumps kills nobody. Whether a process of this machine
 lives is asked of the machine (its id and the time it started), not of a table, so that a stale row never blocks. A letter
 is handed out once: what its reader took and did not settle before it died comes back to whoever wrote it, as a letter of
 kind "undelivered".
+
+What only the caller's machine can tell (a process and when it started, its boot clock) is asked in `Mesh`, in the caller's
+process; a backend keeps rows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sqlite3
@@ -76,35 +81,68 @@ class Offer(NamedTuple):
     payload: bytes
 
 
+class Row(NamedTuple):
+    """Who lives where, as a backend keeps it. beat: the last heartbeat by the boot clock of its own machine; silence: seconds
+    since then, as far as the mesh itself can tell."""
+
+    id: str
+    pid: int
+    started: int
+    machine: str
+    home: str
+    status: str
+    beat: float
+    parent: str | None
+    protocol: int
+    facts: str
+    silence: float = 0.0
+
+
 class Mesh(ABC):
     """What an organism needs of a mesh. All methods may be called from any thread, and raise MeshError."""
 
-    @abstractmethod
     def register(
         self, id: str, home: str, facts: dict[str, Any], parent: str | None = None, pid: int | None = None
     ) -> None:
         """Join, or join again after a sleep or a crash: letters that an earlier life took and did not settle go back.
         `pid`: of a child that has just been started, and will say so itself in a moment."""
+        pid = pid or os.getpid()
+        started = start_time(pid) or 0
+        self._enter(Row(id, pid, started, machine(), home, "alive", boot_clock(), parent, PROTOCOL, json.dumps(facts)))
 
-    @abstractmethod
     def heartbeat(self, id: str, facts: dict[str, Any] | None = None, blobs: dict[str, bytes] | None = None) -> None:
         """Say that one still lives, and what has changed; `blobs` ("gamma", "summary") replace those known."""
+        self._beat(id, boot_clock(), None if facts is None else json.dumps(facts), blobs or {})
 
-    @abstractmethod
     def leave(self, id: str, status: str = "asleep") -> None:
         """Go in good order."""
+        self._leave(id, boot_clock(), status)
 
-    @abstractmethod
     def peers(self, living: bool = False) -> list[Peer]:
-        """All who are known (or only who lives now), oldest first, each checked at this moment."""
+        """All who are known (or only who lives now), oldest first, each checked at this moment.
+
+        Whoever notices a death writes it down, and what the dead had taken goes back."""
+        now, here, found, died = boot_clock(), machine(), [], []
+        for row in self._rows(living):
+            age, status = now - row.beat if row.machine == here else row.silence, row.status
+            if status == "alive" and not (
+                start_time(row.pid) == row.started if row.machine == here else age <= MISSED * HEARTBEAT + 1
+            ):
+                status = "dead"
+                died.append((row.id, row.pid))
+            facts = json.loads(row.facts)
+            found.append(Peer(row.id, row.pid, row.home, status, age, row.parent, row.protocol, facts))
+        if died:
+            self._bury(died)
+        return [peer for peer in found if peer.status == "alive"] if living else found
 
     @abstractmethod
     def blob(self, id: str, name: str) -> bytes | None:
         """What a peer said with `heartbeat(blobs=…)`."""
 
-    @abstractmethod
     def post(self, sender: str, to: str, kind: str, payload: dict[str, Any]) -> int:
         """Write a letter; the id of it. It waits if its reader sleeps. At most 1 MB."""
+        return self._post(sender, to, kind, _letter_text(payload))
 
     @abstractmethod
     def inbox(self, id: str, limit: int = 64) -> list[Letter]:
@@ -122,9 +160,11 @@ class Mesh(ABC):
     def withdraw(self, sender: str, ids: Iterable[int]) -> int:
         """Take back letters that nobody has taken yet; how many."""
 
-    @abstractmethod
     def offer(self, sender: str, kind: str, payload: bytes) -> int:
         """Offer something to all others. At most 1 MB."""
+        if len(payload) > OFFER_BYTES:
+            raise MeshError(f"An offer of {len(payload):,} bytes is too long: at most {OFFER_BYTES:,}.")
+        return self._offer(sender, kind, payload)
 
     @abstractmethod
     def claim(self, id: str, kind: str, limit: int = 8) -> list[Offer]:
@@ -133,6 +173,29 @@ class Mesh(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of it. Safe to call twice."""
+
+    # What a backend does of the above.
+
+    @abstractmethod
+    def _enter(self, row: Row) -> None: ...
+
+    @abstractmethod
+    def _beat(self, id: str, clock: float, facts: str | None, blobs: dict[str, bytes]) -> None: ...
+
+    @abstractmethod
+    def _leave(self, id: str, clock: float, status: str) -> None: ...
+
+    @abstractmethod
+    def _rows(self, living: bool) -> list[Row]: ...
+
+    @abstractmethod
+    def _bury(self, died: list[tuple[str, int]]) -> None: ...
+
+    @abstractmethod
+    def _post(self, sender: str, to: str, kind: str, text: str) -> int: ...
+
+    @abstractmethod
+    def _offer(self, sender: str, kind: str, payload: bytes) -> int: ...
 
     def __enter__(self) -> Mesh:
         return self
@@ -151,16 +214,21 @@ def default_mesh() -> str:
 
 
 def open_mesh(where: str | Path | None = None) -> Mesh:
-    """The mesh at a path, made where there is none; without one, that of `default_mesh`."""
+    """The mesh at a path or a Ray address, made where there is none; without one, that of `default_mesh`."""
     where = str(where or default_mesh())
     if where == "none":
         raise MeshError("There is no mesh: --mesh (or ORGANISM_MESH) says none.")
+    if where.startswith("ray:"):
+        from swarm.ray_mesh import RayMesh
+
+        return RayMesh(where)
     return SQLiteMesh(where)
 
 
 # --- Processes. ---
 
 
+@functools.cache
 def machine() -> str:
     """Where a process id means something: this boot of this machine, and this namespace of process ids."""
     with contextlib.suppress(OSError):
@@ -217,19 +285,24 @@ CREATE TABLE offers(id INTEGER PRIMARY KEY AUTOINCREMENT, from_id TEXT NOT NULL,
                     payload BLOB NOT NULL, ts REAL NOT NULL);
 CREATE TABLE claims(by_id TEXT NOT NULL, type TEXT NOT NULL, up_to INTEGER NOT NULL, PRIMARY KEY(by_id, type)) WITHOUT ROWID;
 """
-MIGRATIONS: list[tuple[str, str]] = [("m001_born", _BORN)]  # append-only
+_REPLIES = """
+CREATE TABLE replies(client TEXT PRIMARY KEY, number INTEGER NOT NULL, method TEXT NOT NULL, reply TEXT NOT NULL,
+                     ts REAL NOT NULL) WITHOUT ROWID;
+"""
+MIGRATIONS: list[tuple[str, str]] = [("m001_born", _BORN), ("m002_replies", _REPLIES)]  # append-only
 _COLUMNS = ("stage", "n_params", "syntropy", "entropy")  # facts that have a column, for whoever opens the file
 
 
 class SQLiteMesh(Mesh):
     """A mesh in one file; whoever can write the file belongs to it (its folder is made with mode 0700)."""
 
+    pragmas: tuple[str, ...] = ("journal_mode = WAL", "synchronous = NORMAL", "wal_autocheckpoint = 4000")
+
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser().absolute()
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._gate = -1
-        self._machine = machine()
         try:
             with self._troubles():
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -244,7 +317,7 @@ class SQLiteMesh(Mesh):
         connection = sqlite3.connect(address, uri=True, timeout=WAIT_SECONDS, isolation_level=None,
                                      check_same_thread=False, cached_statements=32)  # fmt: skip
         with self._at_the_gate():
-            for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "wal_autocheckpoint = 4000"):
+            for pragma in self.pragmas:
                 connection.execute(f"PRAGMA {pragma}").fetchall()
             connection.execute("PRAGMA cache_size = -512")  # KB; 32 organisms have one each
             self._migrate(connection)
@@ -291,9 +364,12 @@ class SQLiteMesh(Mesh):
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: all or nothing."""
+        """A transaction: all or nothing; within one, part of that."""
         with self._lock, self._troubles():
             connection = self._given()
+            if connection.in_transaction:
+                yield connection
+                return
             with self._at_the_gate():
                 connection.execute("BEGIN IMMEDIATE")
                 try:
@@ -325,14 +401,11 @@ class SQLiteMesh(Mesh):
 
     # Who is there.
 
-    def register(
-        self, id: str, home: str, facts: dict[str, Any], parent: str | None = None, pid: int | None = None
-    ) -> None:
-        pid = pid or os.getpid()
-        row = (id, pid, start_time(pid) or 0, self._machine, home, boot_clock(), parent, PROTOCOL, json.dumps(facts),
-               time.time(), *(facts.get(name) for name in _COLUMNS))  # fmt: skip
+    def _enter(self, row: Row) -> None:
+        facts = json.loads(row.facts)
+        values = (*row[:5], row.beat, *row[7:10], time.time(), *(facts.get(name) for name in _COLUMNS))
         with self._writing() as connection:
-            self._send_back(connection, "to_id = ? AND taken = 1", id)
+            self._send_back(connection, "to_id = ? AND taken = 1", row.id)
             connection.execute(
                 "INSERT INTO organisms(id, pid, started, machine, home, last_heartbeat, parent_id, protocol, facts, joined, "
                 "stage, n_params, syntropy, entropy) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
@@ -340,7 +413,7 @@ class SQLiteMesh(Mesh):
                 "home = excluded.home, last_heartbeat = excluded.last_heartbeat, status = 'alive', facts = excluded.facts, "
                 "protocol = excluded.protocol, parent_id = coalesce(excluded.parent_id, parent_id), stage = excluded.stage, "
                 "n_params = excluded.n_params, syntropy = excluded.syntropy, entropy = excluded.entropy",
-                row,
+                values,
             )
             self._clear_out(connection)
 
@@ -362,51 +435,41 @@ class SQLiteMesh(Mesh):
         self._send_back(connection, "ts < ?", old)
         connection.execute("DELETE FROM messages WHERE ts < ? AND type = 'undelivered'", (old - KEEP_SECONDS,))
         connection.execute("DELETE FROM offers WHERE ts < ?", (old,))
+        connection.execute("DELETE FROM replies WHERE ts < ?", (old,))
         gone = "SELECT id FROM organisms WHERE status = 'dead' AND joined < ?"
         connection.execute(f"DELETE FROM blobs WHERE id IN ({gone})", (old,))
         connection.execute("DELETE FROM organisms WHERE status = 'dead' AND joined < ?", (old,))
 
-    def heartbeat(self, id: str, facts: dict[str, Any] | None = None, blobs: dict[str, bytes] | None = None) -> None:
-        now = boot_clock()
+    def _beat(self, id: str, clock: float, facts: str | None, blobs: dict[str, bytes]) -> None:
         with self._writing() as connection:
             if facts is None:
-                connection.execute("UPDATE organisms SET last_heartbeat = ?, status = 'alive' WHERE id = ?", (now, id))
+                connection.execute(
+                    "UPDATE organisms SET last_heartbeat = ?, status = 'alive' WHERE id = ?", (clock, id)
+                )
             else:
+                told = json.loads(facts)
                 connection.execute(
                     "UPDATE organisms SET last_heartbeat = ?, status = 'alive', facts = ?, stage = ?, n_params = ?, "
                     "syntropy = ?, entropy = ? WHERE id = ?",
-                    (now, json.dumps(facts), *(facts.get(name) for name in _COLUMNS), id),
+                    (clock, facts, *(told.get(name) for name in _COLUMNS), id),
                 )
-            for name, data in (blobs or {}).items():
+            for name, data in blobs.items():
                 connection.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?, ?)", (id, name, data))
 
-    def leave(self, id: str, status: str = "asleep") -> None:
+    def _leave(self, id: str, clock: float, status: str) -> None:
         with self._writing() as connection:
             self._send_back(connection, "to_id = ? AND taken = 1", id)
-            connection.execute(
-                "UPDATE organisms SET status = ?, last_heartbeat = ? WHERE id = ?", (status, boot_clock(), id)
-            )
+            connection.execute("UPDATE organisms SET status = ?, last_heartbeat = ? WHERE id = ?", (status, clock, id))
 
-    def peers(self, living: bool = False) -> list[Peer]:
-        where = " WHERE status = 'alive'" if living else ""
+    def _rows(self, living: bool) -> list[Row]:
+        where, now = " WHERE status = 'alive'" if living else "", boot_clock()
         rows = self._all(
             "SELECT id, pid, started, machine, home, status, last_heartbeat, parent_id, protocol, facts "
             f"FROM organisms{where} ORDER BY joined, id"
         )
-        now, found, died = boot_clock(), [], []
-        for id, pid, started, where_, home, status, beat, parent, protocol, facts in rows:
-            here = where_ == self._machine
-            age = now - beat if here or beat <= now else float("inf")  # of another boot: long ago
-            if status == "alive" and not (start_time(pid) == started if here else age <= MISSED * HEARTBEAT + 1):
-                status = "dead"
-                died.append((id, pid))
-            found.append(Peer(id, pid, home, status, age, parent, protocol, json.loads(facts)))
-        if died:
-            self._bury(died)
-        return [peer for peer in found if peer.status == "alive"] if living else found
+        return [Row(*row, now - row[6] if row[6] <= now else float("inf")) for row in rows]  # of another boot: long ago
 
     def _bury(self, died: list[tuple[str, int]]) -> None:
-        """Whoever notices a death writes it down, and what it had taken goes back."""
         with self._writing() as connection:
             for id, pid in died:
                 changed = connection.execute(
@@ -420,8 +483,7 @@ class SQLiteMesh(Mesh):
 
     # Letters.
 
-    def post(self, sender: str, to: str, kind: str, payload: dict[str, Any]) -> int:
-        text = _letter_text(payload)
+    def _post(self, sender: str, to: str, kind: str, text: str) -> int:
         with self._writing() as connection:
             cursor = connection.execute(
                 "INSERT INTO messages(from_id, to_id, type, payload, ts) VALUES (?, ?, ?, ?, ?)",
@@ -462,9 +524,7 @@ class SQLiteMesh(Mesh):
 
     # Offers.
 
-    def offer(self, sender: str, kind: str, payload: bytes) -> int:
-        if len(payload) > OFFER_BYTES:
-            raise MeshError(f"An offer of {len(payload):,} bytes is too long: at most {OFFER_BYTES:,}.")
+    def _offer(self, sender: str, kind: str, payload: bytes) -> int:
         with self._writing() as connection:
             cursor = connection.execute(
                 "INSERT INTO offers(from_id, type, payload, ts) VALUES (?, ?, ?, ?)",

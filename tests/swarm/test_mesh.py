@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -22,13 +26,49 @@ from swarm import mesh as mesh_module
 from swarm.mesh import Mesh, MeshError, SQLiteMesh, open_mesh, start_time
 
 ROOT = Path(__file__).resolve().parents[2]
-BACKENDS = ["sqlite"]  # whatever else implements Mesh joins here
+BACKENDS = ["sqlite", "ray"]
 
 
-@pytest.fixture(params=BACKENDS)
-def where(request, tmp_path) -> str:
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of one node of this machine, to which tests may add."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[swarm]'")
+    folder = tempfile.mkdtemp(prefix="ray-")  # a short path: sockets lie below it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("RAY_raylet_start_wait_time_s", "100")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in dict(initial_delay_ms=0, period_ms=500, timeout_ms=2000, failure_threshold=3).items():
+            patch.setenv(f"RAY_health_check_{name}", str(value))  # a lost node is noticed in seconds
+        patch.delenv("RAY_ADDRESS", raising=False)
+        from ray.cluster_utils import Cluster
+
+        running = Cluster(initialize_head=True, head_node_args=NODE)
+        yield running
+        from swarm.ray_mesh import membership
+
+        membership.leave()
+        running.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+NODE = dict(num_cpus=1, include_dashboard=False, object_store_memory=80 << 20)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request) -> str:
+    """ "sqlite", or "ray:" and the address of a cluster."""
+    return "sqlite" if request.param == "sqlite" else f"ray:{request.getfixturevalue('cluster').address}"
+
+
+@pytest.fixture
+def where(backend, tmp_path):
     """The address of an empty mesh."""
-    return str(tmp_path / "mesh.db")
+    if backend == "sqlite":
+        yield str(tmp_path / "mesh.db")
+        return
+    yield (address := f"{backend}{tmp_path}/mesh.db")
+    open_mesh(address).dismiss()
 
 
 @pytest.fixture
@@ -201,9 +241,11 @@ def write_much(where: str, k: int, failures) -> None:
 
 
 def test_thirty_two_writers_lose_nothing_and_are_never_locked_out(where):
+    """Processes; for Ray, which takes a second to join and cannot be forked, threads with a mesh each."""
     context = multiprocessing.get_context("fork")
+    kind = threading.Thread if where.startswith("ray:") else context.Process
     failures = context.Queue()
-    writers = [context.Process(target=write_much, args=(where, k, failures)) for k in range(32)]
+    writers = [kind(target=write_much, args=(where, k, failures)) for k in range(32)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -213,6 +255,87 @@ def test_thirty_two_writers_lose_nothing_and_are_never_locked_out(where):
         assert (
             len(mesh.peers()) == 32 and len(mesh.inbox("all", 10_000)) == 0
         )  # one was taken for each that was written
+
+
+# --- Only with Ray: the mesh itself is killed. ---
+
+
+def correspond(where: str, stop: threading.Event, posted: list[int], taken: list[int]) -> list[threading.Thread]:
+    """Somebody who writes letters without end, and somebody who takes them."""
+
+    def write() -> None:
+        with open_mesh(where) as mesh:
+            for n in count():
+                if stop.is_set():
+                    return
+                mesh.post("anna", "bert", "note", dict(n=n))
+                posted.append(n)
+
+    def read() -> None:
+        with open_mesh(where) as mesh:
+            last = False
+            while not last:
+                last = stop.is_set() and not writer.is_alive()
+                letters = mesh.inbox("bert", 5)
+                taken.extend(letter.payload["n"] for letter in letters)
+                mesh.settle([letter.id for letter in letters])
+                last = last and not letters
+
+    writer, reader = threading.Thread(target=write), threading.Thread(target=read)
+    writer.start()
+    reader.start()
+    return [writer, reader]
+
+
+def test_the_actor_is_killed_again_and_again_and_each_letter_arrives_once(cluster, tmp_path):
+    where = f"ray:{cluster.address}{tmp_path}/mesh.db"
+    stop, posted, taken = threading.Event(), [], []
+    with open_mesh(where) as mesh:
+        threads = correspond(where, stop, posted, taken)
+        killed = set()
+        for _ in range(3):
+            before = len(taken)
+            _, pid = mesh.place()
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+            wait_for(lambda before=before: len(taken) > before + 50)
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        assert len(killed) == 3 and posted == list(range(len(posted))) and taken == posted
+        mesh.dismiss()
+
+
+def test_the_node_of_the_mesh_is_killed_and_each_letter_arrives_once(cluster, tmp_path):
+    node = cluster.add_node(**NODE)
+    for n in range(30):  # Ray chooses the node
+        where = f"ray:{cluster.address}{tmp_path}/mesh{n}.db"
+        mesh = open_mesh(where)
+        if mesh.place()[0] == node.node_id:
+            break
+        mesh.dismiss()
+    mesh.register("anna", "", {})
+    first = mesh.post("anna", "carl", "note", dict(text="before"))
+    stop, posted, taken = threading.Event(), [], []
+    threads = correspond(where, stop, posted, taken)
+    wait_for(lambda: len(taken) > 50)
+    cluster.remove_node(node, allow_graceful=False)
+    before = len(taken)
+    wait_for(lambda: len(taken) > before + 50)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert posted == list(range(len(posted))) and taken == posted
+    assert mesh.place()[0] == cluster.head_node.node_id and [peer.id for peer in mesh.peers(living=True)] == ["anna"]
+    assert [letter.id for letter in mesh.inbox("carl")] == [first] and mesh.inbox("carl") == []
+    mesh.dismiss()
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 # --- What only a file can go through. ---
