@@ -60,9 +60,9 @@ CASES = {  # name: (class, settings)
 }  # fmt: skip
 
 
-def build(name: str):
+def build(case: tuple[str, dict]):
     """transformers' model of a case, with random weights that matter."""
-    kind, settings = CASES[name]
+    kind, settings = case
     torch.manual_seed(3)
     config = getattr(transformers, f"{kind}TextConfig", None) or getattr(transformers, f"{kind}Config")
     if kind == "Qwen3_5Moe":
@@ -80,9 +80,9 @@ def build(name: str):
     return model
 
 
-def converted(name: str, folder, type: str = "f32"):
-    """(transformers' model, path of the GGUF made of its folder)."""
-    model = build(name)
+def converted(case: str | tuple[str, dict], folder, type: str = "f32"):
+    """(transformers' model, path of the GGUF made of its folder) of one of CASES, or of another one like them."""
+    model = build(CASES[case] if isinstance(case, str) else case)
     model.save_pretrained(folder)
     save_tokenizer(folder)
     convert(folder, folder / "model.gguf", type)
@@ -286,14 +286,8 @@ def test_mxfp4_experts_keep_their_bits(tmp_path):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """Path of a hybrid with 64 experts in each of 8 layers."""
-    CASES["many experts"] = (
-        "Qwen3Next",
-        HYBRID | FEW | dict(num_experts=64, num_experts_per_tok=4, num_hidden_layers=8),
-    )
-    try:
-        return converted("many experts", tmp_path_factory.mktemp("many"))[1]
-    finally:
-        del CASES["many experts"]
+    settings = HYBRID | FEW | dict(num_experts=64, num_experts_per_tok=4, num_hidden_layers=8)
+    return converted(("Qwen3Next", settings), tmp_path_factory.mktemp("many"))[1]
 
 
 def on_disk(path, slots: int, monkeypatch, **settings) -> Giant:
