@@ -443,7 +443,8 @@ def plan(asking: Any, model: str | None, ram: float | None, vram: float | None, 
 
 def _plan_lines(machine: Any, context: int, found: list[Any], best: Any) -> Iterator[str]:
     yield (f"{machine.ram / 1e9:.1f} GB of memory at {machine.bandwidth / 1e9:.1f} GB/s"
-           + ("" if math.isnan(machine.disk) else f", disk {machine.disk / 1e9:.2f} GB/s") + f", context {context:,}")  # fmt: skip
+           + (f", {1e3 * (machine.disk.first + machine.disk.each):.1f} ms to read an expert" if machine.disk else "")
+           + f", context {context:,}")  # fmt: skip
     if machine.vram:
         speeds = machine.speeds
         measured = "no accelerator here, so its speed is not known" if math.isnan(speeds.weights) else (

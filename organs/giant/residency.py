@@ -513,3 +513,58 @@ _LOCAL = threading.local()
 
 def _rouse(words):
     wake(words, POSTED)
+
+
+# --- How long reading takes: for `auto` and `giant plan`. ---
+
+
+def reading_seconds(file: GGUFFile, bursts: int = 16, several: int = 6) -> tuple[float, float]:
+    """(seconds of a single expert beyond what each costs, seconds of each) when experts at random places are wanted.
+
+    They are read and packed by the very code that serves a model, some at once; medians of `bursts`.
+    """
+    name = file.architecture
+    width, used = file.get(f"{name}.embedding_length", int), file.get(f"{name}.expert_used_count", int)
+    blocks = sorted({n.rpartition("ffn_")[0] for n in file.tensors if "_exps." in n})
+    count = file.get(f"{name}.expert_count", int)
+    residency = Residency(file, width, count, used, len(blocks), is_prefetching=False)
+    for layer, block in enumerate(blocks):
+        residency.add(layer, _ways_of(file, block))
+    several = min(several, count)
+    residency.start(max(4 * used, several) * residency.slot_bytes)
+    rng, took = np.random.default_rng(0), {1: [], several: []}
+    try:
+        for number in range(bursts + 1):  # the first compiles or loads what packs
+            for many, times in took.items():
+                layer = int(rng.integers(0, len(blocks)))
+                keys = [(layer, int(expert)) for expert in rng.permutation(count)[:many]]
+                began = time.perf_counter()
+                for key in keys:
+                    residency._fetch(key, 0)
+                wait(list(residency.under_way.values()))
+                if number:
+                    times.append(time.perf_counter() - began)
+                residency.check()
+                for key in keys:
+                    residency._take(key)
+                residency.owner[:] = -1
+                residency.free = list(range(len(residency.owner)))
+                residency.under_way.clear()
+    finally:
+        residency.close()
+    one, all = float(np.median(took[1])), float(np.median(took[several]))
+    each = max(0.0, all - one) / max(1, several - 1)
+    return max(0.0, one - each), each
+
+
+def _ways_of(file: GGUFFile, block: str) -> list[tuple[TensorInfo, int, int, int, int]]:
+    """What Residency.add takes, of a layer whose tensors' names begin with `block`."""
+    fused, out = file.tensors.get(f"{block}ffn_gate_up_exps.weight"), []
+    for way in ("gate", "up", "down"):
+        info = file.tensors.get(f"{block}ffn_{way}_exps.weight") or fused
+        if info is None:
+            raise GGUFError(f"{file.path}: it lacks the tensor {block}ffn_{way}_exps.weight")
+        _, rows, columns = info.shape
+        is_half = info is fused
+        out.append((info, rows // 2 if is_half else rows, columns, rows // 2 if is_half and way == "up" else 0, rows))
+    return out

@@ -152,7 +152,7 @@ def loaded(path: Path, mode: str, kind: str) -> Giant:
     if offload in ("up", "updown"):
         with open_gguf(path) as file:
             sizes = plan.Sizes.of(file, 512, kind)
-        machine = plan.Machine(1e12, 1e10, 1e9, 1.0, plan.Speeds(1e10, 1e10, 0))
+        machine = plan.Machine(1e12, 1e10, None, 1.0, plan.Speeds(1e10, 1e10, 0))
         settings["vram"] = next(c.vram for c in plan.choices(sizes, machine) if c.offload == offload) / 1e9
     if offload == "disk":
         probe = Giant.load(path, **settings, ram=1.0)
