@@ -344,7 +344,7 @@ def foretold(asked: argparse.Namespace) -> None:
     for name, (device, offload, share) in WAYS.items():
         if asked.only and asked.only not in name:
             continue
-        ram = share * asked.model.stat().st_size or None
+        ram = (share and (asked.ram or share)) * asked.model.stat().st_size or None
         with open_gguf(asked.model) as file:
             sizes = plan.Sizes.of(file, 1024, "f16")
             accelerator = Accelerator(device) if device != "cpu" else None
