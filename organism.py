@@ -9986,8 +9986,7 @@ def _advisor(asking: _Asking, giant: str | None) -> Iterator[Any]:
     if giant is None:
         yield None
         return
-    bridge = organ("giant.bridge")
-    advisor = bridge.Advisor(bridge.load(giant, threads=asking.threads, say=asking.note), seed=asking.seed)
+    advisor = organ("giant.bridge").advisor(giant, threads=asking.threads, say=asking.note, seed=asking.seed)
     try:
         yield advisor
     finally:
@@ -10797,8 +10796,7 @@ _TEACHER = ("--teacher", "spec", "gguf:PATH, where PATH may be the name of a pul
 
 @contextlib.contextmanager
 def _teacher(asking: _Asking, spec: str) -> Iterator[Any]:
-    advisor = organ("giant.bridge").teacher(spec, threads=asking.threads, say=asking.note)
-    advisor.sampling["seed"] = asking.seed
+    advisor = organ("giant.bridge").teacher(spec, threads=asking.threads, say=asking.note, seed=asking.seed)
     try:
         yield advisor
     finally:

@@ -338,29 +338,55 @@ def foretold(asked: argparse.Namespace) -> None:
     """What `giant plan` says of each way, measured a moment before, beside what the way then does."""
     from organs.giant import Giant, open_gguf, plan
     from organs.giant.accelerator import Accelerator
+    from organs.giant.giant import default_threads
 
-    rows = []
+    rows, threads = [], asked.threads or default_threads()
     for name, (device, offload, share) in WAYS.items():
-        ram = share * asked.model.stat().st_size or None
+        if asked.only and asked.only not in name:
+            continue
+        ram = (share and (asked.ram or share)) * asked.model.stat().st_size or None
         with open_gguf(asked.model) as file:
             sizes = plan.Sizes.of(file, 1024, "f16")
             accelerator = Accelerator(device) if device != "cpu" else None
-            found = plan.look(file, sizes, asked.threads, accelerator, ram)
-        said = next(choice.tokens_per_s for choice in found if choice.offload == offload)
-        giant = Giant.load(asked.model, context=1024, threads=asked.threads, device=device, offload=offload,
+            machine = plan.measured(file, sizes, threads, accelerator, ram)
+        said = next(choice for choice in plan.choices(sizes, machine) if choice.offload == offload)
+        if not said.fits:
+            rows.append([name, "does not fit", "", "", said.reason])
+            continue
+        giant = Giant.load(asked.model, context=1024, threads=threads, device=device, offload=offload,
                            ram=ram / 1e9 if ram else None)  # fmt: skip
         tokens, each = text(64 + asked.warm + asked.generate, giant.vocab_size), []
         session = giant.session()
         session.feed(tokens[:64])
-        for token in tokens[64:]:
+        for i, token in enumerate(tokens[64:]):
+            if i == asked.warm:
+                before = counted(giant)
             began = time.perf_counter()
             session.feed([token])
             each.append(time.perf_counter() - began)
+        came = {key: (value - before[key]) / asked.generate for key, value in counted(giant).items()}
         giant.close()
         measured = asked.generate / sum(each[-asked.generate :])
-        rows.append([name, said, measured, f"{100 * (said / measured - 1):+.0f} %"])
-    print(table(f"{asked.model.name}: what `giant plan` foretells, and what came", ["way", "foretold, tokens/s", "measured", "off by"],
-                rows))  # fmt: skip
+        detail = said.reason
+        if came:
+            detail += f"; {came['wanted'] - came['hits']:.1f} were away, {1e3 * came['stall']:.1f} ms waited"
+        rows.append([name, said.tokens_per_s, measured, f"{100 * (said.tokens_per_s / measured - 1):+.0f} %", detail])
+        print(f"{name}: {rows[-1][1]:.3g} foretold, {measured:.3g} came", file=sys.stderr, flush=True)
+    print(f"{machine.bandwidth / 1e9:.1f} GB/s of memory; an expert from disk {1e3 * machine.disk.first:.2f} ms and "
+          f"{1e3 * machine.disk.each:.2f} ms for each, {sizes.expert / 1e6:.2f} MB\n")  # fmt: skip
+    head = ["way", "foretold, tokens/s", "measured", "off by (25 %)", "foretold because; what came"]
+    print(table(f"{asked.model.name}: what `giant plan` foretells, and what came", head, rows))
+
+
+def counted(giant: Any) -> dict[str, float]:
+    """Counters of experts that come from elsewhere, since the model was loaded; none where all are there."""
+    if giant.residency is not None:
+        report = giant.residency.report()
+    elif giant.accelerator is not None:
+        report = giant.accelerator.report()
+    else:
+        return {}
+    return {key: report[key] for key in ("wanted", "hits", "stall")}
 
 
 class Peer:
@@ -460,6 +486,8 @@ def main() -> int:
     parser.add_argument("model", nargs="?", type=Path, help="the file that --make wrote")
     parser.add_argument("--make", type=Path, metavar="FILE", help="write the model and stop")
     parser.add_argument("--layers", type=int, default=8, help="of the model that is made")
+    parser.add_argument("--experts", type=int, default=EXPERTS, help="of each layer of the model that is made")
+    parser.add_argument("--only", metavar="WAY", help="with --plan: the ways whose names have this in them")
     parser.add_argument(
         "--plan", action="store_true", help="compare what `giant plan` foretells with what comes, and stop"
     )
@@ -478,7 +506,7 @@ def main() -> int:
     parser.add_argument("--peer-tokens", type=int, default=8, help="with --ram: tokens that llama.cpp writes")
     asked = parser.parse_args()
     if asked.make:
-        make(asked.make, asked.layers)
+        make(asked.make, asked.layers, asked.experts)
         return 0
     if asked.agree:
         if not asked.peer:

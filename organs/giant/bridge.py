@@ -18,17 +18,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import organism
-from organism import Memory, Organism, OrganismError, Reply, UsageError, Voice
-from organs.giant import pull
-from organs.giant.gguf import GGUFError, open_gguf
-from organs.giant.giant import ContextFull
+from organism import Memory, Organism, Reply, UsageError, Voice
+from organs.giant import settings
 from organs.giant.text import Generation, Giant
 
 for _needed in ("gguf", "tokenizers", "jinja2"):
     if importlib.util.find_spec(_needed) is None:
         raise ImportError(f"{_needed} is not installed", name=_needed)
 
-CONTEXT = 2048  # tokens: recall and the last turns fit, and reading them stays quick
+CONTEXT = (
+    2048  # tokens, unless the environment says how many: recall and the last turns fit, and reading them stays quick
+)
 RECALLED = 5  # remembered sentences that join the prompt
 MATCH = 0.34  # least score of a sentence that is worth the giant's attention
 SMALL = 1 << 30  # bytes of a model up to which it is helped to keep to what is remembered
@@ -41,27 +41,22 @@ KNOWN = 'What the user told you earlier, word for word ("I" is the user):'
 READ = "What you have read about this:"
 
 
-def load(
-    spec: str, *, threads: int | None = None, context: int = CONTEXT, say: Callable[[str], None] = lambda text: None
-) -> Giant:
-    """The giant of a path or of a pulled name. Raises OrganismError in one sentence."""
-    path = pull.find(spec)
-    try:
-        with open_gguf(path) as file:
-            context = min(context, int(file.metadata.get(f"{file.architecture}.context_length", context)))
-        return Giant.load(path, context=context, threads=threads, say=say)
-    except (GGUFError, ContextFull, ValueError) as error:
-        raise OrganismError(f"{str(error).rstrip('.')}.") from error
+def advisor(model: str, *, name: str = "giant", seed: int | None = None, **loading: Any) -> Advisor:
+    """A giant by its path or its pulled name, loaded and sampling as the environment wants (settings.py).
+
+    loading: as settings.load takes it. Raises OrganismError in one sentence.
+    """
+    return Advisor(settings.load(model, **{"most": CONTEXT} | loading), name, seed, **settings.sampling())
 
 
-def teacher(spec: str, **options: Any) -> Advisor:
+def teacher(spec: str, *, seed: int | None = None, **loading: Any) -> Advisor:
     """An advisor by its SPEC: gguf:PATH, where PATH may be the name of a pulled model. Raises UsageError."""
     kind, colon, rest = spec.partition(":")
     if kind in ("organism", "openai") and colon:
         raise UsageError(f"Teachers of the kind {kind!r} arrive with TEACH: use gguf:PATH for now.")
     if kind != "gguf" or not rest:
         raise UsageError(f"The teacher {spec!r} is not understood: write gguf:PATH, for example gguf:smollm2.")
-    return Advisor(load(rest, **options), name=spec)
+    return advisor(rest, name=spec, seed=seed, **loading)
 
 
 class Advisor:
@@ -134,9 +129,10 @@ class Advisor:
 
     def _told(self, reply: Reply, generation: Generation) -> Iterator[str]:
         began = time.perf_counter()
-        for piece in generation:
-            reply.first_seconds = reply.first_seconds or time.perf_counter() - began
-            yield piece
+        with settings.sentences():  # an expert that cannot be read, a device that is full
+            for piece in generation:
+                reply.first_seconds = reply.first_seconds or time.perf_counter() - began
+                yield piece
         reply.tokens, reply.seconds = len(generation.tokens), time.perf_counter() - began
         bits = [-chosen.logprob / math.log(2) for chosen, _ in generation.logprobs]
         reply.entropy_bits = sum(bits) / len(bits) if bits else 0.0  # the mean surprise of its own words estimates it
@@ -202,9 +198,10 @@ def distill(life: Organism, advisor: Advisor, seconds: float, on_event: Callable
     for topic, request in topics(life, random.Random(seed)):
         generation = advisor.giant.generate([{"role": "user", "content": request.format(topic)}], **advisor.sampling | {
             "max_tokens": 160, "temperature": 0.8, "session": advisor.session})  # fmt: skip
-        for _ in generation:
-            if time.monotonic() - began > seconds:
-                generation.cancel()
+        with settings.sentences():
+            for _ in generation:
+                if time.monotonic() - began > seconds:
+                    generation.cancel()
         text = generation.text.strip()
         if text:
             verdict = life.learn_now(text + "\n", source=advisor.name)

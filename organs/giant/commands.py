@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ import numpy as np
 
 from organism import OrganismError, UsageError
 from organs.giant import pull as pulling
-from organs.giant.accelerator import AcceleratorFull
+from organs.giant import settings
 from organs.giant.gguf import GGUFError, GGUFFile, open_gguf
-from organs.giant.giant import ContextFull
+from organs.giant.settings import LOADING, named, sentences, setting
 from organs.giant.template import ChatTemplate
 from organs.giant.text import Chat, Generation, Giant
 from organs.giant.tokenizer import Tokenizer
@@ -45,85 +45,14 @@ SAMPLING = (
 CHAT_TOKENS = 1024  # of an answer at most, unless told otherwise
 
 
-@contextlib.contextmanager
-def sentences() -> Iterator[None]:
-    """What is wrong with a file or a request, in the command line's two kinds of errors."""
-    try:
-        yield
-    except (GGUFError, ContextFull, AcceleratorFull) as error:
-        raise OrganismError(f"{str(error).rstrip('.')}.") from error
-    except ValueError as error:
-        if isinstance(error, UnicodeError):
-            raise
-        raise UsageError(f"{str(error).rstrip('.')}.") from error
-
-
-LOADING = (  # options of every command that loads a model
-    "context", "kv_cache", "device", "offload", "ram", "vram", "no_prefetch", "tokenizer", "speculate", "exact",
-)  # fmt: skip
-# Settings by environment: ours is ORGANISM_GIANT_ and the key, theirs is for people who come from Paramecia.
-ENVIRONMENT = {
-    "MODEL": "PARAMECIA_MODEL_PATH", "TOKENIZER": "PARAMECIA_TOKENIZER_PATH", "CONTEXT": "PARAMECIA_CONTEXT_LENGTH",
-    "DEVICE": "", "OFFLOAD": "PARAMECIA_OFFLOAD", "RAM": "", "VRAM": "", "KV_CACHE": "PARAMECIA_KV_CACHE_QUANT",
-    "NO_PREFETCH": "PARAMECIA_NO_PREFETCH", "TEMPERATURE": "PARAMECIA_TEMPERATURE", "TOP_P": "PARAMECIA_TOP_P",
-    "TOP_K": "PARAMECIA_TOP_K", "REPEAT_PENALTY": "PARAMECIA_REPEAT_PENALTY", "PRESENCE_PENALTY": "PARAMECIA_PRESENCE_PENALTY",
-}  # fmt: skip
-
-
-def setting(key: str, kind: Callable[[str], Any]) -> Any:
-    """What the environment says of a key of ENVIRONMENT, or None. Raises UsageError for what is no such value."""
-    for name in (f"ORGANISM_GIANT_{key}", ENVIRONMENT[key]):
-        given = os.environ.get(name, "").strip() if name else ""
-        if given:
-            try:
-                return kind(given)
-            except ValueError as error:
-                raise UsageError(f"The environment variable {name} is {given!r}: it should be a number.") from error
-    return None
-
-
-def load(asking: Any, model: str | None, context: int | None = None, kv_cache: str | None = None, exact: bool = False,
-         device: str | None = None, offload: str | None = None, ram: float | None = None, vram: float | None = None,
-         no_prefetch: bool = False, tokenizer: str | None = None, speculate: bool = False) -> Giant:  # fmt: skip
-    """The model of this name or path; its context is what it was trained for, but at most 8,192 unless asked for.
-
-    What is not given comes from the environment, then from the defaults.
-    """
-    path = pulling.find(named(model))
-    no_prefetch = no_prefetch or (setting("NO_PREFETCH", str) or "0").lower() in ("1", "true", "yes")
-    with sentences():
-        context = context or setting("CONTEXT", int)
-        if context is None:
-            with open_gguf(path) as file:
-                context = min(int(file.metadata.get(f"{file.architecture}.context_length", 8192)), 8192)
-        giant = Giant.load(
-            path, context=context, kv_cache=kv_cache or setting("KV_CACHE", str) or "f16", threads=asking.threads, exact=exact,
-            say=asking.note, device=device or setting("DEVICE", str) or "auto", offload=offload or setting("OFFLOAD", str),
-            ram=ram or setting("RAM", float), vram=vram or setting("VRAM", float), prefetch=not no_prefetch, speculate=speculate,
-        )  # fmt: skip
-        if (other := tokenizer or setting("TOKENIZER", str)) is not None:
-            giant.use_tokenizer(other)
-        return giant
-
-
-def named(model: str | None) -> str:
-    """The model that was named, or else the environment's. Raises UsageError where there is neither."""
-    found = model or setting("MODEL", str)
-    if found is None:
-        raise UsageError("Which model? Give a path or a name (smollm2), or set ORGANISM_GIANT_MODEL.")
-    return found
+def load(asking: Any, model: str | None, **options: Any) -> Giant:
+    """The model of this name or path (settings.load)."""
+    return settings.load(model, threads=asking.threads, say=asking.note, **options)
 
 
 def _settings(asking: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The sampling settings among a command's options, or else of the environment, without those that were not given."""
-    keys = dict(temperature=float, top_p=float, top_k=int, repetition_penalty=float, presence_penalty=float)
-    names = {"repetition_penalty": "REPEAT_PENALTY"}
-    given = {
-        name: value
-        for name, kind in keys.items()
-        if (value := setting(names.get(name, name.upper()), kind)) is not None
-    }
-    given |= {name: options[name] for name in SAMPLING if options.get(name) is not None}
+    given = settings.sampling() | {name: options[name] for name in SAMPLING if options.get(name) is not None}
     return given if asking.seed is None else given | {"seed": asking.seed}
 
 
@@ -344,10 +273,10 @@ _HELP = """/help            this list
 def chat(asking: Any, model: str | None, **options: Any) -> None:
     """Talk with a model in a terminal or over a pipe."""
     giant = load(asking, model, **{name: options[name] for name in LOADING})
-    settings = _settings(asking, options) | {"max_tokens": options["max_tokens"] or CHAT_TOKENS}
+    wishes = _settings(asking, options) | {"max_tokens": options["max_tokens"] or CHAT_TOKENS}
     try:
         with sentences():
-            _Talk(asking, giant, options["system"], settings).run()
+            _Talk(asking, giant, options["system"], wishes).run()
     finally:
         giant.close()
 
@@ -355,10 +284,10 @@ def chat(asking: Any, model: str | None, **options: Any) -> None:
 class _Talk:
     """Lines in, answers out."""
 
-    def __init__(self, asking: Any, giant: Giant, system: str | None, settings: dict[str, Any]):
+    def __init__(self, asking: Any, giant: Giant, system: str | None, wishes: dict[str, Any]):
         self.asking, self.giant, self.system = asking, giant, system
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.chat = Chat(giant, system, settings)
+        self.chat = Chat(giant, system, wishes)
         self.last: Generation | None = None
 
     def run(self) -> None:
@@ -492,9 +421,11 @@ def plan(asking: Any, model: str | None, ram: float | None, vram: float | None, 
 
     path = pulling.find(named(model))
     with sentences(), open_gguf(path) as file:
-        kind = device_of(device or setting("DEVICE", str) or "auto")
-        context = context or min(int(file.metadata.get(f"{file.architecture}.context_length", 8192)), 8192)
-        sizes = planning.Sizes.of(file, context, kv_cache or "f16")
+        kind = device_of(device or setting("DEVICE") or "auto")
+        ram, vram = ram or setting("RAM", float), vram or setting("VRAM", float)
+        trained = int(file.metadata.get(f"{file.architecture}.context_length", settings.CONTEXT))
+        context = context or setting("CONTEXT", int) or min(trained, settings.CONTEXT)
+        sizes = planning.Sizes.of(file, context, kv_cache or setting("KV_CACHE") or "f16")
         accelerator = None if kind == "cpu" else Accelerator(kind, int(1e9 * vram) if vram else None)
         machine = planning.measured(file, sizes, asking.threads or default_threads(), accelerator, 1e9 * ram if ram else None,
                                     1e9 * vram if vram else None)  # fmt: skip
@@ -512,7 +443,8 @@ def plan(asking: Any, model: str | None, ram: float | None, vram: float | None, 
 
 def _plan_lines(machine: Any, context: int, found: list[Any], best: Any) -> Iterator[str]:
     yield (f"{machine.ram / 1e9:.1f} GB of memory at {machine.bandwidth / 1e9:.1f} GB/s"
-           + ("" if math.isnan(machine.disk) else f", disk {machine.disk / 1e9:.2f} GB/s") + f", context {context:,}")  # fmt: skip
+           + (f", {1e3 * (machine.disk.first + machine.disk.each):.1f} ms to read an expert" if machine.disk else "")
+           + f", context {context:,}")  # fmt: skip
     if machine.vram:
         speeds = machine.speeds
         measured = "no accelerator here, so its speed is not known" if math.isnan(speeds.weights) else (
@@ -534,7 +466,7 @@ def bench(asking: Any, model: str | None, prompt: int | None, generate: int | No
           **loading: Any) -> None:  # fmt: skip
     """Speed of reading and writing, best of some rounds, beside what the machine could do."""
     n, m = prompt or 128, generate or 64
-    giant = load(asking, model, context or n + m + 1, **loading)
+    giant = load(asking, model, context=context or n + m + 1, **loading)
     try:
         with sentences():
             result = _measured(asking, giant, n, m, rounds or 3)
@@ -598,7 +530,7 @@ def perplexity(asking: Any, model: str | None, file: str, window: int | None, **
         raise OrganismError(f"The file {file!r} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise OrganismError(f"The file {file!r} is not valid UTF-8 (byte {error.start}).") from error
-    giant = load(asking, model, window or 512, **loading)
+    giant = load(asking, model, context=window or 512, **loading)
     began = time.perf_counter()
     try:
         with sentences():

@@ -318,15 +318,13 @@ class Giant:
 
     def _piece(self, at: int, left: int) -> int:
         """How many of the tokens that are left are read next: where the model has a recurrent state, so that a snapshot of it
-        can be taken at whole multiples of a chunk, and at the last full page."""
+        can be taken at whole multiples of a chunk, at the last full page, and at the last page that ends before the last token,
+        from which the same prompt would go on."""
         if not self._has_state or left == 1:
             return min(left, self._chunk)
         end = at + left
-        stops = [
-            at + self._chunk - at % self._chunk if self._chunk % PAGE == 0 else at + self._chunk,
-            end - end % PAGE,
-            end,
-        ]
+        whole = at + self._chunk - at % self._chunk if self._chunk % PAGE == 0 else at + self._chunk
+        stops = [whole, (end - 1) // PAGE * PAGE, end // PAGE * PAGE, end]
         return min(stop for stop in stops if stop > at) - at
 
     def _ids(self, tokens: Sequence[int]) -> np.ndarray:

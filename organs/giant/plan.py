@@ -7,12 +7,8 @@ that a token reads over the bandwidth of where they lie, and bytes that are miss
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -21,8 +17,9 @@ from organs.giant.gguf import GGUFFile
 from organs.giant.program import Shape
 
 SHARE = 0.85  # of the bandwidth that decoding reaches (docs/benchmarks.md)
-OVERLAP = 0.6  # of reading experts that is hidden behind computing (docs/benchmarks.md)
+FORESEEN = 0.3  # of experts that are away, how many are read ahead, as long as computing takes (docs/benchmarks.md)
 SKEW = 0.8  # popularity of experts ∝ rank^-0.8, as in text
+KEPT = 1 / 3  # of its experts, a token shares with the one before it
 INTERPRETER = 200 << 20  # bytes that Python, NumPy and compiled code take
 CONTEXT = 8192  # tokens that are planned for where nobody says how many
 LEAST = 4  # times as many experts as a token uses in a layer have to have room
@@ -93,12 +90,24 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Seconds that experts take from the file to memory, packed, when several are wanted at once."""
+
+    first: float  # of one alone, beside what each costs
+    each: float
+
+    def of(self, layers: int, used: int, rate: float) -> float:
+        """Of a token that wants `used` experts in each of some layers, of which a share `rate` is away."""
+        return layers * ((1 - (1 - rate) ** used) * self.first + used * rate * self.each)
+
+
+@dataclass(frozen=True)
 class Machine:
     """What a machine has, in bytes and bytes a second; what was not measured is not a number."""
 
     ram: float
     bandwidth: float  # of the memory
-    disk: float  # of random reads of an expert's size
+    disk: Reading | None  # of experts that are away; None: the model has none
     vram: float = 0.0  # of an accelerator; 0: there is none
     speeds: Speeds = Speeds(math.nan, math.nan, 0)
 
@@ -137,10 +146,17 @@ def _from_disk(sizes: Sizes, machine: Machine, fixed: int, vram: int, seconds: f
         need = fixed + LEAST * sizes.used * sizes.expert
         return Choice("disk", need, vram, False, 0.0, f"at least {need / 1e9:.1f} GB are needed")
     slots = min(slots, every)
-    missed = sizes.used * sizes.layers * miss_rate(slots / every, sizes.count, sizes.used)
-    seconds += (1 - OVERLAP) * missed * sizes.expert / machine.disk
+    rate = miss_rate(slots / every, sizes.count, sizes.used)
+    missed = sizes.used * sizes.layers * rate
+    reading = machine.disk.of(sizes.layers, sizes.used, rate) if machine.disk else math.nan
+    seconds += _not_hidden(reading, seconds)
     reason = f"{slots} of {every} experts in memory; about {missed:.1f} are read for a token"
     return Choice("disk", fixed + slots * sizes.expert, vram, vram <= machine.vram or not vram, 1 / seconds, reason)
+
+
+def _not_hidden(moving: float, computing: float) -> float:
+    """Seconds of a token in which computing waits for experts: those that were foreseen come while it goes on."""
+    return moving - min(FORESEEN * moving, computing)
 
 
 def _on_accelerator(sizes: Sizes, machine: Machine) -> Iterator[Choice]:
@@ -156,7 +172,7 @@ def _on_accelerator(sizes: Sizes, machine: Machine) -> Iterator[Choice]:
         rest = fixed + sizes.experts - host
         slots = max(LEAST * sizes.used, min(sizes.count * sizes.layers, int((vram - rest) // max(1, piece))))
         missed = sizes.used * sizes.layers * miss_rate(slots / (sizes.count * sizes.layers), sizes.count, sizes.used)
-        seconds = dense + experts + (1 - OVERLAP) * missed * piece / speeds.link
+        seconds = dense + experts + _not_hidden(missed * piece / speeds.link, dense + experts)
         fits = rest + LEAST * sizes.used * piece <= vram and host + INTERPRETER <= ram
         reason = (
             f"{' and '.join(ways)} of {slots} experts fit beside the rest; about {missed:.1f} are copied for a token"
@@ -201,11 +217,12 @@ def measured(file: GGUFFile, sizes: Sizes, threads: int, accelerator: Accelerato
              vram: float | None = None) -> Machine:  # fmt: skip
     """This machine's numbers; ram, vram: bytes of another one's."""
     from organs.giant.giant import free_memory
+    from organs.giant.residency import reading_seconds
     from organs.giant.roofs import read_roof
 
     free = free_memory()
     bandwidth = 1e9 * read_roof(min(1 << 30, free // 4), threads)
-    disk = disk_bandwidth(file.path, max(sizes.expert // 3, 4096)) if sizes.experts else math.nan
+    disk = Reading(*reading_seconds(file)) if sizes.experts else None
     machine = Machine(ram or free, bandwidth, disk, vram or 0.0)
     if accelerator is None:
         return machine
@@ -218,7 +235,7 @@ def too_large(sizes: Sizes, offload: str, free: int, accelerator: Accelerator | 
     Keys and values are left out: they take memory when tokens come.
     """
     sizes = replace(sizes, cache=0)
-    machine = Machine(free, math.nan, math.nan, float(accelerator.budget) if accelerator else 0.0)
+    machine = Machine(free, math.nan, None, float(accelerator.budget) if accelerator else 0.0)
     found = list(choices(sizes, machine))
     if layers_of(offload) is not None or offload == "disk":
         return None  # said where they are loaded, when it is known what else is there
@@ -235,10 +252,16 @@ def too_large(sizes: Sizes, offload: str, free: int, accelerator: Accelerator | 
 
 
 def miss_rate(share: float, experts: int, used: int) -> float:
-    """Of the experts that a token wants, how many are not among the most popular `share`, if popularity ∝ rank^-SKEW."""
+    """Of the experts that a token wants, how many are away, if a `share` is in memory.
+
+    Those are the most popular ones, popularity ∝ rank^-SKEW, and what the last token wanted: two in a row share KEPT of their
+    experts, by their text where chance alone gives less.
+    """
     popular = np.arange(1, experts + 1) ** -SKEW
     chance = 1 - np.exp(-popular * _rate(popular, used))
-    return float(chance[round(share * experts) :].sum() / chance.sum())
+    again = float((chance**2).sum() / chance.sum())
+    sticky = max(0.0, (KEPT - again) / (1 - again)) if again < 1 else 0.0
+    return (1 - sticky) * float(chance[round(share * experts) :].sum() / chance.sum())
 
 
 def _rate(popular: np.ndarray, used: int) -> float:
@@ -248,31 +271,3 @@ def _rate(popular: np.ndarray, used: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if (1 - np.exp(-popular * middle)).sum() < used else (low, middle)
     return high
-
-
-def disk_bandwidth(path: Path, nbytes: int, seconds: float = 1.0) -> float:
-    """Bytes a second of reading pieces of `nbytes` at random places of a file, past the page cache where that can be."""
-    import mmap
-
-    piece, size = max(4096, nbytes // 4096 * 4096), path.stat().st_size
-    try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        handle = os.open(path, os.O_RDONLY)
-    rng, end, done = np.random.default_rng(0), time.perf_counter() + seconds, []
-    places = rng.integers(0, max(1, (size - piece) // 4096), 100_000).tolist()
-
-    def read(first: int) -> None:
-        buffer = mmap.mmap(-1, piece)
-        for place in places[first::4]:
-            if time.perf_counter() > end:
-                return
-            done.append(os.preadv(handle, [buffer], place * 4096))
-
-    began = time.perf_counter()
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(read, range(4)))
-    finally:
-        os.close(handle)
-    return sum(done) / max(1e-9, time.perf_counter() - began) if done else math.nan

@@ -18,11 +18,15 @@ Reads go around the page cache where the file system can (O_DIRECT), since what 
 
 from __future__ import annotations
 
+import itertools
 import os
+import queue
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +164,44 @@ class Counters:
         return max(0.0, 1 - self.stall / self.reading) if self.reading else 1.0
 
 
+class _Once:
+    """A read that may be asked for twice, and happens once."""
+
+    def __init__(self, read: Callable[[], None]):
+        self.read, self.token = read, threading.Lock()
+
+    def __call__(self) -> None:
+        if self.token.acquire(blocking=False):
+            self.read()
+
+
+class _Readers:
+    """Threads that read what is wanted before what is guessed, and of each kind what was asked for first."""
+
+    def __init__(self, count: int):
+        self.waiting: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
+        self.numbers = itertools.count()
+        self.threads = [
+            threading.Thread(target=self._serve, name=f"giant-reader-{i}", daemon=True) for i in range(count)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def ask(self, read: Callable[[], None], is_guess: bool = False) -> None:
+        self.waiting.put((int(is_guess), next(self.numbers), read))
+
+    def close(self) -> None:
+        """End the threads when all is read."""
+        for _ in self.threads:
+            self.waiting.put((2, next(self.numbers), None))
+        for thread in self.threads:
+            thread.join()
+
+    def _serve(self) -> None:
+        while (read := self.waiting.get()[2]) is not None:
+            read()
+
+
 @dataclass
 class _Way:
     """Gate, up or down of a layer's experts in the file."""
@@ -249,6 +291,7 @@ class Residency:
         self.free = list(range(slots - 1, -1, -1))
         self.slot_of: dict[tuple[int, int], int] = {}
         self.under_way: dict[tuple[int, int], Future] = {}
+        self.guessed_reads: dict[tuple[int, int], list[_Once]] = {}  # of those under way by a guess
         self.guesses: dict[
             tuple[int, int], int
         ] = {}  # experts read by a guess, not wanted yet: the request at that time
@@ -263,7 +306,7 @@ class Residency:
         self.victims: list[tuple[int, tuple[int, int]]] = []
         self.desk[0]["wave"] = max(self.used, slots // 2)
         self.fast = {f: _compiled(f) for f in (_await_request, _withdraw, _deliver)}
-        self.readers = ThreadPoolExecutor(READERS, "giant-reader")
+        self.readers = _Readers(READERS)
         self.handles = [self._open(part.path) for part in self.file._parts]
         self.busy, self.busy_since = 0, 0.0
         self.lock = threading.Lock()  # of the counters that readers change
@@ -288,7 +331,7 @@ class Residency:
         _compiled(_rouse)(self.words.ctypes.data)
         self.thread.join()
         self.thread = None
-        self.readers.shutdown()
+        self.readers.close()
         for handle in self.handles:
             os.close(handle)
 
@@ -386,6 +429,9 @@ class Residency:
     def _fetch(self, key: tuple[int, int], now: int, is_guess: bool = False) -> bool:
         """Begin to read an expert that is neither in memory nor under way. False: a guess found no room."""
         if key in self.slot_of:
+            if not is_guess:
+                for read in self.guessed_reads.pop(key, ()):  # those that have not begun yet go before other guesses
+                    self.readers.ask(read)
             return True
         slot = self._room(now, is_guess)
         while slot is None:
@@ -403,8 +449,11 @@ class Residency:
             self.busy += 1
         left, done = [len(self.layers[key[0]].ways)], Future()
         self.under_way[key] = done
-        for way in self.layers[key[0]].ways:
-            self.readers.submit(self._read, key, slot, way, left, done)
+        reads = [_Once(partial(self._read, key, slot, way, left, done)) for way in self.layers[key[0]].ways]
+        if is_guess:
+            self.guessed_reads[key] = reads
+        for read in reads:
+            self.readers.ask(read, is_guess)
         return True
 
     def _room(self, now: int, is_guess: bool) -> int | None:
@@ -414,6 +463,7 @@ class Residency:
         """
         for key in [key for key, future in self.under_way.items() if future.done()]:
             del self.under_way[key]
+            self.guessed_reads.pop(key, None)
         if self.free:
             return self.free.pop()
         for _ in range(2):
@@ -513,3 +563,56 @@ _LOCAL = threading.local()
 
 def _rouse(words):
     wake(words, POSTED)
+
+
+# --- How long reading takes: for `auto` and `giant plan`. ---
+
+
+def reading_seconds(file: GGUFFile, bursts: int = 16, several: int = 6) -> tuple[float, float]:
+    """(seconds of a single expert beyond what each costs, seconds of each) when experts at random places are wanted.
+
+    They are read and packed by the very code that serves a model, some at once; medians of `bursts`.
+    """
+    name = file.architecture
+    width, used = file.get(f"{name}.embedding_length", int), file.get(f"{name}.expert_used_count", int)
+    blocks = sorted({n.rpartition("ffn_")[0] for n in file.tensors if "_exps." in n})
+    count = file.get(f"{name}.expert_count", int)
+    residency = Residency(file, width, count, used, len(blocks), is_prefetching=False)
+    for layer, block in enumerate(blocks):
+        residency.add(layer, _ways_of(file, block))
+    several = min(several, count)
+    residency.start(max(4 * used, several) * residency.slot_bytes)
+    rng, took = np.random.default_rng(0), {1: [], several: []}
+    try:
+        for number in range(bursts + 2):  # the first two load what packs and fill the pool: then some have to go
+            for many, times in took.items():
+                residency.words[POSTED // 8] += 1  # a request that wants nothing of the loader
+                now, layer = int(residency.words[POSTED // 8]), int(rng.integers(0, len(blocks)))
+                away = [e for e in rng.permutation(count).tolist() if (layer, e) not in residency.slot_of]
+                began = time.perf_counter()
+                for expert in away[:many]:
+                    residency._fetch((layer, expert), now)
+                wait(list(residency.under_way.values()))
+                if number > 1 and len(away) >= many:
+                    times.append(time.perf_counter() - began)
+                residency.check()
+    finally:
+        residency.close()
+    if not all(took.values()):  # so few experts that all are there
+        return 0.0, 0.0
+    one, together = (float(np.median(times)) for times in took.values())
+    each = max(0.0, together - one) / max(1, several - 1)
+    return max(0.0, one - each), each
+
+
+def _ways_of(file: GGUFFile, block: str) -> list[tuple[TensorInfo, int, int, int, int]]:
+    """What Residency.add takes, of a layer whose tensors' names begin with `block`."""
+    fused, out = file.tensors.get(f"{block}ffn_gate_up_exps.weight"), []
+    for way in ("gate", "up", "down"):
+        info = file.tensors.get(f"{block}ffn_{way}_exps.weight") or fused
+        if info is None or len(info.shape) != 3:
+            raise GGUFError(f"{file.path}: it lacks the tensor {block}ffn_{way}_exps.weight")
+        _, rows, columns = info.shape
+        is_half = info is fused
+        out.append((info, rows // 2 if is_half else rows, columns, rows // 2 if is_half and way == "up" else 0, rows))
+    return out

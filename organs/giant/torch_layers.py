@@ -476,7 +476,7 @@ class Mixture:
         weights, chosen = self._route(logits)
         step.routes.append((self.layer, chosen, logits.isfinite().all()))
         beside = self._shared(y)
-        if self.slots is None and chosen.numel() * self._numbers() <= SLAB:
+        if self.slots is None and self._are_few(chosen.numel()):
             routed = self._few(y, chosen)
         else:
             routed = self._many(x, y, chosen)
@@ -486,6 +486,10 @@ class Mixture:
     def _numbers(self) -> int:
         """Bytes of one expert in float32."""
         return 12 * self.inside * self.router.columns
+
+    def _are_few(self, pairs: int) -> bool:
+        """Whether so many pairs of a token and an expert fit into a slab, and hardly repeat an expert."""
+        return pairs <= self.router.raw.shape[0] and pairs * self._numbers() <= SLAB
 
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, experts) [n, used], best first."""

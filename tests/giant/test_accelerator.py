@@ -123,14 +123,8 @@ def test_every_kind_of_cache_works_there_and_comes_back(kind, hybrid):
 
 
 def test_what_prefetch_does_is_counted_and_changes_no_result(tmp_path):
-    from . import test_experts
-
-    test_experts.CASES["wide"] = (
-        "Qwen3Next", HYBRID | FEW | dict(num_experts=64, num_experts_per_tok=4, num_hidden_layers=4))  # fmt: skip
-    try:
-        _, path = converted("wide", tmp_path)
-    finally:
-        del test_experts.CASES["wide"]
+    wide = HYBRID | FEW | dict(num_experts=64, num_experts_per_tok=4, num_hidden_layers=4)
+    _, path = converted(("Qwen3Next", wide), tmp_path)
     tokens, results = np.random.default_rng(8).integers(0, SIZE, 60).tolist(), []
     size = plan.Sizes.of(open_gguf(path), 64, "f32")
     few = (size.dense + size.experts + plan.WORKSPACE) / 1e9  # of up and down, only the least fits beside the rest

@@ -45,7 +45,37 @@ def test_a_teacher_that_is_not_understood_is_named(spec, said):
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
     with pytest.raises(o.OrganismError, match="no model file"):
-        bridge.load(str(tmp_path / "nothing.gguf"))
+        bridge.advisor(str(tmp_path / "nothing.gguf"))
+
+
+def test_the_environment_says_where_it_is_and_how_it_speaks(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    for key, value in dict(
+        DEVICE="torch", OFFLOAD="layers=1", VRAM="2.5", CONTEXT="200", KV_CACHE="q8", TEMPERATURE="0.9"
+    ).items():
+        monkeypatch.setenv(f"ORGANISM_GIANT_{key}", value)
+    advisor = bridge.advisor(str(write_llama(tmp_path / "small.gguf", context=1024)), threads=1)
+    giant = advisor.giant
+    assert (giant.accelerator.kind, giant.accelerator.budget, giant._runner.placed.layers) == (
+        "torch",
+        2_500_000_000,
+        1,
+    )
+    assert giant.context == 200 and giant._runner.placed.cpu.kinds == ("q8", "q8")
+    assert advisor.sampling["temperature"] == 0.9
+    advisor.close()
+
+
+@pytest.mark.parametrize("command", [
+    ["chat", "--giant"], ["say", "Hello.", "--giant"], ["consult", "Why?", "--teacher"], ["distill", "--teacher"],
+    ["giant", "generate"], ["giant", "plan"],
+], ids=" ".join)  # fmt: skip
+def test_every_command_that_takes_a_giant_reads_the_environment(command, small_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ORGANISM_GIANT_DEVICE", "tpu")
+    model = f"gguf:{small_llama}" if "--teacher" in command else str(small_llama)
+    more = ["Hello."] if "generate" in command else []
+    assert o.main([*command, model, *more, "--home", str(tmp_path / "home")]) == 2
+    assert "device is 'tpu'; it can be auto, cpu, cuda, mps" in capsys.readouterr().err
 
 
 # --- What the organism lends. ---
