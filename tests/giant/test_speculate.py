@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from .test_experts import build  # noqa: E402
+from .test_experts import CASES, build  # noqa: E402
 
 PROMPT = np.random.default_rng(3).integers(0, SIZE, 100).tolist()
 
@@ -62,7 +62,7 @@ def drafting(tmp_path_factory):
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("mtp")
-    model = build("qwen3next")
+    model = build(CASES["qwen3next"])
     model.save_pretrained(folder)
     save_tokenizer(folder)
     convert(folder, folder / "plain.gguf", "f32")
