@@ -26,7 +26,8 @@ with cache.collecting_later():
 
 f4, f8, i4, i8 = np.float32, np.float64, np.int32, np.int64
 FAST = dict(cache=True, fastmath=True, error_model="numpy")
-HELP = dict(FAST, cache=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for what only compiled code calls
+# For what only compiled code calls: it is a part of its callers, so that only they are worth keeping.
+HELP = dict(FAST, cache=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 X86 = platform.machine() in ("x86_64", "AMD64")
 ONE, ZERO, LOWEST = f4(1), f4(0), f4(-1e30)
 
@@ -96,11 +97,12 @@ class _Library(JITCodeLibrary):
 
     def _become_code(self):
         self._ensure_finalized()
+        if self._is_code:
+            return
         if not self._is_optimised:
             super()._optimize_final_module()
-        if not self._is_code:
-            self._is_optimised = self._is_code = True
-            super()._finalize_final_module()
+        self._is_code = True
+        super()._finalize_final_module()
 
     def _get_compiled_object(self):
         self._become_code()
