@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 
 from organs.giant import lanes
 from organs.giant.formats import FORMATS, IQ4_VALUES, MXFP4_VALUES
@@ -315,7 +314,7 @@ def panel_bytes(name: str, columns: int) -> int:
 # --- Packing. ---
 
 
-_copy_word = function(types.void(types.int64, types.int64), lambda b, to, source: store(b, load(b, source, I32), to))
+_copy_word = function(lanes.words(2), lambda b, to, source: store(b, load(b, source, I32), to))
 
 
 def _interleave(source, to, fields, n_fields, rows, row_bytes, n_blocks, size):
@@ -323,15 +322,15 @@ def _interleave(source, to, fields, n_fields, rows, row_bytes, n_blocks, size):
     address. A last item that is not there is zero."""
     raw, fields, at = (
         ground.bytes_at(source, rows * row_bytes),
-        ground.longs(fields, 3 * n_fields).reshape(n_fields, 3),
+        ground.longs(fields, 3 * n_fields),
         0,
     )
     out = ground.bytes_at(to, -(-rows // 16) * 16 * n_blocks * size)
     for first in range(0, rows, 16):
         for block in range(n_blocks):
-            for f in range(len(fields)):
-                begin, count, item = fields[f, 0], fields[f, 1], abs(fields[f, 2])
-                turned = fields[f, 2] < 0
+            for f in range(0, 3 * n_fields, 3):
+                begin, count, item = fields[f], fields[f + 1], abs(fields[f + 2])
+                turned = fields[f + 2] < 0
                 for k in range(count):
                     inside = block * size + begin + k * item
                     if (
@@ -396,7 +395,7 @@ _MAKING = threading.Lock()
 @cache
 def interleaver() -> Callable[..., None]:
     """_interleave, compiled or loaded; other threads may run while it does."""
-    return lanes.callable_of(lanes.c_function(types.void(*[types.int64] * 8), _interleave))
+    return lanes.c_function(_interleave)
 
 
 # --- Tiles: one panel times T tokens. ---
@@ -549,12 +548,9 @@ class _Tile:
                         row = b.add(row, stride)
 
 
-TILE_TYPE = types.void(*[types.int64] * 6)
-
-
 def tile(name: str, form: str, T: int):
     """A C function for numba and ctypes; `.address` calls it from compiled code. See _Tile."""
-    return kernel(f"tile_{name}_{form}_{T}", TILE_TYPE, _Tile(name, form, T))
+    return kernel(f"tile_{name}_{form}_{T}", 6, _Tile(name, form, T))
 
 
 # --- Rows out of panels, for embeddings. ---
@@ -597,12 +593,9 @@ class _Row:
         return out
 
 
-ROW_TYPE = types.void(*[types.int64] * 3)
-
-
 def row_reader(name: str):
     """A C function (panel, out, blocks): float32 [numbers of a row, 16], what a panel's rows mean."""
-    return kernel(f"rows_{name}", ROW_TYPE, _Row(name))
+    return kernel(f"rows_{name}", 3, _Row(name))
 
 
 # --- Activations. ---
@@ -662,7 +655,7 @@ def _quantise(form: str):
             store(b, value, at, 0, 4)
             at = b.add(at, b.mul(T, word(4)))
 
-    return function(types.void(types.int64, types.int64, types.float32, types.int64, types.int64, types.int64), build)
+    return function("void(int64, int64, float32, int64, int64, int64)", build)
 
 
 _ONE, _SIZE = None, 0  # of the template; each form has its own
@@ -707,7 +700,7 @@ def multiply(panels: np.ndarray, name: str, rows: int, x: np.ndarray, form: str,
         for t in range(T):
             quantise(padded[first + t :].ctypes.data, n32, ones.ctypes.data, np.float32(1), space.ctypes.data, T, t)
         for p in range(n_panels):
-            product.ctypes(panels[p * size :].ctypes.data, space.ctypes.data, out[first:, p * ROWS :].ctypes.data,
+            product(panels[p * size :].ctypes.data, space.ctypes.data, out[first:, p * ROWS :].ctypes.data,
                           blocks(name, columns), out.strides[0], 0)  # fmt: skip
     return out[:tokens, :rows]
 
@@ -719,6 +712,6 @@ def read_rows(panels: np.ndarray, name: str, rows: int, columns: int, make: Call
     out = []
     for p in range(-(-rows // ROWS)):
         block = np.zeros((width, ROWS), np.float32)
-        reader.ctypes(panels[p * size :].ctypes.data, block.ctypes.data, n)
+        reader(panels[p * size :].ctypes.data, block.ctypes.data, n)
         out.append(block.T)
     return np.concatenate(out)[:rows, :columns]

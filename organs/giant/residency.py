@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import types
 
 from organs.giant import products
 from organs.giant.engine import (
@@ -52,7 +51,7 @@ from organs.giant.engine import _await_change as await_change
 from organs.giant.engine import _nanoseconds as nanoseconds
 from organs.giant.engine import _wake as wake
 from organs.giant.gguf import GGUFError, GGUFFile, TensorInfo
-from organs.giant.lanes import c_function, callable_of, function
+from organs.giant.lanes import c_function, function
 from organs.giant.products import ROWS
 
 SECTOR = 4096  # bytes that direct reads are multiples of
@@ -68,7 +67,7 @@ DESK = np.dtype([(n, i8) for n in ("words", "slot", "layer", "wanted", "count", 
 `hits`: how many experts were wanted, and of them in memory at that time."""
 
 desk = record_at(DESK)
-_exchange = function(types.int64(types.int64, types.int64), lambda b, p, x: b.atomic_rmw(
+_exchange = function("int64(int64, int64)", lambda b, p, x: b.atomic_rmw(
     "xchg", b.inttoptr(p, ground.WORD.as_pointer()), x, "seq_cst"))  # fmt: skip
 
 
@@ -138,7 +137,7 @@ def _deliver(where, gate, up, down):
 
 def _compiled(f):
     """A function of addresses and numbers alone, for Python."""
-    return callable_of(c_function(types.void(*[types.int64] * f.__code__.co_argcount), f, **ground.FAST))
+    return c_function(f, **ground.FAST)
 
 
 @dataclass
