@@ -217,7 +217,7 @@ def sampling(model: str) -> None:
 
     session = Giant.load(model, prefix_bytes=0).session()
     logits = session.feed(list(range(100, 228)))
-    steps = [_seconds(lambda token=token: session.feed([token])) for token in range(700, 748)]
+    steps = [_seconds(session.feed, [token]) for token in range(700, 748)]
     more = np.random.default_rng(0).permutation(
         np.resize(logits, GEMMA[0]) - np.repeat([0, 20], [len(logits), GEMMA[0] - len(logits)])
     )
@@ -228,14 +228,14 @@ def sampling(model: str) -> None:
     ):
         for name, settings in CHAINS.items():
             sampler = Sampler(Sampling(seed=1, **settings), len(scores))
-            took = statistics.median(_seconds(lambda: sampler.choose(scores, said)) for _ in range(100))
+            took = statistics.median(_seconds(sampler.choose, scores, said) for _ in range(100))
             rows.append([f"{len(scores):,} tokens, {name}", 1e6 * took, 1e3 * step, f"{took / step:.1%}", "5%"])
     print(table("The sampling chain", ["what", "a draw, µs", "a step, ms", "share", "must"], rows))
 
 
-def _seconds(act) -> float:
+def _seconds(act, *arguments) -> float:
     began = time.perf_counter()
-    act()
+    act(*arguments)
     return time.perf_counter() - began
 
 

@@ -200,8 +200,8 @@ def distill(life: Organism, advisor: Advisor, seconds: float, on_event: Callable
             "max_tokens": 160, "temperature": 0.8, "session": advisor.session})  # fmt: skip
         with settings.sentences():
             for _ in generation:
-                if time.monotonic() - began > seconds:
-                    generation.cancel()
+                if time.monotonic() - began > seconds and (totals["texts"] or generation.text.strip()):
+                    generation.cancel()  # on a machine that is busy, a first text takes longer than one may ask for
         text = generation.text.strip()
         if text:
             verdict = life.learn_now(text + "\n", source=advisor.name)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from organism import UsageError
-from organs.kernels.ground import entry
+from organs import kernels
 
 ROOT = "root"
 MOST_REPEATS = 2000  # of an element in {m,n}
@@ -436,7 +436,7 @@ class Vocabulary:
         self.deepest = int(self.depth.max(initial=0)) + 2
 
 
-@entry(nogil=True)
+@kernels.ground.entry(nogil=True)
 def _trie(text, starts):
     most = len(text) + 1
     byte, depth, end = np.zeros(most, np.uint8), np.zeros(most, np.int32), np.zeros(most, np.int32)
@@ -459,7 +459,7 @@ def _trie(text, starts):
     return byte, depth, end, first, n
 
 
-@entry(nogil=True)
+@kernels.ground.entry(nogil=True)
 def _walk(byte, depth, end, first, order, rows, ready, state, at, states, mask):
     """Mark the tokens that lead somewhere from `state`. Returns (node, state) where a row is missing, or (-1, -1)."""
     states[0] = state
