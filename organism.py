@@ -3091,6 +3091,10 @@ class Body:
 
     # Measuring.
 
+    def digest(self) -> tuple[BodyShape, bytes]:
+        """What its predictions depend on."""
+        return self.shape, hashlib.blake2b(self.arena.average, digest_size=16).digest()
+
     def log_probs(
         self, x: np.ndarray, y: np.ndarray, view: FieldView | None, compiled: bool | None = None
     ) -> np.ndarray:
@@ -4672,6 +4676,11 @@ class Experience:
         ends = rng.choice(len(weight), batch, p=weight) * self.BLOCK + rng.integers(0, self.BLOCK, batch)
         return np.clip(ends, length, self.length - 1)
 
+    @property
+    def known_domains(self) -> list[int]:
+        """The domains of what is kept, in order."""
+        return np.flatnonzero(np.bincount(self.domains[: self.length])).tolist()
+
     def domain_ends(self, domain: int, count: int, length: int) -> np.ndarray:
         """Up to `count` last targets of windows that lie in one domain, evenly over all that is kept of it."""
         mine = np.flatnonzero(self.domains[length : self.length] == domain) + length
@@ -4852,6 +4861,7 @@ class Learner:
         self.curve = LearningCurve()
         self.urge, self.accumulate = 1.0, 1  # syntropy's factors on rate and batch, of this burst
         self.unweighed = 0.0  # tokens trained since the gate judged the body last; infinite where it must judge anew
+        self._heard: tuple[Any, dict[int, tuple[Stretch, np.ndarray]]] = None, {}  # see _hearing
         self.trainer: Any = None
         self.past = np.full(1, Tokenizer.BOS, np.int32)  # the last tokens read, for predictions that go on from them
         self.past_view: FieldView | None = None
@@ -4920,14 +4930,26 @@ class Learner:
         if self.unweighed < self.WEIGH * Stretch.SIZE * sum(map(len, held.values())):
             return False
         self.sync()
+        digest = self.body.digest()
         for domain, stretches in held.items():
-            self.gate.refit(domain, *self._hearing(self.body, stretches))
+            self.gate.refit(domain, *self._hearing(self.body, digest, stretches))
         self.unweighed = 0.0
         return True
 
-    def _hearing(self, body: Body, stretches: Sequence[Stretch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ln p by the body and by the field, and the field's entropy as views have it, of the tokens of stretches that have as
-        much before them as `predict` would show: float64 [n] each."""
+    def _hearing(self, body: Body, digest: Any, stretches: Sequence[Stretch]) -> np.ndarray:
+        """Of the tokens of stretches that have as much before them as `predict` would show: ln p by the body and by the field,
+        and the field's entropy as views have it, float64 [3, n]. A body, known by its digest, hears no stretch twice: what it is
+        measured at before it is published is what the next burst is compared with, and what the gate judges by."""
+        if self._heard[0] != digest:
+            self._heard = digest, {}
+        heard = self._heard[1]
+        if new := [stretch for stretch in stretches if id(stretch) not in heard]:
+            parts = np.stack(self._heard_anew(body, new)).reshape(3, len(new), -1)
+            heard |= {id(stretch): (stretch, parts[:, k]) for k, stretch in enumerate(new)}
+        return np.concatenate([heard[id(stretch)][1] for stretch in stretches], 1)
+
+    def _heard_anew(self, body: Body, stretches: Sequence[Stretch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same, float64 [n] each."""
         length = min(body.context, Stretch.SIZE)
         half = length // 2
         starts = np.arange(0, Stretch.SIZE - length + 1, half)
@@ -4984,7 +5006,7 @@ class Learner:
 
     # The guard of old domains.
 
-    GUARD_WINDOWS = 16  # of a domain that are measured,
+    GUARD_WINDOWS = 8  # of a domain that are measured,
     GUARD_STRETCHES = 5  # or its newest stretches that are held back, three windows each
 
     def domain_bits(self, body: Body | None = None) -> dict[int, float]:
@@ -4994,12 +5016,12 @@ class Learner:
         body, kept, length = body or self.body, self.experience, min(self.body.context, self.experience.length - 1)
         if length < 1:
             return {}
-        out = {}
-        for domain in np.unique(kept.domains[: kept.length]).tolist():
+        out, digest = {}, body.digest()
+        for domain in kept.known_domains:
             ends = kept.domain_ends(domain, self.GUARD_WINDOWS, length)
             held = kept.held.get(domain, ())[-self.GUARD_STRETCHES :]
             if len(held) >= 4:
-                gate, heard = Gate(), self._hearing(body, held)
+                gate, heard = Gate(), self._hearing(body, digest, held)
                 gate.refit(0, *heard)
                 out[domain] = -float(gate.mix(*heard, learn=False).mean()) / math.log(2)
             elif len(ends) >= 4:
@@ -5014,8 +5036,11 @@ class Learner:
         A domain that rose by more than learning.guard is replayed, 8 steps at a time and guard_steps at most.
         """
         learning = self.config.learning
-        domains = np.unique(self.experience.domains[: self.experience.length])
-        if not learning.guard or len(domains) < 2 or before.shape.vocabulary != self.body.shape.vocabulary:
+        if (
+            not learning.guard
+            or len(self.experience.known_domains) < 2
+            or before.shape.vocabulary != self.body.shape.vocabulary
+        ):
             return {}
         was, steps = self.domain_bits(before), 0
         while True:
@@ -6140,6 +6165,7 @@ class Guard:
 
     def __init__(self, learner: Learner):
         self.tokenizer, text, windows = learner.tokenizer, anchor_text(), self.WINDOWS
+        self.known: tuple[Any, Health] | None = None  # (a body's digest, its health)
         if not learner.compiled:  # whose reference would take seconds
             text, windows = text[: ANCHOR_BYTES // 12], windows // 8
         tokens, view = learner.encode(text, 0), None
@@ -6172,9 +6198,14 @@ class Guard:
         return tokens[at - 1].astype(np.int64), tokens[at].astype(np.int64), view
 
     def measure(self, learner: Learner) -> Health:
-        """How it is now; changes nothing."""
+        """How it is now; changes nothing. What a burst left is not measured again before the next."""
         learner.sync()
-        body, compiled = learner.body, learner.compiled
+        body, compiled, digest = learner.body, learner.compiled, learner.body.digest()
+        if self.known is None or self.known[0] != digest:
+            self.known = digest, self._health(body, compiled)
+        return self.known[1]
+
+    def _health(self, body: Body, compiled: bool) -> Health:
         log_p = body.log_probs(*self.probe, compiled).ravel().astype(np.float64)
         past = np.zeros(0) if self.past is None else body.log_probs(*self.past, compiled).ravel().astype(np.float64)
         return Health(log_p, past, -self.base, self.bytes)

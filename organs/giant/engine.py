@@ -755,13 +755,14 @@ def reader_address(name: str) -> int:
     return _once(("reader", name), lambda: row_reader(name))
 
 
-LONGEST = "attention"  # takes as long to compile as all other operations of a model together
+LONGEST = "attention"  # takes as long to compile as several other operations together
 COMMON = ("angles", "embed", "quantise", "product", "gated", "states")  # operations of every model
 
 
 def compile_beside(kinds: tuple[str, str]) -> None:
-    """Fill an empty cache on two cores: a child compiles LONGEST (numba compiles one thing at a time), we what is common."""
-    code = f"from organs.giant import engine; engine.address({LONGEST!r})"
+    """Fill an empty cache on two cores (numba compiles one thing at a time): a child compiles LONGEST and what draws tokens, we
+    what is common."""
+    code = f"from organs.giant import engine, sampling; engine.address({LONGEST!r}); sampling.chain()"
     environment = kernels.cache.environment()
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL, env=environment, cwd=kernels.cache.ROOT)  # fmt: skip

@@ -114,12 +114,12 @@ class Sampler:
         scores = np.ascontiguousarray(logits, np.float32)
         mask = None if allowed is None else np.ascontiguousarray(allowed, np.bool_)
         tokens, counts = tokens.astype(np.int64, copy=False), counts.astype(np.int64, copy=False)
-        chain = self._chain
-        chain["logits"], chain["allowed"] = scores.ctypes.data, 0 if mask is None else mask.ctypes.data
-        chain["said"], chain["counts"], chain["n_said"] = tokens.ctypes.data, counts.ctypes.data, len(tokens)
-        chain["draw"] = self.rng.random()
-        _compiled()(chain.ctypes.data)
-        token = int(chain["chosen"][0])
+        c = self._chain
+        c["logits"], c["allowed"] = scores.ctypes.data, 0 if mask is None else mask.ctypes.data
+        c["said"], c["counts"], c["n_said"] = tokens.ctypes.data, counts.ctypes.data, len(tokens)
+        c["draw"] = self.rng.random()
+        chain()(c.ctypes.data)
+        token = int(c["chosen"][0])
         if token < 0:
             raise UsageError("No token may be drawn: the logit bias or the grammar forbids all of them.")
         return token
@@ -459,5 +459,6 @@ def _choose(address):
 
 
 @functools.cache
-def _compiled() -> Callable[[int], None]:
+def chain() -> Callable[[int], None]:
+    """_choose, compiled or loaded."""
     return c_function(_choose, **ground.FAST)

@@ -136,6 +136,20 @@ def c_function(sig: Any, f: Callable[..., Any], path: Path, **options: Any) -> o
     return objects.Code(made.address, len(known.args), made)
 
 
+def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba.njit, without a version for each constant that a caller gives: where it matters, LLVM puts constants in."""
+
+    def decorate(f: Callable[..., Any]) -> Any:
+        dispatcher = njit(**options)(f)
+        template = dispatcher.get_call_template
+        dispatcher.get_call_template = lambda args, kws: template(
+            [types.unliteral(a) for a in args], {name: types.unliteral(a) for name, a in kws.items()}
+        )
+        return dispatcher
+
+    return decorate
+
+
 def type_of(value: Any) -> Any:
     """How numba types a global value."""
     if isinstance(value, types.Type):

@@ -62,7 +62,7 @@ def compiler() -> Any:
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Lazy]:
     """numba.njit."""
-    return lambda f: Lazy(lambda: compiler().njit(**options)(f))
+    return lambda f: Lazy(lambda: compiler().jit(**options)(f))
 
 
 def entry(**options: Any) -> Callable[[Callable[..., Any]], Lazy]:
