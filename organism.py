@@ -4763,6 +4763,7 @@ class Gate:
     """
 
     BUCKETS = 12
+    ROUNDS = 50  # of EM
     DOUBT = 10, 100  # tokens that speak for one half in a domain's g, and for the domain's g in a bucket's
 
     def __init__(self) -> None:
@@ -4809,8 +4810,12 @@ class Gate:
         then one a bucket, which stays near it while it holds few."""
         self._know(domain)
         ratio = np.exp(np.clip(log_body.astype(np.float64) - log_field, -50, 50))
-        bucket, everywhere = self.bucket(entropy_scalar), np.zeros(len(ratio), np.int64)
-        overall = self._likeliest(ratio, everywhere, 1, 0.5, self.DOUBT[0])[0]
+        bucket, overall = self.bucket(entropy_scalar), 0.5
+        for _ in range(self.ROUNDS):  # as _likeliest, with one bucket
+            owed = overall * ratio
+            overall = (float((owed / (owed + (1 - overall))).sum()) + self.DOUBT[0] * 0.5) / (
+                len(ratio) + self.DOUBT[0]
+            )
         self.weight[domain] = self._likeliest(ratio, bucket, self.BUCKETS, overall, self.DOUBT[1])
         self.count[domain] = self.DOUBT[1] + np.bincount(
             bucket, minlength=self.BUCKETS
@@ -4820,9 +4825,10 @@ class Gate:
     def _likeliest(ratio: np.ndarray, bucket: np.ndarray, buckets: int, prior: float, doubt: float) -> np.ndarray:
         """g [buckets] by EM, where p_body / p_field was `ratio` [n] and `doubt` tokens speak for the prior."""
         g, count = np.full(buckets, prior), np.bincount(bucket, minlength=buckets)
-        for _ in range(50):
+        for _ in range(Gate.ROUNDS):
             mine = g[bucket]
-            owed = mine * ratio / (mine * ratio + 1 - mine)
+            owed = mine * ratio
+            owed /= owed + (1 - mine)
             g = (np.bincount(bucket, owed, buckets) + doubt * prior) / (count + doubt)
         return g
 
@@ -4861,7 +4867,7 @@ class Learner:
         self.curve = LearningCurve()
         self.urge, self.accumulate = 1.0, 1  # syntropy's factors on rate and batch, of this burst
         self.unweighed = 0.0  # tokens trained since the gate judged the body last; infinite where it must judge anew
-        self._heard: tuple[Any, dict[int, tuple[Stretch, np.ndarray]]] = None, {}  # see _hearing
+        self._heard: tuple[Any, dict[int, tuple[Stretch, np.ndarray]], dict[Any, float]] = None, {}, {}  # see _hearing
         self.trainer: Any = None
         self.past = np.full(1, Tokenizer.BOS, np.int32)  # the last tokens read, for predictions that go on from them
         self.past_view: FieldView | None = None
@@ -4941,12 +4947,21 @@ class Learner:
         and the field's entropy as views have it, float64 [3, n]. A body, known by its digest, hears no stretch twice: what it is
         measured at before it is published is what the next burst is compared with, and what the gate judges by."""
         if self._heard[0] != digest:
-            self._heard = digest, {}
+            self._heard = digest, {}, {}
         heard = self._heard[1]
         if new := [stretch for stretch in stretches if id(stretch) not in heard]:
             parts = np.stack(self._heard_anew(body, new)).reshape(3, len(new), -1)
             heard |= {id(stretch): (stretch, parts[:, k]) for k, stretch in enumerate(new)}
         return np.concatenate([heard[id(stretch)][1] for stretch in stretches], 1)
+
+    def _held_bits(self, body: Body, digest: Any, stretches: Sequence[Stretch]) -> float:
+        """Bits a token of what is heard, by the likeliest gate."""
+        heard, question = self._hearing(body, digest, stretches), tuple(map(id, stretches))
+        if question not in self._heard[2]:
+            gate = Gate()
+            gate.refit(0, *heard)
+            self._heard[2][question] = -float(gate.mix(*heard, learn=False).mean()) / math.log(2)
+        return self._heard[2][question]
 
     def _heard_anew(self, body: Body, stretches: Sequence[Stretch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same, float64 [n] each."""
@@ -5021,9 +5036,7 @@ class Learner:
             ends = kept.domain_ends(domain, self.GUARD_WINDOWS, length)
             held = kept.held.get(domain, ())[-self.GUARD_STRETCHES :]
             if len(held) >= 4:
-                gate, heard = Gate(), self._hearing(body, digest, held)
-                gate.refit(0, *heard)
-                out[domain] = -float(gate.mix(*heard, learn=False).mean()) / math.log(2)
+                out[domain] = self._held_bits(body, digest, held)
             elif len(ends) >= 4:
                 x, y, view = kept.windows_at(ends, length)
                 log_p = body.log_probs(x, y, view, self.compiled)
