@@ -17,6 +17,7 @@ import llvmlite.binding
 from llvmlite import ir
 
 from organs import kernels
+from organs.kernels import calls
 
 ground = kernels.ground
 
@@ -38,6 +39,11 @@ def c_function(f, signature=None, **options):
     """A C function, cached in the giant's folder. It takes int64 and gives nothing, unless a signature says otherwise."""
     signature = signature or words(f.__code__.co_argcount)
     return ground.c_function(signature, f, kernels.folder_of("giant", sources_of(f)), **options)
+
+
+def entry(**options: Any) -> Callable[[Callable[..., Any]], calls.Entry]:
+    """What Python calls with arrays and numbers, cached there too."""
+    return lambda f: calls.Entry(f, lambda: kernels.folder_of("giant", sources_of(f)), options)
 
 
 def words(n: int) -> str:
