@@ -3,9 +3,9 @@
     @entry(fastmath=True)
     def scale(x, factor): …
 
-A function has a version for each kinds of arguments that it is given: a C function, loaded from its object file or else
-compiled into it, which Python calls as it calls its own built-in ones (METH_FASTCALL). It looks into the objects by itself,
-lets other threads run, and answers MISFIT where the arguments are not of its kinds; then another version is for them.
+A function has a version for each combination of kinds of arguments that it was given: a C function, loaded from its object
+file or else compiled into it, which Python calls as it calls its own built-in ones (METH_FASTCALL). It looks into the objects
+by itself, lets other threads run, and answers MISFIT where the arguments are of other kinds; then another version is for them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from organs.kernels import cache, objects
 from organs.kernels.ground import HELP, Lazy, compiler, external, ints, jit, load_or_compile, longs
 
 SIGNATURE, WORDS = "int64(int64, int64, int64)", 3  # PyObject *(PyObject *self, PyObject **arguments, Py_ssize_t)
-FASTCALL = 0x80
+FASTCALL, METHOD = 0x80, 32  # METH_FASTCALL; bytes of a PyMethodDef
 MISFIT = -(1 << 63)
 
 # Where things are in Python's objects and in NumPy's arrays (PyArrayObject_fields, the same in all its versions).
@@ -95,12 +95,6 @@ def fits(arguments, wanted, count):
     return True
 
 
-class _Method(ctypes.Structure):
-    """PyMethodDef."""
-
-    _fields_ = [("name", ctypes.c_char_p), ("code", ctypes.c_void_p), ("flags", ctypes.c_int), ("doc", ctypes.c_char_p)]
-
-
 _new_function = ctypes.pythonapi.PyCFunction_NewEx
 _new_function.argtypes, _new_function.restype = [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p], ctypes.py_object
 
@@ -109,10 +103,12 @@ class Version:
     """A function for one kind of each argument; `run(*arguments)` is the answer, or MISFIT."""
 
     def __init__(self, name: str, kinds: Sequence[Kind], code: objects.Code):
-        self.kinds, self.code = kinds, code
-        self.wanted = np.array([_wanted(kind) for kind in kinds], np.int64)  # the function's self
-        self.method = _Method(name.encode(), code.address, FASTCALL, None)
-        self.run = _new_function(ctypes.addressof(self.method), self.wanted, None)
+        self.kinds, self.code, self.name = kinds, code, ctypes.create_string_buffer(name.encode())
+        method = ctypes.addressof(self.name), code.address, FASTCALL, 0  # PyMethodDef, in four words
+        itself = np.array(
+            [method, *map(_wanted, kinds)], np.int64
+        )  # what Python passes first: it lives as long as `run`
+        self.run = _new_function(itself.ctypes.data, itself, None)
 
 
 class Entry(Lazy):

@@ -38,8 +38,8 @@ class _Library(JITCodeLibrary):
     A helper is optimised, and becomes machine code, only as a part of what it is linked with, unless it is called by itself:
     that takes two thirds of the time.
 
-    One from the cache is only called, so its bitcode is not parsed, nor numba's runtime compiled for one that does not use
-    it: half of the time that loading takes.
+    One from numba's cache (organs/giant/quantise.py has some) is only called, so its bitcode is not parsed, nor numba's runtime
+    compiled for one that does not use it: half of the time that loading takes.
     """
 
     _bitcode, _is_optimised, _is_code = b"", False, False
@@ -118,11 +118,12 @@ def c_function(sig: Any, f: Callable[..., Any], path: Path, **options: Any) -> o
 
 def entered(f: Any, name: str, module: str, kinds: Sequence[calls.Kind]) -> Callable[..., Any]:
     """For c_function: what Python calls in order to call f, a thing of njit, with arguments of these kinds; see calls."""
-    fits, unpacked, count, data, misfit = calls.fits, _unpacking(kinds), len(kinds), calls.DATA, calls.MISFIT
+    fits, unpacked, count, misfit = calls.fits, _unpacking(kinds), len(kinds), calls.MISFIT
+    longs, data, method = ground.longs, calls.DATA, calls.METHOD
     python_int, let_others_run, run_again = calls.python_int, calls.let_others_run, calls.run_again
 
-    def enter(wanted, arguments, given):
-        if given != count or not fits(arguments, ground.longs(wanted + data, 1)[0], count):
+    def enter(itself, arguments, given):
+        if given != count or not fits(arguments, longs(itself + data, 1)[0] + method, count):
             return python_int(misfit)
         taken = unpacked(arguments)
         thread = let_others_run()
