@@ -17,7 +17,6 @@ import llvmlite.binding
 from llvmlite import ir
 
 from organs import kernels
-from organs.kernels import calls
 
 ground = kernels.ground
 
@@ -41,9 +40,9 @@ def c_function(f, signature=None, **options):
     return ground.c_function(signature, f, kernels.folder_of("giant", sources_of(f)), **options)
 
 
-def entry(**options: Any) -> Callable[[Callable[..., Any]], calls.Entry]:
+def entry(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., int]]:
     """What Python calls with arrays and numbers, cached there too."""
-    return lambda f: calls.Entry(f, lambda: kernels.folder_of("giant", sources_of(f)), options)
+    return lambda f: kernels.entry(folder=lambda: kernels.folder_of("giant", sources_of(f)), **options)(f)
 
 
 def words(n: int) -> str:

@@ -95,7 +95,9 @@ def identity() -> dict[str, str]:
 
 
 folder_of, collecting_later = cache.folder_of, cache.collecting_later  # for organs with compiled code of their own
-_HOMES = dict(Gradients="executor", Speaker="executor", measure="executor", Chain="sampling", blended="sampling")
+_HOMES = dict(
+    Gradients="executor", Speaker="executor", measure="executor", Chain="sampling", blended="sampling", entry="calls"
+)
 
 
 def __getattr__(name: str) -> Any:
