@@ -2306,7 +2306,7 @@ class _FieldBase:
 
     def _checked(self, tokens) -> np.ndarray:
         """Token ids as int64 [N]; ids outside the vocabulary would let the kernel read foreign memory."""
-        tokens = np.asarray(tokens, np.int64).reshape(-1)
+        tokens = np.ascontiguousarray(tokens, np.int64).reshape(-1)
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(self.tree):
             raise ValueError(f"token ids must be in 0..{len(self.tree) - 1}, not {tokens.min()}..{tokens.max()}")
         return tokens

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from organism import UsageError
-from organs import kernels
+from organs.giant.lanes import entry
 
 ROOT = "root"
 MOST_REPEATS = 2000  # of an element in {m,n}
@@ -431,16 +431,18 @@ class Vocabulary:
         text = np.frombuffer(b"".join(pieces[n] for n in order), np.uint8)
         starts = np.concatenate([[0], np.cumsum([len(pieces[n]) for n in order])]).astype(np.int64)
         self.order = np.array(order, np.int32)
-        self.byte, self.depth, self.end, self.first, n = _trie(text, starts)
-        self.byte, self.depth, self.end, self.first = self.byte[:n], self.depth[:n], self.end[:n], self.first[: n + 1]
+        most = len(text) + 1
+        byte, depth, end = np.zeros(most, np.uint8), np.zeros(most, np.int32), np.zeros(most, np.int32)
+        first, path = np.zeros(most + 1, np.int32), np.zeros(most + 1, np.int64)
+        n = _trie(text, starts, byte, depth, end, first, path)
+        self.byte, self.depth, self.end, self.first = byte[:n], depth[:n], end[:n], first[: n + 1]
         self.deepest = int(self.depth.max(initial=0)) + 2
 
 
-@kernels.ground.entry(nogil=True)
-def _trie(text, starts):
-    most = len(text) + 1
-    byte, depth, end = np.zeros(most, np.uint8), np.zeros(most, np.int32), np.zeros(most, np.int32)
-    first, path, n = np.zeros(most + 1, np.int32), np.zeros(most + 1, np.int64), 0
+@entry()
+def _trie(text, starts, byte, depth, end, first, path):
+    """Fill byte, depth, end and first; returns how many nodes there are. path: scratch. Nothing is longer than text + 2."""
+    n = 0
     for t in range(len(starts) - 1):
         a, length = starts[t], starts[t + 1] - starts[t]
         same, before = 0, starts[t - 1] if t else 0
@@ -456,18 +458,19 @@ def _trie(text, starts):
         for d in range(starts[-1] - starts[-2]):
             end[path[d]] = n
     first[n] = len(starts) - 1
-    return byte, depth, end, first, n
+    return n
 
 
-@kernels.ground.entry(nogil=True)
+@entry()
 def _walk(byte, depth, end, first, order, rows, ready, state, at, states, mask):
-    """Mark the tokens that lead somewhere from `state`. Returns (node, state) where a row is missing, or (-1, -1)."""
+    """Mark the tokens that lead somewhere from `state`. Returns the node where a row is missing, or -1; states[depth of
+    the node] is what it is missing for."""
     states[0] = state
     n = len(byte)
     while at < n:
         d = depth[at]
         if not ready[states[d]]:
-            return at, states[d]
+            return at
         new = rows[states[d], byte[at]]
         if new < 0:
             at = end[at]
@@ -478,7 +481,7 @@ def _walk(byte, depth, end, first, order, rows, ready, state, at, states, mask):
         for i in range(first[at], upper):
             mask[order[i]] = True
         at += 1
-    return -1, -1
+    return -1
 
 
 # --- The states of a text that is under way. ---
@@ -525,11 +528,9 @@ class Matcher:
         mask, states, at = np.zeros(v.size, np.bool_), np.zeros(v.deepest, np.int64), 0
         states[0] = state
         while at >= 0:
-            at, missing = _walk(
-                v.byte, v.depth, v.end, v.first, v.order, self._rows, self._ready, state, at, states, mask
-            )
+            at = _walk(v.byte, v.depth, v.end, v.first, v.order, self._rows, self._ready, state, at, states, mask)
             if at >= 0:
-                self._row(missing)
+                self._row(int(states[v.depth[at]]))
         return mask
 
     def _row(self, state: int) -> np.ndarray:

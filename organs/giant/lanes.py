@@ -40,6 +40,11 @@ def c_function(f, signature=None, **options):
     return ground.c_function(signature, f, kernels.folder_of("giant", sources_of(f)), **options)
 
 
+def entry(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., int]]:
+    """What Python calls with arrays and numbers, cached there too."""
+    return lambda f: kernels.entry(folder=lambda: kernels.folder_of("giant", sources_of(f)), **options)(f)
+
+
 def words(n: int) -> str:
     """The signature void(int64, …)."""
     return f"void({', '.join(['int64'] * n)})"

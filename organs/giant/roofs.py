@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from llvmlite import ir
 
-from organs.giant.lanes import LANES, Loop, const, function, ground, load, vector, word
+from organs.giant.lanes import LANES, Loop, const, entry, function, load, vector, word
 
 
 def _read(b, base, n):
@@ -27,7 +27,7 @@ def _read(b, base, n):
 _read_blocks = function("int64(int64, int64)", _read)
 
 
-@ground.entry(nogil=True)
+@entry()
 def _read_all(address, blocks):
     return _read_blocks(address, blocks)
 

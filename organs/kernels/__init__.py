@@ -1,7 +1,8 @@
-"""Everything compiled (numba): the tape's kernels and their executor, the field, the tokenizer.
+"""Everything compiled: the tape's kernels and their executor, the field, the tokenizer.
 
-The public face. Importing it costs nothing: numba is imported when something compiled is first used. `ready()` says
-whether all of it is in the cache, `warm()` compiles it, `warm_in_background()` lets a child process do so.
+The public face. Importing it costs nothing: compiled code is loaded when it is first used, and numba, which takes a fifth of
+a second and 90 MB, is imported only where something has to be compiled. `ready()` says whether all of it is in the cache,
+`warm()` compiles it, `warm_in_background()` lets a child process do so.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def identity() -> dict[str, str]:
 
 
 folder_of, collecting_later = cache.folder_of, cache.collecting_later  # for organs with compiled code of their own
-_HOMES = dict(Gradients="executor", Speaker="executor", measure="executor", Chain="sampling", blended="sampling")
+_HOMES = dict(
+    Gradients="executor", Speaker="executor", measure="executor", Chain="sampling", blended="sampling", entry="calls"
+)
 
 
 def __getattr__(name: str) -> Any:

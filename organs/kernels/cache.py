@@ -1,8 +1,8 @@
 """Where compiled code is kept, and which code path is chosen; without numba, which takes a fifth of a second to import.
 
 The folder is private (mode 0700) and named by a digest of whatever decides what compiled code is right: the kernels'
-sources, the versions of numba and NumPy, the CPU, the forced path. numba's own cache looks at one source file at a time,
-so without the digest a kernel would outlive a change in the file it takes its helpers from.
+sources, the versions of numba and NumPy, the CPU, the forced path. Files in it say nothing of that: without the digest, a
+kernel would outlive a change in the file it takes its helpers from.
 """
 
 from __future__ import annotations

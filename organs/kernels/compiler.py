@@ -1,28 +1,28 @@
-"""The compiler: numba, with a cache and libraries of our own. Only what compiles, or calls numba's functions from Python,
-imports this; ground.py and objects.py do without."""
+"""The compiler: numba, with libraries of our own. Only what compiles imports this; all else does without numba."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from organs.kernels import cache, objects
+from organs.kernels import cache, calls, ground, objects
 
+cache.prepare()  # the environment may be another one than when kernels were imported
 with cache.collecting_later():
     import llvmlite.binding
     from llvmlite import ir
     from numba import from_dtype, njit, types
     from numba.core import sigutils
-    from numba.core.caching import FunctionCache
     from numba.core.ccallback import CFunc
     from numba.core.codegen import JITCodeLibrary
     from numba.core.registry import cpu_target
     from numba.core.runtime import rtsys
     from numba.core.typing import signature
     from numba.extending import intrinsic
+    from numba.np.arrayobj import make_array, populate_array
 
 
 WRAPPERS = ("cfunc.", "_ZN7cpython")  # names of what Python and C enter
@@ -38,8 +38,8 @@ class _Library(JITCodeLibrary):
     A helper is optimised, and becomes machine code, only as a part of what it is linked with, unless it is called by itself:
     that takes two thirds of the time.
 
-    One from the cache is only called, so its bitcode is not parsed, nor numba's runtime compiled for one that does not use
-    it: half of the time that loading takes.
+    One from numba's cache (organs/giant/quantise.py has some) is only called, so its bitcode is not parsed, nor numba's runtime
+    compiled for one that does not use it: half of the time that loading takes.
     """
 
     _bitcode, _is_optimised, _is_code = b"", False, False
@@ -107,26 +107,6 @@ _codegen = cpu_target.target_context.codegen()
 _codegen._library_class, _codegen.set_env = _Library, _set_environment
 
 
-class _Cache(FunctionCache):
-    """numba's, without the look at all of its own tables before a function is loaded (0.3 to 0.5 s of a profiled start), which
-    compiling alone needs."""
-
-    def load_overload(self, sig, target_context):
-        with self._guard_against_spurious_io_errors():
-            return self._load_overload(sig, target_context)
-
-
-def entry(**options):
-    """numba.njit, cached, for what Python calls."""
-
-    def decorate(f):
-        dispatcher = njit(**options)(f)
-        dispatcher._cache = _Cache(f)
-        return dispatcher
-
-    return decorate
-
-
 def c_function(sig: Any, f: Callable[..., Any], path: Path, **options: Any) -> objects.Code:
     """Compile a C function and keep its object in a file."""
     known = _signature(sig)
@@ -148,6 +128,84 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return dispatcher
 
     return decorate
+
+
+def entered(f: Any, name: str, module: str, kinds: Sequence[calls.Kind]) -> Callable[..., Any]:
+    """For c_function: what Python calls in order to call f, a thing of njit, with arguments of these kinds; see calls."""
+    fits, unpacked, count, misfit = calls.fits, _unpacking(kinds), len(kinds), calls.MISFIT
+    longs, data, method = ground.longs, calls.DATA, calls.METHOD
+    python_int, let_others_run, run_again = calls.python_int, calls.let_others_run, calls.run_again
+
+    def enter(itself, arguments, given):
+        if given != count or not fits(arguments, longs(itself + data, 1)[0] + method, count):
+            return python_int(misfit)
+        taken = unpacked(arguments)
+        thread = let_others_run()
+        answer = _as_word(f(*taken))
+        run_again(thread)
+        return python_int(answer)
+
+    enter.__name__ = enter.__qualname__ = name  # symbols are made of it: it must be unique in a process
+    enter.__module__ = module
+    return enter
+
+
+def _unpacking(kinds: Sequence[calls.Kind]) -> Any:
+    """A function of the address of objects that gives what they hold, a tuple."""
+    known = [_type_of_kind(kind) for kind in kinds]
+
+    @intrinsic
+    def unpacked(context, at):
+        def emit(context, b, signature, arguments):
+            values = []
+            for i, kind in enumerate(known):
+                item = _load(b, arguments[0], 8 * i)
+                if isinstance(kind, types.Array):
+                    values.append(_array_at(context, b, kind, item))
+                elif kind == types.int64:
+                    values.append(ground.library("PyLong_AsUnsignedLongLongMask", ground.WORD, ground.WORD)(b, item))
+                else:
+                    values.append(ground.library("PyFloat_AsDouble", ir.DoubleType(), ground.WORD)(b, item))
+            return context.make_tuple(b, signature.return_type, values)
+
+        return types.Tuple.from_types(known)(types.int64), emit
+
+    return unpacked
+
+
+def _type_of_kind(kind: calls.Kind) -> Any:
+    if isinstance(kind, calls.Array):
+        return types.Array(from_dtype(kind.dtype), kind.ndim, "C", readonly=not kind.writeable)
+    return types.int64 if kind is int else types.float64
+
+
+def _array_at(context, b, kind, at):
+    """An array without an owner, of what a NumPy array is made of."""
+    array = make_array(kind)(context, b)
+    shape_at = _load(b, at, calls.SHAPE)
+    shape = [_load(b, shape_at, 8 * d) for d in range(kind.ndim)]
+    strides = [context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))]
+    for size in shape[:0:-1]:
+        strides.insert(0, b.mul(size, strides[0]))
+    data = b.inttoptr(_load(b, at, calls.DATA), array.data.type)
+    populate_array(array, data=data, shape=shape, strides=strides, itemsize=strides[-1], meminfo=None)
+    return array._getvalue()
+
+
+def _load(b, base, offset):
+    return b.load(b.inttoptr(b.add(base, ground.WORD(offset)), ground.WORD.as_pointer()))
+
+
+@intrinsic
+def _as_word(context, answer):
+    """An integer as int64; 0 of nothing."""
+
+    def emit(context, b, signature, arguments):
+        if answer == types.none:
+            return context.get_constant(types.int64, 0)
+        return context.cast(b, arguments[0], answer, types.int64)
+
+    return types.int64(answer), emit
 
 
 def type_of(value: Any) -> Any:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
 from organism import Arena, Program, aligned_zeros, body_program, rope_angles
+from organs.kernels.calls import entry
 from organs.kernels.ground import (
     FAST,
     FLUSH,
@@ -24,11 +24,11 @@ from organs.kernels.ground import (
     ZERO,
     atomic_add,
     atomic_load,
-    entry,
     external,
     f4,
     f8,
     i8,
+    jit,
     longs,
     pause,
     swap_mode,
@@ -94,13 +94,13 @@ def show_view(machines: np.ndarray, view: FieldView | None) -> tuple:
 # --- Running. ---
 
 
-@njit(**HELP)
+@jit(**HELP)
 def run(program, machine):
     for i in range(program.size):
         call(program[i], machine)
 
 
-@entry(nogil=True, **FAST)
+@entry(**FAST)
 def execute(program, machines):
     """Run a program once on the first machine."""
     old = swap_mode(FLUSH)
@@ -108,7 +108,7 @@ def execute(program, machines):
     swap_mode(old)
 
 
-@entry(nogil=True, **FAST)
+@entry(**FAST)
 def execute_batch(program, machines, sequences, length, micro):
     """Run a program over sequences, `micro` at a time."""
     old = swap_mode(FLUSH)
@@ -122,7 +122,7 @@ def execute_batch(program, machines, sequences, length, micro):
     swap_mode(old)
 
 
-@entry(nogil=True, **FAST)
+@entry(**FAST)
 def generate(program, machines, tokens, known, logits):
     """Fill tokens [N] from `known` on with the likeliest token each: one program run a token, no Python between."""
     old = swap_mode(FLUSH)
@@ -163,7 +163,7 @@ BARRIER_NS, IDLE_NS = 300_000, 2_000_000  # how long to spin before sleeping, in
 clock_gettime = external("clock_gettime", "int32(int32, int64)")
 
 
-@njit(**HELP)
+@jit(**HELP)
 def nanoseconds(slot):
     """The monotonic clock, by way of two words of memory."""
     clock_gettime(np.int32(1), slot)
@@ -171,7 +171,7 @@ def nanoseconds(slot):
     return words[0] * 1000000000 + words[1]
 
 
-@njit(**HELP)
+@jit(**HELP)
 def barrier(team, slot):
     """Wait until all threads are here."""
     base, spins = team.ctypes.data, 0
@@ -191,7 +191,7 @@ def barrier(team, slot):
                 usleep(np.uint32(50))
 
 
-@njit(**HELP)
+@jit(**HELP)
 def await_work(team, done, slot):
     """Wait for post number done + 1. False: this thread has signed up as a sleeper and must be woken."""
     base, spins, since = team.ctypes.data, 0, nanoseconds(slot)
@@ -206,7 +206,7 @@ def await_work(team, done, slot):
     return True
 
 
-@njit(**HELP)
+@jit(**HELP)
 def post(team):
     """Post one piece of work; returns how many sleepers must be woken."""
     sleepers = atomic_add(team.ctypes.data + POSTED, POST) % POST
@@ -214,7 +214,7 @@ def post(team):
     return sleepers
 
 
-@njit(**HELP)
+@jit(**HELP)
 def sum_gradients(G, a, b):
     """Add every thread's gradients to the first thread's; returns the squared norm."""
     total = 0.0
@@ -232,7 +232,7 @@ def sum_gradients(G, a, b):
     return total
 
 
-@njit(**HELP)
+@jit(**HELP)
 def adamw(arrays, g, a, b, o, clip, decay):
     """organism.adamw on the numbers a to b; clears their gradients."""
     b1, b2, k, c2 = f4(1 - o.beta1), f4(1 - o.beta2), f4(o.rate / o.correct1), f4(1 / o.correct2)
@@ -249,7 +249,7 @@ def adamw(arrays, g, a, b, o, clip, decay):
         v[i] += near * (q - v[i])
 
 
-@njit(**HELP)
+@jit(**HELP)
 def next_batch(team, t, s, end):
     """Where this thread's next micro-batch begins: of its own share, or of what is left for all."""
     if team[0].shared:
@@ -257,7 +257,7 @@ def next_batch(team, t, s, end):
     return s
 
 
-@entry(nogil=True, **FAST)
+@entry(**FAST)
 def train(program, machines, team, arrays, G, norms, flag, t):
     """Thread t's part of a step: its sequences' gradients, then its part of their sum, then its part of AdamW."""
     old = swap_mode(FLUSH)
@@ -296,7 +296,7 @@ def train(program, machines, team, arrays, G, norms, flag, t):
     swap_mode(old)
 
 
-@entry(nogil=True, **FAST)
+@entry(**FAST)
 def lead(program, machines, team, arrays, G, norms, flag):
     """Post a step and do thread 0's part, unless others sleep: then the caller wakes so many, and trains."""
     team[0].next = 0
@@ -306,7 +306,7 @@ def lead(program, machines, team, arrays, G, norms, flag):
     return sleepers
 
 
-@entry(nogil=True, **FAST)
+@entry(**FAST)
 def serve(program, machines, team, arrays, G, norms, flag, t, done):
     """A helper's life, from step to step without Python. Returns the steps done, to sleep."""
     slot = norms.ctypes.data + 8 * (8 * t + 2)
@@ -500,6 +500,7 @@ def warm() -> None:
     for threads in (1, 2):
         gradients = Gradients(body, LearningConfig(), threads)
         gradients.step(tokens, tokens, None, 1e-3, 1)
+        train.prepare(*gradients.arguments, 0)  # is only called when helpers sleep
         gradients.close()
     measure(body, tokens, tokens, None)
     from organism import Decoder

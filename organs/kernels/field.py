@@ -38,14 +38,13 @@ multiple of 16) and D = 64 rows of scratch:
 """
 
 import math
+import threading
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from organs.kernels.ground import entry, log, sigmoid
+from organs.kernels import ground
+from organs.kernels.calls import entry
+from organs.kernels.ground import INT, VOID, instruction, jit, library, log, sigmoid
 
 u32, u64, f32 = np.uint32, np.uint64, np.float32
 
@@ -59,23 +58,22 @@ LEVELS = 3  # tree levels a bucket holds: 7 slots
 DEPTHS = 64  # rows of scratch: no path is longer
 DEPTH_SETS = 20  # depths that the mixer tells apart
 HASH1, HASH2 = u64(0xD6E8FEB86659FD93), u64(0x9E3779B97F4A7C15)
-inlined = njit(fastmath=True, forceinline=True)
+inlined = jit(fastmath=True, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
-@intrinsic
-def _prefetch(typing_context, array, index):
-    """Ask the memory for array[index], which is needed soon."""
+def _emit_prefetch(b, address):
+    how = INT(0), INT(3), INT(1)  # read, keep in all caches, data
+    prefetch = library("llvm.prefetch.p0", VOID, ground.BYTES, INT, INT, INT)
+    prefetch(b, b.inttoptr(address, ground.BYTES), *how)
 
-    def codegen(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        address = builder.bitcast(builder.gep(data, [arguments[1]]), pointer)
-        builder.call(function, [address, i32(0), i32(3), i32(1)])  # read, keep in all caches, data
-        return context.get_dummy_value()
 
-    return types.void(array, index), codegen
+_prefetch_line = instruction("void(int64)", _emit_prefetch)
+
+
+@inlined
+def _prefetch(words, index):
+    """Ask the memory for words[index], 32 bits, which is needed soon."""
+    _prefetch_line(words.ctypes.data + 4 * index)
 
 
 # --- Contexts, which are hashes of what came before. ---
@@ -135,7 +133,8 @@ def _advance(text, starts, match_table, history, registers, rolling, token, lear
     history[registers[POSITION] & (len(history) - 1)] = token
     registers[POSITION] += 1
     if starts[token] == starts[token + 1]:  # a special: a document begins or ends
-        rolling[:6] = u64(0)
+        for k in range(6):
+            rolling[k] = u64(0)
         rolling[INDENTING] = u64(1)
     for k in range(starts[token], starts[token + 1]):
         _advance_byte(rolling, u64(text[k]))
@@ -517,27 +516,66 @@ def _describe(registers, costs, matches, guess, masses, ranges, count, scalars, 
 # --- Entry points. ---
 
 
-@entry(nogil=True, fastmath=True)
-def read(
+def read(*arguments: np.ndarray | float) -> None:
+    """Predict each token, then learn it (or only move past it).
+
+    arguments: what the tree, constants, what learns and what moves are, then tokens int64 [N], learn, bits float64 [N], floor
+    and the views before each token: cut_starts int64 [N or 0, K], cut_masses float64 [N or 0, K], scalars float64 [N or 0, 6];
+    with one row more than tokens, also the view after the last. bits, views: the answer.
+    """
+    _read(*arguments, *_reading.scratch(arguments))
+
+
+def dense(*arguments: np.ndarray) -> None:
+    """Probability of every token, unpruned. arguments: as of `read`, but behind what moves only out float64 [V]: the answer,
+    in token order."""
+    nodes = len(arguments[0])
+    _dense(*arguments, *_scratch(_sizes(arguments), nodes, 1), np.ones(nodes), np.zeros(nodes, np.int64))
+
+
+class _Reading(threading.local):
+    """The scratch of this thread's last read, which most likely fits the next one: compiled code does not allocate."""
+
+    sizes: tuple[int, ...] = ()
+    arrays: tuple[np.ndarray, ...] = ()
+
+    def scratch(self, arguments: tuple) -> tuple[np.ndarray, ...]:
+        nodes, width, sizes = len(arguments[0]), arguments[-3].shape[1], _sizes(arguments)
+        if self.sizes != (nodes, width, *sizes):
+            more = np.zeros((2, DEPTHS), np.int64), np.zeros((2, width), np.int64), np.zeros(nodes, np.int64)
+            self.sizes, self.arrays = (nodes, width, *sizes), (*_scratch(sizes, max(width, DEPTHS), DEPTHS), *more)
+        return self.arrays
+
+
+_reading = _Reading()
+
+
+def _sizes(arguments: tuple) -> tuple[int, int, int, int]:
+    """Contexts, match models, S + 1, I."""
+    return len(arguments[11]), len(arguments[17]), len(arguments[9]), arguments[13].shape[1]
+
+
+def _scratch(sizes: tuple[int, int, int, int], groups: int, depths: int) -> tuple[np.ndarray, ...]:
+    """hashes, guess, trusted, buckets, keys, inputs, rows, dots. inputs are padded with zeros."""
+    contexts, matches, sets, inputs = sizes
+    guesses = matches + contexts
+    return (
+        np.zeros(contexts, u64), np.zeros((2, guesses), np.int64), np.zeros(guesses, f32),
+        np.zeros((groups, contexts), np.int64), np.zeros((groups, contexts), u64),
+        np.zeros((depths, inputs), f32), np.zeros((depths, sets + 1), np.int64),
+        np.zeros((depths, sets + 1), f32),
+    )  # fmt: skip
+
+
+@entry(fastmath=True)
+def _read(
     nodes, rank, leaf, text, starts, curves, rates, mixer_rates, transitions, sets,
     table, successors, maps, weights, visits, final, apm, match_table, history, registers, rolling, costs,
     tokens, learn, bits, floor, cut_starts, cut_masses, scalars,
+    hashes, guess, trusted, buckets, keys, inputs, rows, dots, path, ranges, ordinal,
 ):  # fmt: skip
-    """Predict each token, then learn it (or only move past it). tokens int64 [N] -> bits float64 [N].
-
-    The views before each token: cut_starts int64 [N or 0, K], cut_masses float64 [N or 0, K], scalars float64 [N or 0, 6];
-    with one row more than tokens, also the view after the last.
-    """
+    """See `read`. path, ranges int64 [2, K] and ordinal int64 [V-1] (a group's row in buckets) are scratch too."""
     matches, contexts, width = len(match_table), len(successors), cut_starts.shape[1]
-    hashes, guess = np.zeros(contexts, np.uint64), np.zeros((2, matches + contexts), np.int64)
-    trusted = np.zeros(matches + contexts, np.float32)
-    buckets, keys = (
-        np.zeros((max(width, DEPTHS), contexts), np.int64),
-        np.zeros((max(width, DEPTHS), contexts), np.uint64),
-    )
-    inputs, path = np.zeros((DEPTHS, weights.shape[1]), np.float32), np.zeros((2, DEPTHS), np.int64)
-    rows, dots = np.zeros((DEPTHS, len(sets) + 1), np.int64), np.zeros((DEPTHS, len(sets) + 1), np.float32)
-    ranges, ordinal = np.zeros((2, width), np.int64), np.zeros(len(nodes), np.int64)
     _set_contexts(hashes, history, registers, rolling)
     for i in range(max(len(tokens), len(cut_starts))):
         previous = np.int64(_past(history, registers[POSITION], 1))
@@ -596,20 +634,13 @@ def read(
             _learn_guesses(nodes, maps, rates, guess, node, bit, contexts)
 
 
-@entry(nogil=True, fastmath=True)
-def dense(
+@entry(fastmath=True)
+def _dense(
     nodes, rank, leaf, text, starts, curves, rates, mixer_rates, transitions, sets,
     table, successors, maps, weights, visits, final, apm, match_table, history, registers, rolling, costs,
-    out,
+    out, hashes, guess, trusted, buckets, keys, inputs, rows, dots, masses, depths,
 ):  # fmt: skip
-    """Probability of every token, unpruned: out float64 [V], in token order. Parents come before children."""
-    matches, contexts = len(match_table), len(successors)
-    hashes, guess = np.zeros(contexts, np.uint64), np.zeros((2, matches + contexts), np.int64)
-    trusted = np.zeros(matches + contexts, np.float32)
-    buckets, keys = np.zeros((len(nodes), contexts), np.int64), np.zeros((len(nodes), contexts), np.uint64)
-    inputs = np.zeros((1, weights.shape[1]), np.float32)
-    rows, dots = np.zeros((1, len(sets) + 1), np.int64), np.zeros((1, len(sets) + 1), np.float32)
-    masses, depths = np.ones(len(nodes)), np.zeros(len(nodes), np.int64)
+    """See `dense`. Parents come before children; masses float64 [V-1], all 1, and depths int64 [V-1] are scratch too."""
     _set_contexts(hashes, history, registers, rolling)
     _expect(rank, curves, successors, maps, history, registers, hashes, guess, trusted)
     previous = np.int64(_past(history, registers[POSITION], 1))

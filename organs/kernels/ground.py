@@ -65,11 +65,6 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Lazy]:
     return lambda f: Lazy(lambda: compiler().jit(**options)(f))
 
 
-def entry(**options: Any) -> Callable[[Callable[..., Any]], Lazy]:
-    """numba.njit, cached, for what Python calls."""
-    return lambda f: Lazy(lambda: compiler().entry(**options)(f))
-
-
 def instruction(signature: Any, build: Callable[..., Any]) -> Lazy:
     """A function of fixed signature (text, or a function that gives numba's): build(builder, *arguments) emits it."""
     return Lazy(lambda: compiler().instruction(signature, build))
@@ -83,8 +78,15 @@ def external(name: str, signature: str) -> Lazy:
 def c_function(signature: Any, f: Callable[..., Any], folder: Path | None = None, **options: Any) -> objects.Code:
     """A C function, loaded from its object file or else compiled into it. Names are unique in a folder."""
     path = (folder or cache.folder()) / f"{f.__module__}.{f.__qualname__}.o"
-    found = objects.load(path, f.__code__.co_argcount)
-    return compiler().c_function(signature, f, path, **options) if found is None else found
+    return load_or_compile(
+        path, f.__code__.co_argcount, lambda path: compiler().c_function(signature, f, path, **options)
+    )
+
+
+def load_or_compile(path: Path, count: int, compiled: Callable[[Path], objects.Code]) -> objects.Code:
+    """A function of `count` arguments from its object file, or what compiled(path) makes, which it keeps there."""
+    found = objects.load(path, count)
+    return compiled(path) if found is None else found
 
 
 # --- Instructions, as functions. ---

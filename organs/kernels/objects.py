@@ -1,7 +1,7 @@
 """Compiled functions as object files, kept and loaded without numba, whose import alone takes a fifth of a second.
 
 A file holds a digest, the function's symbol and the object that the compiler made of it, with all helpers inside. It names
-nothing but what is in every process (the C library): one that needs numba's runtime is not kept.
+nothing but what is in every process (Python, the C library): one that needs numba's runtime is not kept.
 """
 
 from __future__ import annotations

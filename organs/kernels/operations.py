@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 
-from organs.kernels.compiler import takes_records
 from organs.kernels.ground import (
     BYTES,
     FAST,
@@ -25,6 +23,7 @@ from organs.kernels.ground import (
     WORD,
     ZERO,
     c_function,
+    compiler,
     doubles,
     exp,
     exponentials,
@@ -37,6 +36,7 @@ from organs.kernels.ground import (
     i8,
     instruction,
     ints,
+    jit,
     log,
     longs,
     matvec,
@@ -73,7 +73,7 @@ VIEW = ("starts", "logmass", "scalars", "at", "leaf", "rank", "shares", "cumulat
 MACHINE = np.dtype(
     [(n, i8) for n in (*BASES, *VIEW, "width", "vocabulary", "positions", "sequences", "length", "rows", "start", "position", "tiled")]
     + [("inverse", f8), ("loss", f8)], align=True)  # fmt: skip
-_OPERATION = lambda: takes_records(ROW, MACHINE)
+_OPERATION = lambda: compiler().takes_records(ROW, MACHINE)
 FIELD_SCALARS = 6
 
 KERNELS: dict[str, Any] = {}
@@ -133,13 +133,13 @@ def embed_back(r, m):
 # --- The field's distributions, which come as cuts of its tree (organism.FieldView). ---
 
 
-@njit(**HELP)
+@jit(**HELP)
 def view_row(m, i):
     """Which row of the view belongs to row i of the batch."""
     return longs(m.at, m.start + i + 1)[m.start + i] if m.at != 0 else m.start + i
 
 
-@njit(**HELP)
+@jit(**HELP)
 def view_masses(m, source, masses):
     """masses[k] = ln of the probability of range k in a row of the view, normalised; returns how many ranges are used.
 
@@ -163,7 +163,7 @@ def view_masses(m, source, masses):
     return count
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def range_end(m, starts, k, count):
     return i8(starts[k + 1]) if k + 1 < count else m.vocabulary
 
@@ -209,7 +209,7 @@ def field_input_back(r, m):
                 g[c] += p * d[c]
 
 
-@njit(**HELP)
+@jit(**HELP)
 def spread(m, source, masses, widths, out):
     """out[leaf position] = ln p of every token in a row of the view; masses and widths are work space.
 
@@ -406,7 +406,7 @@ def delta_gate_back(r, m):
 # --- Attention. ---
 
 
-@njit(**HELP)
+@jit(**HELP)
 def rotate(z, r, m, sign):
     """Turn the interleaved pairs of queries and keys, in place."""
     half_size = r.size // 2
@@ -437,13 +437,13 @@ def rope_back(r, m):
 BLOCK = 48  # rows of scores at a time, which see only the keys up to the block's end
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def pattern_of(r, h):
     """Which pattern head h reads, -1: none. Content heads lie first, then hybrid ones, then pure ones."""
     return h - (r.heads - r.hybrid - r.pure)
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def gate_of(r, m, h):
     """The pattern's share in head h's scores."""
     pattern = pattern_of(r, h)
@@ -519,7 +519,7 @@ def attention_back(r, m):
                     w[j] = ZERO
 
 
-@njit(**HELP)
+@jit(**HELP)
 def _gate_back(r, m, s, h, pattern, gate, ds, lp):
     """Gradient of a hybrid head's alpha: gate (1 - gate) Σ d · (pattern - q kᵀ / √D), before q and k are overwritten."""
     T, D, A = m.length, r.size, m.activations
@@ -588,7 +588,7 @@ def cross_entropy_back(r, m):
     _tied_loss(r, m, True)
 
 
-@njit(**HELP)
+@jit(**HELP)
 def _tied_loss(r, m, learn):
     V, C, ld, inverse = r.vocabulary, r.inner, padded(r.vocabulary + 1), f4(m.inverse)
     w, g, logits = m.parameters + 4 * r.weight, m.gradients + 4 * r.weight, m.activations + 4 * r.scratch
@@ -633,7 +633,7 @@ def field_loss_back(r, m):
     _field_loss(r, m, True)
 
 
-@njit(**HELP)
+@jit(**HELP)
 def _field_loss(r, m, learn):
     """Logits lie in leaf order, in which the field's ranges are runs: head rows are put in that order first, and their
     gradient back out of it last."""
@@ -710,7 +710,7 @@ def _field_loss(r, m, learn):
                 target[c] += source[c]
 
 
-@njit(**HELP)
+@jit(**HELP)
 def _head(r, m, V, out):
     """out [rows, V] = x @ tableᵀ."""
     x, w = m.activations + 4 * r.x, m.parameters + 4 * r.weight

@@ -14,16 +14,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
-from organs.kernels.ground import entry, exp, half, log
+from organs.kernels.calls import entry
+from organs.kernels.ground import FAST, HELP, exp, half, jit, log
 
 if TYPE_CHECKING:
     from organism import FieldView, VoiceConfig
 
 f32 = np.float32
-FAST = dict(nogil=True, fastmath=True, error_model="numpy", no_cfunc_wrapper=True)
-INNER = dict(FAST, no_cpython_wrapper=True)
 NEVER = f32(-1e9)  # ln p of a banned token; far below any other, and finite, since fastmath knows no infinity
 
 TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, LOW, HIGH, BOOST, FOCUS, ENTROPY = range(
@@ -31,7 +29,7 @@ TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, LOW, HIGH, BOOST, FOCUS, ENTROPY = 
 )  # settings; the last is answered
 
 
-@njit(**INNER)
+@jit(**HELP)
 def _soften(log_p, temperature, q):
     """q becomes softmax(log_p / temperature); returns its entropy in nats."""
     inverse, top = f32(1 / temperature), NEVER
@@ -49,7 +47,7 @@ def _soften(log_p, temperature, q):
     return entropy
 
 
-@njit(**INNER)
+@jit(**HELP)
 def _best(q, order, most):
     """The `most` likeliest tokens into order, likeliest first, the earlier of equals first; returns how many.
 
@@ -69,7 +67,7 @@ def _best(q, order, most):
     return count
 
 
-@njit(**INNER)
+@jit(**HELP)
 def _normalised(q, order, count, mass):
     total = 0.0
     for i in range(count):
@@ -78,7 +76,7 @@ def _normalised(q, order, count, mass):
         mass[i] = q[order[i]] / total
 
 
-@njit(**INNER)
+@jit(**HELP)
 def _keep_typical(q, order, count, share, mass, away):
     """Keep the tokens whose surprise is nearest to the entropy, until they hold `share`; their order stays."""
     _normalised(q, order, count, mass)
@@ -107,7 +105,7 @@ def _keep_typical(q, order, count, share, mass, away):
     return left
 
 
-@njit(**INNER)
+@jit(**HELP)
 def _keep_nucleus(q, order, count, share, mass):
     """Keep the likeliest tokens until they hold `share`."""
     _normalised(q, order, count, mass)
@@ -140,7 +138,11 @@ def choose(p, produced, banned, frequency, presence, settings, draw, log_p, q, o
     entropy = _soften(log_p, temperature, q)
     settings[ENTROPY] = entropy
     if greedy:
-        return np.argmax(log_p)
+        best = np.int64(0)
+        for t in range(len(log_p)):
+            if log_p[t] > log_p[best]:
+                best = t
+        return best
     factor = settings[BOOST] if entropy < settings[LOW] else settings[FOCUS] if entropy > settings[HIGH] else 1.0
     if factor != 1.0:
         _soften(log_p, temperature * factor, q)
@@ -155,7 +157,8 @@ def choose(p, produced, banned, frequency, presence, settings, draw, log_p, q, o
     if settings[TOP_P] < 1:
         kept = _keep_nucleus(q, order, kept, settings[TOP_P], mass)
     _normalised(q, order, kept, mass)
-    q[:] = f32(0)
+    for t in range(size):
+        q[t] = f32(0)
     for i in range(kept):
         q[order[i]] = mass[i]
     held, last = 0.0, np.int64(0)
@@ -199,7 +202,7 @@ class Chain:
         c = config
         self.settings = np.array([temperature, c.top_k, c.top_p, c.min_p, c.typical_p, c.entropy_low, c.entropy_high,
                                   c.entropy_boost, c.entropy_focus, 0.0])  # fmt: skip
-        self.penalties = c.frequency_penalty, c.presence_penalty
+        self.penalties = float(c.frequency_penalty), float(c.presence_penalty)
         self.scratch = (np.zeros(size, np.float32), np.zeros(size, np.float32), np.zeros(size, np.int64),
                         np.zeros(size), np.zeros(size))  # fmt: skip
 

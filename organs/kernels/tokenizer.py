@@ -27,14 +27,14 @@ import threading
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from numba import njit
 
-from organs.kernels.ground import entry
+from organs.kernels.calls import entry
+from organs.kernels.ground import jit
 
 u64 = np.uint64
-compiled = entry(nogil=True, no_cfunc_wrapper=True)
-called = njit(nogil=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)  # by compiled functions only
-inlined = njit(forceinline=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)
+compiled = entry()
+called = jit(no_cfunc_wrapper=True, no_cpython_wrapper=True)
+inlined = jit(forceinline=True, no_cfunc_wrapper=True, no_cpython_wrapper=True)
 
 # What chapter 3 says; tests/test_tokenizer.py compares them.
 SPACES_BEFORE, RUN_CHARACTERS = 16, 32
@@ -46,7 +46,7 @@ SEGMENT_BYTES = 4 * (SPACES_BEFORE + RUN_CHARACTERS)  # no segment is longer
 CACHED, CACHED_BYTES = 1 << 16, 1 << 20  # records and bytes that an encoder remembers
 CHUNK = 1 << 15  # segments that are encoded before another thread may use the encoder
 PRIME = u64(0x100000001B3)
-SEED = u64(secrets.randbits(63))  # so that nobody can write a text in which all segments share one slot
+SEED = secrets.randbits(63)  # so that nobody can write a text in which all segments share one slot
 NEVER = np.int32(0x7FFFFFFF)  # the rank of a pair that does not merge
 
 HASH, TEXT, TIMES = range(3)  # columns of records
@@ -136,7 +136,7 @@ def cut(data, stop, classes, seed, slots, records, text, state, numbers):
     Writes the record of each to numbers, int32 [any], and counts it. Returns DONE, or FULL where there was no room for
     one more record or the bytes of one, or MORE when `numbers` is full: then call again.
     """
-    at, used, written, why = state[AT], state[USED], 0, DONE
+    seed, at, used, written, why = u64(seed), state[AT], state[USED], 0, DONE
     while at < len(data):
         if used + 2 >= len(records) or records[used, TEXT] + SEGMENT_BYTES > len(text):
             why = FULL
@@ -287,9 +287,11 @@ def _merge_tokens(tokens, begin, count, keys, ranks, scratch):
 
 
 @compiled
-def tokenize(records, first, used, text, keys, ranks, places, tokens):
-    """Find the tokens of records first…used - 1, and write them behind those of the records before."""
-    scratch = np.empty(SEGMENT_BYTES, np.int32)
+def tokenize(records, first, used, text, keys, ranks, places, tokens, scratch):
+    """Find the tokens of records first…used - 1, and write them behind those of the records before.
+
+    scratch int32 [SEGMENT_BYTES].
+    """
     for record in range(first, used):
         at, begin = places[record], records[record, TEXT]
         size = records[record + 1, TEXT] - begin
@@ -317,7 +319,7 @@ class Encoder:
         self._segments = _Segments(character_classes, CACHED, CACHED_BYTES)
         self._places, self._tokens = np.zeros(CACHED + 1, np.int64), np.empty(CACHED_BYTES, np.int32)
         self._out = np.empty(CHUNK * SEGMENT_BYTES, np.int32)  # memory that is never written costs nothing
-        self._lock = threading.Lock()
+        self._scratch, self._lock = np.empty(SEGMENT_BYTES, np.int32), threading.Lock()
 
     def encode(self, data: bytes) -> np.ndarray:
         """The tokens of a text, int32 [tokens]."""
@@ -333,7 +335,8 @@ class Encoder:
         segments, known = self._segments, self._segments.used
         segments.state[AT] = at
         why, end = segments.cut(text, len(text)), int(segments.state[AT])
-        tokenize(segments.records, known, segments.used, segments.text, *self._merges, self._places, self._tokens)
+        new = segments.records, known, segments.used, segments.text
+        tokenize(*new, *self._merges, self._places, self._tokens, self._scratch)
         written = emit(segments.numbers, int(segments.state[WRITTEN]), self._places, self._tokens, self._out)
         if why == FULL:  # begin again; what is frequent will soon be back
             segments.clear()
@@ -500,7 +503,8 @@ def learn(
         segments.count(text)
     counts = segments.records[: segments.used, TIMES].copy()
     places, tokens = np.zeros(len(counts) + 1, np.int64), np.empty(segments.records[segments.used, TEXT], np.int32)
-    tokenize(segments.records, 0, segments.used, segments.text, *_merge_table(merges), places, tokens)
+    scratch = np.empty(SEGMENT_BYTES, np.int32)
+    tokenize(segments.records, 0, segments.used, segments.text, *_merge_table(merges), places, tokens, scratch)
     del segments
 
     base, most = len(vocabulary), len(vocabulary) + wanted - len(merges)
