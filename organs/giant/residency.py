@@ -731,8 +731,9 @@ class Residency:
 # --- How long reading takes: for `auto` and `giant plan`. ---
 
 
-def reading_seconds(file: GGUFFile, bursts: int = 16, several: int = 6) -> tuple[float, float]:
-    """(seconds of a single expert beyond what each costs, seconds of each) when experts at random places are wanted.
+def reading_seconds(file: GGUFFile, bursts: int = 16, several: int = 6) -> tuple[float, float, float]:
+    """(seconds of a single expert beyond what each costs, seconds of each, and of a processor) when experts at random places
+    are wanted.
 
     They are read and packed by the very code that serves a model, some at once; medians of `bursts`.
     """
@@ -745,22 +746,24 @@ def reading_seconds(file: GGUFFile, bursts: int = 16, several: int = 6) -> tuple
         residency.add(layer, _ways_of(file, block))
     several = min(several, count)
     residency.start(max(4 * used, 2 * several) * residency.slot_bytes)
-    rng, took = np.random.default_rng(0), {1: [], several: []}
+    rng, took, work = np.random.default_rng(0), {1: [], several: []}, []
     try:
         for number in range(bursts + 2):  # the first two load what packs and fill the pool: then some have to go
             for many, times in took.items():
                 layer = int(rng.integers(0, len(blocks)))
                 away = [e for e in rng.permutation(count).tolist() if not residency.where[layer, e, 0]]
+                before = time.process_time()
                 seconds = residency.fetch(layer, away[:many])
                 if number > 1 and len(away) >= many:
                     times.append(seconds)
+                    work.append((time.process_time() - before) / many)
     finally:
         residency.close()
     if not all(took.values()):  # so few experts that all are there
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     one, together = (float(np.median(times)) for times in took.values())
     each = max(0.0, together - one) / max(1, several - 1)
-    return max(0.0, one - each), each
+    return max(0.0, one - each), each, float(np.median(work))
 
 
 def _ways_of(file: GGUFFile, block: str) -> list[tuple[TensorInfo, int, int, int, int]]:

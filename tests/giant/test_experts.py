@@ -537,8 +537,12 @@ def test_waiting_for_the_disk_is_reckoned_from_what_is_away_and_what_computing_h
     from organs.giant import plan
 
     reading = plan.Reading(first=1e-3, each=2e-3)
-    assert reading.of(3, 1, 1.0) == pytest.approx(3 * 3e-3)  # one expert a layer, always away
-    assert reading.of(3, 2, 0.5) == pytest.approx(3 * (0.75e-3 + 2e-3))
+    late = 1 - plan.FORESEEN
+    assert reading.waiting(1, 1.0, before=1.0, within=0.0) == pytest.approx(1e-3 + 2e-3 * late)  # what was foreseen is there
+    assert reading.waiting(1, 1.0, 0.0, 0.0) == pytest.approx(1e-3 + 2e-3 * (late + plan.FORESEEN * plan.IN_VAIN))
+    assert reading.waiting(2, 0.5, 1.0, 0.0) == pytest.approx(0.75e-3 + 2e-3 * late)
+    assert reading.waiting(2, 0.5, 1.0, 1.0) == pytest.approx(0.25 * (1e-3 + 4e-3 * late))  # one of two is there
+    assert reading.waiting(2, 0.0, 0.0, 0.0) == 0
     assert plan._not_hidden(0.1, 1.0) == pytest.approx(0.07) and plan._not_hidden(0.1, 0.01) == pytest.approx(0.09)
 
 
@@ -546,8 +550,8 @@ def test_reading_experts_is_measured_by_what_serves_them(many):
     from organs.giant.residency import reading_seconds
 
     with open_gguf(many) as file:
-        first, each = reading_seconds(file, bursts=4)
-    assert first >= 0 and each > 0 and first + each < 1
+        first, each, work = reading_seconds(file, bursts=4)
+    assert first >= 0 and each > 0 and work > 0 and first + each < 1
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read_with_what_would(many, monkeypatch, many_sizes):
