@@ -5,7 +5,7 @@ Usage: python benchmarks/giant_speed.py MODEL.gguf [--peer PYTHON] [--formats FI
 PYTHON is an interpreter that has llama-cpp-python built for this CPU (its own environment; 0.3.36 here). Without it the peer's
 columns stay empty. A row's figures are the best of the rounds; the ratio is the median of the rounds' own ratios, each of two
 measurements that follow one another. FILEs: the same model in other formats (`organism giant convert`).
-Rows: context, threads, paths (ORGANISM_KERNELS forced for us, native for the peer), formats, long, neighbour, start.
+Rows: context, threads, paths (ORGANISM_KERNELS forced for us, native for the peer), formats, long, neighbour, sampling, start.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MUST = {  # (decode, prefill): ratio to llama.cpp
     "context 128": (1.6, None), "context 512": (1.8, 4.0), "avx2": (1.4, 2.5), "format": (1.2, 1.5), "long": (1.5, None),
     "neighbour": (1.5, None),
 }  # fmt: skip
-ROWS = ("context", "threads", "paths", "formats", "long", "neighbour", "start")
+ROWS = ("context", "threads", "paths", "formats", "long", "neighbour", "sampling", "start")
 
 
 # --- Workers: one process each, a measurement a line. ---
@@ -194,8 +194,49 @@ def main() -> None:
     us.close()
     if them:
         them.close()
+    if wanted("sampling"):
+        sampling(arguments.model)
     if wanted("start"):
         start(arguments.model)
+
+
+CHAINS = {  # settings of the chain, all cuts and penalties at once first
+    "everything": dict(typical_p=0.95, repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1),
+    "by default": {}, "without top-k": dict(top_k=0), "the likeliest": dict(temperature=0),
+}  # fmt: skip
+GEMMA = 262_144, 292e6  # tokens, and bytes of Gemma 3 270M in Q8_0: the smallest model with so many in use
+
+
+def sampling(model: str) -> None:
+    """What a draw takes, against the step that it follows: this model's, measured; Gemma's, by the roof, so the least it can be."""
+    import numpy as np
+
+    from organs.giant import Giant
+    from organs.giant.roofs import read_roof
+    from organs.giant.sampling import Sampler, Sampling
+
+    session = Giant.load(model, prefix_bytes=0).session()
+    logits = session.feed(list(range(100, 228)))
+    steps = [_seconds(lambda token=token: session.feed([token])) for token in range(700, 748)]
+    more = np.random.default_rng(0).permutation(
+        np.resize(logits, GEMMA[0]) - np.repeat([0, 20], [len(logits), GEMMA[0] - len(logits)])
+    )
+    said, rows = list(range(100, 228)), []
+    for scores, step in (
+        (logits, statistics.median(steps)),
+        (more.astype(np.float32), GEMMA[1] / 1e9 / read_roof(int(GEMMA[1]), 2)),
+    ):
+        for name, settings in CHAINS.items():
+            sampler = Sampler(Sampling(seed=1, **settings), len(scores))
+            took = statistics.median(_seconds(lambda: sampler.choose(scores, said)) for _ in range(100))
+            rows.append([f"{len(scores):,} tokens, {name}", 1e6 * took, 1e3 * step, f"{took / step:.1%}", "5%"])
+    print(table("The sampling chain", ["what", "a draw, µs", "a step, ms", "share", "must"], rows))
+
+
+def _seconds(act) -> float:
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
 
 
 def roofs(model: str, tokens_per_s: float) -> None:
@@ -213,8 +254,10 @@ _START = """
 import sys, time, resource
 began = time.perf_counter()
 from organs.giant import Giant
+from organs.giant.sampling import Sampler, Sampling
 giant = Giant.load(sys.argv[1])
-giant.session().feed([1, 2, 3])
+logits = giant.session().feed([1, 2, 3])
+Sampler(Sampling(seed=1), len(logits)).choose(logits)
 print(time.perf_counter() - began)
 page = int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("RssAnon")))
 print(page * 1024)
@@ -222,7 +265,7 @@ print(page * 1024)
 
 
 def start(model: str) -> None:
-    """Load to first token with warm and with empty kernel cache, and anonymous memory."""
+    """Load to first token, drawn, with warm and with empty kernel cache, and anonymous memory."""
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="organism-bench-") as folder:
         environment = dict(os.environ, ORGANISM_CACHE=folder)

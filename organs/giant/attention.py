@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 
 from organs.giant import lanes
 from organs.giant.lanes import (
@@ -204,7 +203,7 @@ def staged_bytes(r):
 
 # --- Storing a key and a value. ---
 
-_SCALAR = types.void(types.int64, types.float32)
+_SCALAR = "void(int64, float32)"
 store_half = function(
     _SCALAR, lambda b, at, x: store(b, b.extract_element(to_half(b, splat(b, x, LANES)), const(I32, 0)), at, 0, 2)
 )
@@ -265,7 +264,9 @@ def store_pair(r, stretch, position, key, value, staged):
     row = stretch + r.values_at + at * r.value_row
     if stages_values(r):
         call2(entry(r, TURN), value, head)
-        floats(staged, PAGE * head + at * r.head_width, head)[:] = v
+        waiting = floats(staged, PAGE * head + at * r.head_width, head)
+        for i in range(head):
+            waiting[i] = v[i]
         return
     if r.value_kind == Q4_KIND:
         _call(entry(r, KEEP), address_of(r), value, row, stretch + r.value_scales_at + 4 * at, 0)
@@ -335,7 +336,7 @@ def _soften(b, s, n, low, high, out, width, state):
     store(b, b.fadd(load(b, state, F32, 4, 4), total), state, 4, 4)
 
 
-_soften_row = function(types.void(*[types.int64] * 7), _soften)
+_soften_row = function(lanes.words(7), _soften)
 
 
 @jit(**HELP)

@@ -15,10 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-import organs.kernels  # noqa: F401  says where compiled code is kept, before numba is imported
 from organism import UsageError
+from organs.kernels.ground import entry
 
 ROOT = "root"
 MOST_REPEATS = 2000  # of an element in {m,n}
@@ -437,7 +436,7 @@ class Vocabulary:
         self.deepest = int(self.depth.max(initial=0)) + 2
 
 
-@njit(cache=True, nogil=True)
+@entry(nogil=True)
 def _trie(text, starts):
     most = len(text) + 1
     byte, depth, end = np.zeros(most, np.uint8), np.zeros(most, np.int32), np.zeros(most, np.int32)
@@ -453,8 +452,6 @@ def _trie(text, starts):
         for d in range(same, length):
             byte[n], depth[n], path[d], first[n] = text[a + d], d, n, t
             n += 1
-        if same == length and t:  # the very bytes of the token before
-            pass
     if len(starts) > 1:
         for d in range(starts[-1] - starts[-2]):
             end[path[d]] = n
@@ -462,7 +459,7 @@ def _trie(text, starts):
     return byte, depth, end, first, n
 
 
-@njit(cache=True, nogil=True)
+@entry(nogil=True)
 def _walk(byte, depth, end, first, order, rows, ready, state, at, states, mask):
     """Mark the tokens that lead somewhere from `state`. Returns (node, state) where a row is missing, or (-1, -1)."""
     states[0] = state

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
-from numba import from_dtype, types
 
 from organs import kernels
 from organs.giant.attention import (
@@ -45,7 +44,7 @@ from organs.giant.attention import (
     staged_bytes,
     store_pair,
 )
-from organs.giant.lanes import address_of, c_function, callable_of, caller, function, jit
+from organs.giant.lanes import address_of, c_function, caller, function, jit
 from organs.giant.products import (
     BLOCK,
     ROWS,
@@ -105,8 +104,8 @@ _MACHINE_WORDS = (
     "scratch",  # bytes into `own` that operations may use at will
 )  # fmt: skip
 MACHINE = np.dtype([(n, i8) for n in _MACHINE_WORDS], align=True)
-ROW_T, MACHINE_T, ROW_BYTES = from_dtype(ROW), from_dtype(MACHINE), ROW.itemsize
-_OPERATION = types.void(ROW_T, MACHINE_T)
+ROW_BYTES = ROW.itemsize
+_OPERATION = lambda: ground.compiler().takes_records(ROW, MACHINE)
 OPERATIONS: dict[str, object] = {}
 
 
@@ -133,10 +132,12 @@ def _record_pointer(record: np.dtype) -> ir.PointerType:
 
 def record_at(record: np.dtype):
     """A function of an address: the record that lies there, for compiled code."""
-    return function(from_dtype(record)(types.int64), lambda b, at: b.inttoptr(at, _record_pointer(record)))
+    return function(
+        lambda: ground.compiler().gives_record(record), lambda b, at: b.inttoptr(at, _record_pointer(record))
+    )
 
 
-_call = function(types.void(ROW_T, MACHINE_T), _jump)
+_call = function(_OPERATION, _jump)
 _call_tile, _call_reader = caller(6), caller(3)
 
 row_at, machine_at = record_at(ROW), record_at(MACHINE)
@@ -150,8 +151,8 @@ POSTED, ARRIVED, ROUND, SLEEPERS, STOP, PATIENCE, NAPS = (
 NEAR = 160 << 10  # bytes of activations that a core's second cache holds beside a panel
 IDLE_NS = 1_500_000  # how long a helper spins between two steps
 _FUTEX = {"x86_64": 202, "AMD64": 202, "aarch64": 98}.get(platform.machine(), 0)
-_system_call = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
-_clock = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
+_system_call = ground.external("syscall", f"int64({', '.join(['int64'] * 7)})")
+_clock = ground.external("clock_gettime", "int32(int32, int64)")
 _usleep = ground.usleep
 IS_LINUX = Path("/proc").exists() and _FUTEX > 0
 
@@ -247,7 +248,7 @@ def _serve(program, machine):
 @cache
 def _entry(f) -> Callable[..., None]:
     """One of these two, compiled or loaded, for Python."""
-    return callable_of(c_function(types.void(*[types.int64] * f.__code__.co_argcount), f, **FAST))
+    return c_function(f, **FAST)
 
 
 # --- Shares. ---
@@ -381,7 +382,9 @@ def quantise(r, m):
             _merge(r, m, x)
         if r.gate:
             if x != m.own + m.scratch:  # other threads read it too
-                floats(m.own + m.scratch, 0, r.width)[:] = floats(x, 0, r.width)
+                mine, shared = floats(m.own + m.scratch, 0, r.width), floats(x, 0, r.width)
+                for i in range(r.width):
+                    mine[i] = shared[i]
                 x = m.own + m.scratch
             _shut(x, r.gate + (m.n - 1) * r.gate_stride, r.width)
         factor = _root_mean_square(x, r.width, r.epsilon) if r.norm else f4(1)
@@ -439,11 +442,13 @@ def product(r, m):
         return
     n_tiles = _tiles(m)
     some = max(1, NEAR // r.tile_bytes)  # tiles that stay near while all panels pass
-    for begin in range(0, n_tiles, some):
+    begin = i8(0)
+    while begin < n_tiles:
         for p in range(first, end):
             for i in range(begin, min(begin + some, n_tiles)):
                 _call_tile(r.kernel, r.weight + p * r.panel_bytes, r.tiles + i * r.tile_bytes,
                            out + i * TILE * stride + 64 * p, r.blocks, stride, r.add)  # fmt: skip
+        begin += some
 
 
 @jit(**HELP)
@@ -739,7 +744,7 @@ def _once(key: tuple, make) -> int:
 
 def address(name: str) -> int:
     """Of an operation."""
-    return _once(("operation", name), lambda: c_function(_OPERATION, OPERATIONS[name], **FAST))
+    return _once(("operation", name), lambda: c_function(OPERATIONS[name], _OPERATION, **FAST))
 
 
 def tile_address(name: str, form: str, T: int) -> int:

@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 
 from organs.giant.attention import (
     KEEP,
@@ -30,7 +29,7 @@ from organs.giant.lanes import I32, LANES, c_function, const, from_half, functio
 floats, octets, longs = ground.floats, ground.octets, ground.longs
 f4, HELP = np.float32, ground.HELP
 
-_load_half = function(types.float32(types.int64), lambda b, at: b.extract_element(
+_load_half = function("float32(int64)", lambda b, at: b.extract_element(
     from_half(b, splat(b, load(b, at, ir.HalfType(), 0, 2), LANES)), const(I32, 0)))  # fmt: skip
 
 
@@ -179,5 +178,5 @@ _BY_ENTRY = {TURN: turn, KEEP: keep, SETTLE: settle, SCALED: scaled, RESTAGE: re
 
 def functions() -> dict[int, object]:
     """C functions by their entry (see attention.py), compiled or loaded."""
-    return {number: c_function(types.void(*[types.int64] * f.__code__.co_argcount), f, **ground.FAST)
+    return {number: c_function(f, **ground.FAST)
             for number, f in _BY_ENTRY.items()}  # fmt: skip

@@ -555,5 +555,4 @@ def _has_kernels() -> bool:
     """Whether compiled code of the giant, as it is now, is in the cache (perhaps not of all formats)."""
     from organs.giant import lanes
 
-    with kernels.compiling("giant", lanes.SOURCES) as folder:
-        return any(folder.rglob("*.attention-*.nbi"))
+    return any(kernels.folder_of("giant", lanes.SOURCES).glob("*.attention.o"))

@@ -15,8 +15,6 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
 
 from organs import kernels
 
@@ -24,7 +22,7 @@ ground = kernels.ground
 
 # --- The compile cache: a folder of the giant's own, named by what its code is made of. ---
 
-SOURCES = tuple(Path(__file__).with_name(f"{n}.py") for n in ("formats", "lanes", "products", "attention", "engine"))
+SOURCES = tuple(Path(__file__).with_name(f"{n}.py") for n in ("formats", "lanes", "products", "attention", "engine", "residency"))
 
 
 def sources_of(f) -> tuple[Path, ...]:
@@ -33,27 +31,18 @@ def sources_of(f) -> tuple[Path, ...]:
     return SOURCES if own in SOURCES else (*SOURCES, own)
 
 
-def jit(**options):
-    """numba.njit, cached in the giant's folder; not so what only compiled code calls (HELP), which is part of its callers."""
-
-    def decorate(f):
-        if options.get("no_cpython_wrapper"):
-            return njit(**{**options, "cache": False})(f)
-        with kernels.compiling("giant", sources_of(f)):
-            return ground.entry(**options)(f)
-
-    return decorate
+jit, function = ground.jit, ground.instruction
 
 
-def c_function(signature, f, **options):
-    """numba.cfunc, cached in the giant's folder."""
-    with kernels.compiling("giant", sources_of(f)):
-        return ground.c_function(signature, f, **options)
+def c_function(f, signature=None, **options):
+    """A C function, cached in the giant's folder. It takes int64 and gives nothing, unless a signature says otherwise."""
+    signature = signature or words(f.__code__.co_argcount)
+    return ground.c_function(signature, f, kernels.folder_of("giant", sources_of(f)), **options)
 
 
-def callable_of(made) -> Callable[..., None]:
-    """What calls a C function of int64 alone from Python, while other threads run."""
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(made._sig.args))(made.address)
+def words(n: int) -> str:
+    """The signature void(int64, …)."""
+    return f"void({', '.join(['int64'] * n)})"
 
 
 # --- Which instructions there are. ---
@@ -93,30 +82,7 @@ def word(value: int) -> ir.Constant:
     return ir.Constant(I64, value)
 
 
-def function(signature, build):
-    """A function of fixed signature for compiled code: build(builder, *arguments) emits its body."""
-
-    def emit(context, builder, signature, arguments):
-        result = build(builder, *arguments)
-        return context.get_dummy_value() if signature.return_type == types.void else result
-
-    # An intrinsic is typed by the number of its arguments, which must be spelled out.
-    typings = {
-        1: lambda context, a: (signature, emit),
-        2: lambda context, a, b: (signature, emit),
-        3: lambda context, a, b, c: (signature, emit),
-        4: lambda context, a, b, c, d: (signature, emit),
-        5: lambda context, a, b, c, d, e: (signature, emit),
-        6: lambda context, a, b, c, d, e, f: (signature, emit),
-        7: lambda context, a, b, c, d, e, f, g: (signature, emit),
-    }
-    return intrinsic(typings[len(signature.args)])
-
-
-@intrinsic
-def address_of(context, record):
-    """Where a record lies, for compiled code."""
-    return types.int64(record), lambda context, b, signature, arguments: b.ptrtoint(arguments[0], I64)
+address_of = ground.Lazy(lambda: ground.compiler().address_of)
 
 
 def _jump(b, entry, *arguments):
@@ -126,7 +92,7 @@ def _jump(b, entry, *arguments):
 
 def caller(n: int):
     """Calls a C function of n int64 by its address."""
-    return function(types.void(*[types.int64] * (n + 1)), _jump)
+    return function(words(n + 1), _jump)
 
 
 def named(b, name: str, result, *arguments, fast=()):
@@ -154,9 +120,9 @@ _TEMPLATES = {
 }
 
 
-def kernel(name: str, signature, build):
-    """A C function for compiled code (by its .address) and ctypes; build(builder, *arguments) emits its body."""
-    return c_function(signature, renamed(_TEMPLATES[len(signature.args)], name, _BODY=function(signature, build)))
+def kernel(name: str, count: int, build):
+    """A C function of `count` int64; build(builder, *arguments) emits its body."""
+    return c_function(renamed(_TEMPLATES[count], name, _BODY=function(words(count), build)))
 
 
 def kernel_table(name: str, count: int, builds: Sequence[Callable]) -> tuple[Any, list[int]]:
@@ -172,9 +138,9 @@ def kernel_table(name: str, count: int, builds: Sequence[Callable]) -> tuple[Any
             inside.ret_void()
             store(b, b.ptrtoint(one, I64), out, 8 * i, 8)
 
-    made = kernel(name, types.void(types.int64), emit)
+    made = kernel(name, 1, emit)
     addresses = (ctypes.c_int64 * len(builds))()
-    callable_of(made)(ctypes.addressof(addresses))
+    made(ctypes.addressof(addresses))
     return made, list(addresses)
 
 

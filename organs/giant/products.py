@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 
 from organs.giant import lanes
 from organs.giant.formats import FORMATS, IQ4_VALUES, MXFP4_VALUES
@@ -332,7 +331,8 @@ def _turn(b, to, source, step):
     rows = [load(b, b.add(source, b.mul(step, word(r))), _WORDS) for r in range(ROWS)]
     lanes_of = lambda first: const(vector(I32, ROWS), [first + i // 2 + ROWS * (i % 2) for i in range(ROWS)])
     for _ in range(4):
-        rows = [b.shuffle_vector(rows[i // 2], rows[i // 2 + ROWS // 2], lanes_of(ROWS // 2 * (i % 2))) for i in range(ROWS)]
+        half = ROWS // 2
+        rows = [b.shuffle_vector(rows[i // 2], rows[i // 2 + half], lanes_of(half * (i % 2))) for i in range(ROWS)]
     for r, row in enumerate(rows):
         store(b, row, to, 4 * ROWS * r)
 
@@ -343,36 +343,35 @@ def _split(kind):
     def emit(b, to, source, step):
         words = _column(b, source, step)
         for i in range(32 // kind.width):
-            item = b.trunc(b.lshr(words, const(_WORDS, kind.width * i)), vector(kind, ROWS)) if kind is not I32 else words
-            store(b, item, to, ROWS * kind.width // 8 * i)
+            item = b.lshr(words, const(_WORDS, kind.width * i))
+            store(b, item if kind is I32 else b.trunc(item, vector(kind, ROWS)), to, ROWS * kind.width // 8 * i)
 
     return emit
 
 
-_MOVE = types.void(types.int64, types.int64, types.int64)
 _turn_words, _split_words, _split_halves, _split_bytes = (
-    function(_MOVE, emit) for emit in (_turn, _split(I32), _split(I16), _split(I8))
+    function(lanes.words(3), emit) for emit in (_turn, _split(I32), _split(I16), _split(I8))
 )
-_copy_word = function(types.void(types.int64, types.int64), lambda b, to, source: store(b, load(b, source, I32), to))
+_copy_word = function(lanes.words(2), lambda b, to, source: store(b, load(b, source, I32), to))
 
 
 def _interleave(source, to, fields, n_fields, rows, row_bytes, n_blocks, size):
     """Items of sixteen rows side by side. source: uint8 [rows · row_bytes]; to: uint8; fields: int64 [n_fields, 3]; all by
     address. A last item that is not there is zero."""
-    fields, at = ground.longs(fields, 3 * n_fields).reshape(n_fields, 3), to
+    fields, at = ground.longs(fields, 3 * n_fields), to
     for first in range(0, rows, ROWS):
         for block in range(n_blocks):
-            for f in range(len(fields)):
-                inside, item = block * size + fields[f, 0], fields[f, 2]
-                nbytes, whole = fields[f, 1] * abs(item), 0
-                if first + ROWS <= rows and inside + nbytes <= row_bytes and item > 0:  # nearly always
+            for f in range(0, 3 * n_fields, 3):
+                inside, item = block * size + fields[f], abs(fields[f + 2])
+                nbytes, whole = fields[f + 1] * item, 0
+                if first + ROWS <= rows and inside + nbytes <= row_bytes and fields[f + 2] > 0:  # nearly always
                     whole = _whole_words(at, source + first * row_bytes + inside, row_bytes, nbytes, item)
                     at += ROWS * whole
-                for k in range(whole // abs(item), fields[f, 1]):
+                for k in range(whole // item, fields[f + 1]):
                     for r in range(first, first + ROWS):
-                        is_there = r < rows and inside + (k + 1) * abs(item) <= row_bytes
-                        _one_item(at, source + r * row_bytes + inside + k * abs(item), item, is_there)
-                        at += abs(item)
+                        is_there = r < rows and inside + (k + 1) * item <= row_bytes
+                        _one_item(at, source + r * row_bytes + inside + k * item, fields[f + 2], is_there)
+                        at += item
 
 
 @jit(**ground.HELP)
@@ -398,7 +397,8 @@ def _one_item(to, source, item, is_there):
     """An item of one row; a negative one is turned: bit 4 g + i goes to bit 8 i + g."""
     out = ground.bytes_at(to, abs(item))
     if not is_there:
-        out[:] = 0
+        for i in range(abs(item)):
+            out[i] = 0
     elif item < 0:
         raw = ground.bytes_at(source, 4)
         for i in range(4):
@@ -442,7 +442,7 @@ _MAKING = threading.Lock()
 @cache
 def interleaver() -> Callable[..., None]:
     """_interleave, compiled or loaded; other threads may run while it does."""
-    return lanes.callable_of(lanes.c_function(types.void(*[types.int64] * 8), _interleave))
+    return lanes.c_function(_interleave)
 
 
 # --- Tiles: one panel times T tokens. ---
@@ -595,12 +595,9 @@ class _Tile:
                         row = b.add(row, stride)
 
 
-TILE_TYPE = types.void(*[types.int64] * 6)
-
-
 def tile(name: str, form: str, T: int):
     """A C function for numba and ctypes; `.address` calls it from compiled code. See _Tile."""
-    return kernel(f"tile_{name}_{form}_{T}", TILE_TYPE, _Tile(name, form, T))
+    return kernel(f"tile_{name}_{form}_{T}", 6, _Tile(name, form, T))
 
 
 # --- Rows out of panels, for embeddings. ---
@@ -643,12 +640,9 @@ class _Row:
         return out
 
 
-ROW_TYPE = types.void(*[types.int64] * 3)
-
-
 def row_reader(name: str):
     """A C function (panel, out, blocks): float32 [numbers of a row, 16], what a panel's rows mean."""
-    return kernel(f"rows_{name}", ROW_TYPE, _Row(name))
+    return kernel(f"rows_{name}", 3, _Row(name))
 
 
 # --- Activations. ---
@@ -708,7 +702,7 @@ def _quantise(form: str):
             store(b, value, at, 0, 4)
             at = b.add(at, b.mul(T, word(4)))
 
-    return function(types.void(types.int64, types.int64, types.float32, types.int64, types.int64, types.int64), build)
+    return function("void(int64, int64, float32, int64, int64, int64)", build)
 
 
 _ONE, _SIZE = None, 0  # of the template; each form has its own
@@ -753,7 +747,7 @@ def multiply(panels: np.ndarray, name: str, rows: int, x: np.ndarray, form: str,
         for t in range(T):
             quantise(padded[first + t :].ctypes.data, n32, ones.ctypes.data, np.float32(1), space.ctypes.data, T, t)
         for p in range(n_panels):
-            product.ctypes(panels[p * size :].ctypes.data, space.ctypes.data, out[first:, p * ROWS :].ctypes.data,
+            product(panels[p * size :].ctypes.data, space.ctypes.data, out[first:, p * ROWS :].ctypes.data,
                           blocks(name, columns), out.strides[0], 0)  # fmt: skip
     return out[:tokens, :rows]
 
@@ -765,6 +759,6 @@ def read_rows(panels: np.ndarray, name: str, rows: int, columns: int, make: Call
     out = []
     for p in range(-(-rows // ROWS)):
         block = np.zeros((width, ROWS), np.float32)
-        reader.ctypes(panels[p * size :].ctypes.data, block.ctypes.data, n)
+        reader(panels[p * size :].ctypes.data, block.ctypes.data, n)
         out.append(block.T)
     return np.concatenate(out)[:rows, :columns]

@@ -17,7 +17,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numba import types
 
 from organs.giant.engine import HELP, barrier, exp, f4, floats, ground, i8, jit, longs, operation, record_at
 from organs.giant.engine import _root_mean_square as root_mean_square
@@ -65,8 +64,7 @@ def _sweep(b, state, before, key, query, rows, gain, space):
         store(b, total, space, 4 * (STRIP + LANES * i), 4)
 
 
-_I = types.int64
-_sweep_strip = function(types.void(_I, _I, _I, _I, _I, types.float32, _I), _sweep)
+_sweep_strip = function("void(int64, int64, int64, int64, int64, float32, int64)", _sweep)
 
 
 @jit(**HELP)

@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 
 from organs.giant import products
 from organs.giant.engine import (
@@ -63,7 +62,7 @@ from organs.giant.engine import _root_mean_square as root_mean_square
 from organs.giant.engine import _share as share
 from organs.giant.engine import _wake as wake
 from organs.giant.gguf import GGUFError, GGUFFile, TensorInfo
-from organs.giant.lanes import c_function, callable_of, function
+from organs.giant.lanes import c_function, function
 from organs.giant.products import ROWS, interleave
 
 SECTOR = 4096  # bytes that direct reads are multiples of
@@ -113,17 +112,17 @@ WORDS = TEAM_WORDS + 80  # those of a team, and behind them, a cache line each:
 there were some; bytes that were read; reads that failed."""
 
 desk, way_at, WAY_BYTES = record_at(DESK), record_at(WAY), WAY.itemsize
-_pread = types.ExternalFunction("pread", types.int64(types.int32, types.int64, types.int64, types.int64))
-_errno = types.ExternalFunction("__error" if sys.platform == "darwin" else "__errno_location", types.int64())
+_pread = ground.external("pread", "int64(int32, int64, int64, int64)")
+_errno = ground.external("__error" if sys.platform == "darwin" else "__errno_location", "int64()")
 
 
 def _word(b, p):
     return b.inttoptr(p, ir.IntType(64).as_pointer())
 
 
-exchange = function(types.int64(types.int64, types.int64), lambda b, p, x: b.atomic_rmw("xchg", _word(b, p), x, "seq_cst"))
+exchange = function("int64(int64, int64)", lambda b, p, x: b.atomic_rmw("xchg", _word(b, p), x, "seq_cst"))
 _replace = function(
-    types.int64(types.int64, types.int64, types.int64),
+    "int64(int64, int64, int64)",
     lambda b, p, old, new: b.extract_value(b.cmpxchg(_word(b, p), old, new, "seq_cst", "seq_cst"), 0),
 )
 
@@ -463,7 +462,9 @@ def _read(d, slot, way, clock, buffer):
     if first + done >= end:
         target, packed = panels + w.at, (w.rows + ROWS - 1) // ROWS * w.blocks * w.block_bytes * ROWS
         interleave(buffer + begin - first, target, w.fields, w.n_fields, w.rows, w.row_bytes, w.blocks, w.block_bytes)
-        ground.bytes_at(target + packed, w.size - packed)[:] = 0
+        spare = ground.bytes_at(target + packed, w.size - packed)
+        for i in range(len(spare)):
+            spare[i] = 0
     if atomic_add(d.left + 8 * slot, -1) == 1:
         if longs(d.broken + 8 * slot, 1)[0] == 0:
             _deliver(d, key, panels)
@@ -522,7 +523,7 @@ def _fetch(address, layer, took):
 @cache
 def _compiled(f) -> Callable[..., None]:
     """A function of addresses and numbers alone, for Python."""
-    return callable_of(c_function(types.void(*[types.int64] * f.__code__.co_argcount), f, **ground.FAST))
+    return c_function(f, **ground.FAST)
 
 
 def _work(desk: np.ndarray, own: np.ndarray, *_kept: np.ndarray) -> None:

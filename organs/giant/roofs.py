@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 
-from organs.giant.lanes import LANES, Loop, const, function, jit, load, vector, word
+from organs.giant.lanes import LANES, Loop, const, function, ground, load, vector, word
 
 
 def _read(b, base, n):
@@ -25,10 +24,10 @@ def _read(b, base, n):
     return b.zext(b.extract_element(total, ir.Constant(ir.IntType(32), 0)), ir.IntType(64))
 
 
-_read_blocks = function(types.int64(types.int64, types.int64), _read)
+_read_blocks = function("int64(int64, int64)", _read)
 
 
-@jit(nogil=True)
+@ground.entry(nogil=True)
 def _read_all(address, blocks):
     return _read_blocks(address, blocks)
 

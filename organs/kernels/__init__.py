@@ -93,7 +93,7 @@ def identity() -> dict[str, str]:
     return dict(path=cache.path_name(), CPU=cache.cpu(), product=ground.BLAS, libraries=libraries)
 
 
-compiling, collecting_later = cache.compiling, cache.collecting_later  # for organs with compiled code of their own
+folder_of, collecting_later = cache.folder_of, cache.collecting_later  # for organs with compiled code of their own
 _HOMES = dict(Gradients="executor", Speaker="executor", measure="executor", Chain="sampling", blended="sampling")
 
 

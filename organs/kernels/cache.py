@@ -13,9 +13,9 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -45,11 +45,20 @@ def cpu() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
+def _release(package: str) -> str:
+    """What differs between a package's versions, without importlib.metadata, whose import takes longer than all else here."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    files = (Path(spec.origin).with_name(name) for name in ("_version.py", "version.py"))
+    return next((file.read_text("utf-8") for file in files if file.exists()), spec.origin)
+
+
 @functools.cache
 def digest() -> str:
     """Names the folder."""
     h = hashlib.sha256()
-    for part in (str(FOLDER), version("numba"), version("numpy"), sys.version, cpu(), path_name()):
+    for part in (str(FOLDER), sys.version, cpu(), path_name(), *map(_release, ("numba", "llvmlite", "numpy"))):
         h.update(part.encode() + b"\0")
     for source in sorted(FOLDER.glob("*.py")):
         h.update(source.read_bytes() + b"\0")
@@ -110,29 +119,15 @@ def collecting_later() -> Iterator[None]:
 
 
 @functools.cache
-def _folder_of(organ: str, sources: tuple[Path, ...]) -> Path:
+def folder_of(organ: str, sources: tuple[Path, ...]) -> Path:
+    """Where another organ's compiled code is kept: a folder of its own inside of ours. sources: the files whose change makes
+    that code stale."""
     h = hashlib.sha256()
     for source in sources:
         h.update(source.read_bytes() + b"\0")
     path = folder() / f"{organ}-{h.hexdigest()[:16]}"
     path.mkdir(mode=0o700, exist_ok=True)
     return path
-
-
-@contextmanager
-def compiling(organ: str, sources: Iterable[Path]) -> Iterator[Path]:
-    """While another organ's compiled code is decorated or compiled: it is cached in a folder of its own inside of ours.
-
-    sources: the files whose change makes that code stale.
-    """
-    import numba
-
-    path = _folder_of(organ, tuple(sources))
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(path)
-    try:
-        yield path
-    finally:
-        numba.config.CACHE_DIR = before
 
 
 def environment() -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit, types
+from numba import njit
 
 from organism import Arena, Program, aligned_zeros, body_program, rope_angles
 from organs.kernels.ground import (
@@ -25,6 +25,7 @@ from organs.kernels.ground import (
     atomic_add,
     atomic_load,
     entry,
+    external,
     f4,
     f8,
     i8,
@@ -159,7 +160,7 @@ TEAM = np.dtype([(n, i8) for n in _COUNTS] + [(n, f8) for n in _RATES] + [("norm
 POSTED, ARRIVED, ROUND, NEXT = (8 * _COUNTS.index(n) for n in ("posted", "arrived", "round", "next"))
 POST = 1 << 16  # `posted` counts posts above its low 16 bits, which count the sleepers
 BARRIER_NS, IDLE_NS = 300_000, 2_000_000  # how long to spin before sleeping, inside of a step and between two
-clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
+clock_gettime = external("clock_gettime", "int32(int32, int64)")
 
 
 @njit(**HELP)

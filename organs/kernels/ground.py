@@ -4,34 +4,27 @@ control register, half-precision numbers, and vectorised exp and log of a stated
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import os
 import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import llvmlite.binding
 import numpy as np
+from llvmlite import ir
 
-from organs.kernels import cache
-
-with cache.collecting_later():
-    import llvmlite.binding
-    from llvmlite import ir
-    from numba import carray, njit, types
-    from numba.core import cgutils
-    from numba.core.caching import FunctionCache
-    from numba.core.ccallback import CFunc
-    from numba.core.codegen import JITCodeLibrary
-    from numba.core.registry import cpu_target
-    from numba.core.runtime import rtsys
-    from numba.extending import intrinsic
+from organs.kernels import cache, objects
 
 f4, f8, i4, i8 = np.float32, np.float64, np.int32, np.int64
-FAST = dict(cache=True, fastmath=True, error_model="numpy")
-# For what only compiled code calls: it is a part of its callers, so that only they are worth keeping.
-HELP = dict(FAST, cache=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+FAST = dict(fastmath=True, error_model="numpy")
+# For what only compiled code calls.
+HELP = dict(FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 X86 = platform.machine() in ("x86_64", "AMD64")
 ONE, ZERO, LOWEST = f4(1), f4(0), f4(-1e30)
 
-_f, _d, _i, _l = types.float32, types.float64, types.int32, types.int64
 FLOAT, INT, WORD, BYTES, VOID = (
     ir.FloatType(),
     ir.IntType(32),
@@ -41,158 +34,74 @@ FLOAT, INT, WORD, BYTES, VOID = (
 )
 
 
-# --- What Python or other compiled code enters. ---
+# --- What numba makes, when something that uses it is compiled. ---
 
 
-WRAPPERS = ("cfunc.", "_ZN7cpython")  # names of what Python and C enter
+class Lazy:
+    """A thing of numba's, under a name that compiled code may use: made when that is compiled, without numba until then."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make = make
+
+    @functools.cached_property
+    def made(self) -> Any:
+        return self._make()
+
+    @property
+    def _numba_type_(self) -> Any:  # numba asks for this
+        return compiler().type_of(self.made)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.made(*arguments)
 
 
-class _Library(JITCodeLibrary):
-    """numba's, with three differences.
-
-    Each has its own copy of every helper it is linked with. numba lets all libraries share the copy that was loaded first;
-    copies differ in how they were optimised, hence in their last bits, and what is loaded first differs between a process
-    that compiles and one that finds the cache full (a text compressed by the one was lost to the other).
-
-    A helper is optimised, and becomes machine code, only as a part of what it is linked with, unless it is called by itself:
-    that takes two thirds of the time.
-
-    One from the cache is only called, so its bitcode is not parsed, nor numba's runtime compiled for one that does not use
-    it: half of the time that loading takes.
-    """
-
-    _bitcode, _is_optimised, _is_code = b"", False, False
-
-    def _optimize_final_module(self):
-        defined = [f for f in self._final_module.functions if not f.is_declaration]
-        if any(f.name.startswith(WRAPPERS) for f in defined):
-            for f in defined:
-                if f.linkage == llvmlite.binding.Linkage.linkonce_odr:
-                    f.linkage = "internal"
-            super()._optimize_final_module()
-            self._is_optimised = True
-
-    @classmethod
-    def _unserialize(cls, codegen, state):
-        name, kind, data = state
-        if kind != "object":
-            return super()._unserialize(codegen, state)
-        self = codegen.create_library(name)
-        (code, self._bitcode), self._is_optimised = data, True
-        if b"NRT_" in code:  # names that it is linked with
-            rtsys.initialize(cpu_target.target_context)
-        self.enable_object_caching()
-        self._set_compiled_object(code)
-        self._finalize_final_module()
-        return self
-
-    def _get_module_for_linking(self):
-        if self._shared_module is None and self._bitcode:
-            self._shared_module = llvmlite.binding.parse_bitcode(self._bitcode)
-        return super()._get_module_for_linking()
-
-    def _finalize_final_module(self):
-        self._finalize_dynamic_globals()
-        self._finalized = True
-
-    def _become_code(self):
-        self._ensure_finalized()
-        if self._is_code:
-            return
-        if not self._is_optimised:
-            super()._optimize_final_module()
-        self._is_code = True
-        super()._finalize_final_module()
-
-    def _get_compiled_object(self):
-        self._become_code()
-        return super()._get_compiled_object()
-
-    def get_pointer_to_function(self, name):
-        self._ensure_finalized()
-        if not self._bitcode and name not in {f.name for f in self._final_module.functions if not f.is_declaration}:
-            return 0
-        self._become_code()
-        return self._codegen._engine.get_function_address(name)
+def compiler() -> Any:
+    """The module that imports numba."""
+    return importlib.import_module("organs.kernels.compiler")
 
 
-def _set_environment(name, environment):
-    """numba's, for functions that may not have become code."""
-    if _codegen._engine.get_global_value_address(name):
-        type(_codegen).set_env(_codegen, name, environment)
+def jit(**options: Any) -> Callable[[Callable[..., Any]], Lazy]:
+    """numba.njit."""
+    return lambda f: Lazy(lambda: compiler().njit(**options)(f))
 
 
-_codegen = cpu_target.target_context.codegen()
-_codegen._library_class, _codegen.set_env = _Library, _set_environment
-
-
-class _Cache(FunctionCache):
-    """numba's, without the look at all of its own tables before a function is loaded (0.3 to 0.5 s of a profiled start), which
-    compiling alone needs."""
-
-    def load_overload(self, sig, target_context):
-        with self._guard_against_spurious_io_errors():
-            return self._load_overload(sig, target_context)
-
-
-class _CFunction(CFunc):
-    def enable_caching(self):
-        self._cache = _Cache(self._pyfunc)
-
-
-def entry(**options):
+def entry(**options: Any) -> Callable[[Callable[..., Any]], Lazy]:
     """numba.njit, cached, for what Python calls."""
-
-    def decorate(f):
-        dispatcher = njit(**dict(options, cache=False))(f)
-        dispatcher._cache = _Cache(f)
-        return dispatcher
-
-    return decorate
+    return lambda f: Lazy(lambda: compiler().entry(**options)(f))
 
 
-def c_function(signature, f, **options):
-    """numba.cfunc, cached: compiled or loaded at once."""
-    options.pop("cache", None)
-    made = _CFunction(f, (signature.args, signature.return_type), locals={}, options=options)
-    made.enable_caching()
-    made.compile()
-    return made
+def instruction(signature: Any, build: Callable[..., Any]) -> Lazy:
+    """A function of fixed signature (text, or a function that gives numba's): build(builder, *arguments) emits it."""
+    return Lazy(lambda: compiler().instruction(signature, build))
+
+
+def external(name: str, signature: str) -> Lazy:
+    """A function of the process, by its symbol."""
+    return Lazy(lambda: compiler().external(name, signature))
+
+
+def c_function(signature: Any, f: Callable[..., Any], folder: Path | None = None, **options: Any) -> objects.Code:
+    """A C function, loaded from its object file or else compiled into it. Names are unique in a folder."""
+    path = (folder or cache.folder()) / f"{f.__module__}.{f.__qualname__}.o"
+    found = objects.load(path, f.__code__.co_argcount)
+    return compiler().c_function(signature, f, path, **options) if found is None else found
 
 
 # --- Instructions, as functions. ---
-
-
-def instruction(signature, build):
-    """A function of fixed signature: build(builder, *arguments) emits it."""
-
-    def typed(*arguments):
-        def emit(context, builder, signature, arguments):
-            result = build(builder, *arguments)
-            return context.get_dummy_value() if signature.return_type == types.void else result
-
-        return signature, emit
-
-    # An intrinsic is typed by the number of its arguments, which must be spelled out.
-    count = len(signature.args)
-    if count == 0:
-        return intrinsic(lambda context: typed())
-    if count == 1:
-        return intrinsic(lambda context, a: typed(a))
-    if count == 2:
-        return intrinsic(lambda context, a, b: typed(a, b))
-    return intrinsic(lambda context, a, b, c: typed(a, b, c))
 
 
 def library(name, result, *arguments):
     """A call of an LLVM intrinsic, for `instruction`."""
     kind = ir.FunctionType(result, arguments)
     flags = ("fast",) if isinstance(result, ir.FloatType) else ()
-    return lambda b, *values: b.call(cgutils.get_or_insert_function(b.module, kind, name), values, fastmath=flags)
+    return lambda b, *values: b.call(
+        b.module.globals.get(name) or ir.Function(b.module, kind, name), values, fastmath=flags
+    )
 
 
 def _swap_mxcsr(b, value):
-    slot = cgutils.alloca_once(b, INT)
+    with b.goto_entry_block():
+        slot = b.alloca(INT)
     library("llvm.x86.sse.stmxcsr", VOID, BYTES)(b, b.bitcast(slot, BYTES))
     old = b.load(slot)
     b.store(value, slot)
@@ -204,68 +113,71 @@ def _word(b, address):
     return b.inttoptr(address, WORD.as_pointer())
 
 
-maximum = instruction(_f(_f, _f), library("llvm.maxnum.f32", FLOAT, FLOAT, FLOAT))  # numba's max() does not vectorise
-rint = instruction(_f(_f), library("llvm.rint.f32", FLOAT, FLOAT))
-as_float = instruction(_f(_i), lambda b, x: b.bitcast(x, FLOAT))
-as_int = instruction(_i(_f), lambda b, x: b.bitcast(x, INT))
-atomic_add = instruction(_l(_l, _l), lambda b, p, x: b.atomic_rmw("add", _word(b, p), x, "seq_cst"))
-atomic_load = instruction(_l(_l), lambda b, p: b.load_atomic(_word(b, p), "seq_cst", 8))
-_floats = instruction(types.CPointer(_f)(_l), lambda b, x: b.inttoptr(x, FLOAT.as_pointer()))
-_doubles = instruction(types.CPointer(_d)(_l), lambda b, x: b.inttoptr(x, ir.DoubleType().as_pointer()))
-_longs = instruction(types.CPointer(_l)(_l), _word)
-_ints = instruction(types.CPointer(_i)(_l), lambda b, x: b.inttoptr(x, INT.as_pointer()))
-_bytes = instruction(types.CPointer(types.uint8)(_l), lambda b, x: b.inttoptr(x, BYTES))
-_halves = instruction(types.CPointer(types.uint16)(_l), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer()))
-_octets = instruction(types.CPointer(types.uint8)(_l), lambda b, x: b.inttoptr(x, ir.IntType(8).as_pointer()))
-usleep = types.ExternalFunction("usleep", _i(types.uint32))
+maximum = instruction(
+    "float32(float32, float32)", library("llvm.maxnum.f32", FLOAT, FLOAT, FLOAT)
+)  # numba's max() does not vectorise
+rint = instruction("float32(float32)", library("llvm.rint.f32", FLOAT, FLOAT))
+as_float = instruction("float32(int32)", lambda b, x: b.bitcast(x, FLOAT))
+as_int = instruction("int32(float32)", lambda b, x: b.bitcast(x, INT))
+atomic_add = instruction("int64(int64, int64)", lambda b, p, x: b.atomic_rmw("add", _word(b, p), x, "seq_cst"))
+atomic_load = instruction("int64(int64)", lambda b, p: b.load_atomic(_word(b, p), "seq_cst", 8))
+_floats = instruction("CPointer(float32)(int64)", lambda b, x: b.inttoptr(x, FLOAT.as_pointer()))
+_doubles = instruction("CPointer(float64)(int64)", lambda b, x: b.inttoptr(x, ir.DoubleType().as_pointer()))
+_longs = instruction("CPointer(int64)(int64)", _word)
+_ints = instruction("CPointer(int32)(int64)", lambda b, x: b.inttoptr(x, INT.as_pointer()))
+_bytes = instruction("CPointer(uint8)(int64)", lambda b, x: b.inttoptr(x, BYTES))
+_halves = instruction("CPointer(uint16)(int64)", lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer()))
+_octets = instruction("CPointer(uint8)(int64)", lambda b, x: b.inttoptr(x, ir.IntType(8).as_pointer()))
+usleep = external("usleep", "int32(uint32)")
+carray = Lazy(lambda: importlib.import_module("numba").carray)
 
 # Flush-to-zero and denormals-are-zero: a well-learned text makes gradients and moments denormal, and those cost fifty times
 # a normal number (notes/executor.md). Every compiled entry point swaps this in and NumPy's state back out.
 FLUSH = np.uint32(0x1F80 | 0x8040)
 if X86:
-    swap_mode = instruction(types.uint32(types.uint32), _swap_mxcsr)
-    pause = instruction(types.void(), library("llvm.x86.sse2.pause", VOID))
+    swap_mode = instruction("uint32(uint32)", _swap_mxcsr)
+    pause = instruction("void()", library("llvm.x86.sse2.pause", VOID))
 else:
-    swap_mode = instruction(types.uint32(types.uint32), lambda b, x: x)
-    pause = instruction(types.void(), lambda b: None)
+    swap_mode = instruction("uint32(uint32)", lambda b, x: x)
+    pause = instruction("void()", lambda b: None)
 
 
 # --- Arrays by address. Offsets count numbers, addresses bytes. ---
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def floats(base, offset, n):
     """n float32 that begin `offset` numbers behind an address."""
     return carray(_floats(base + 4 * offset), (n,))
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def doubles(base, n):
     return carray(_doubles(base), (n,))
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def longs(base, n):
     return carray(_longs(base), (n,))
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def bytes_at(base, n):
     return carray(_bytes(base), (n,))
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def ints(base, n):
     return carray(_ints(base), (n,))
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def halves(base, offset, n):
     """n 16-bit numbers."""
     return carray(_halves(base + 2 * offset), (n,))
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def octets(base, offset, n):
     """n bytes."""
     return carray(_octets(base + offset), (n,))
@@ -277,7 +189,7 @@ _P0, _P1, _P2, _P3, _P4, _P5 = (f4(c) for c in (1.0, 0.69314718, 0.24022651, 0.0
 _LOG2E, _LN2, _FLOOR, _FAR = f4(1.4426950408889634), f4(0.6931471805599453), f4(-127), f4(-80)
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def exp(x):
     """e ** x within 3e-6 relative for -87 < x < 88; exactly 0 below."""
     z = maximum(x * _LOG2E, _FLOOR)
@@ -287,7 +199,7 @@ def exp(x):
     return p * as_float((i4(n) + i4(127)) << i4(23))
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def log(x):
     """ln x within 1e-6 + 2e-7 |ln x| for normal x > 0: exponent, and the series of artanh for the mantissa."""
     bits = as_int(x)
@@ -298,12 +210,12 @@ def log(x):
     return f4(e) * _LN2 + s * (f4(2) + z * (f4(0.6666667) + z * (f4(0.4) + z * (f4(0.2857143) + z * f4(0.2222222)))))
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def sigmoid(x):
     return ONE / (ONE + exp(-maximum(x, _FAR)))
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def half(bits):
     """The float16 of these 16 bits; below 6e-5, 0 where denormals count as 0."""
     magnitude = as_float(i4(bits & 0x7FFF) << i4(13)) * f4(2.0**112)
@@ -312,9 +224,8 @@ def half(bits):
 
 # --- The matrix product: NumPy's own OpenBLAS by symbol, else SciPy's, else ours. ---
 
-_SGEMM = types.void(_i, _i, _i, _l, _l, _l, _f, _l, _l, _l, _l, _f, _l, _l)
-_sgemm = types.ExternalFunction("organism_sgemm", _SGEMM)
-_fortran = types.ExternalFunction("organism_fortran_sgemm", types.void(*[types.CPointer(types.int8)] * 2, *[_l] * 11))
+_SGEMM = "void(int32, int32, int32, int64, int64, int64, float32, int64, int64, int64, int64, float32, int64, int64)"
+_sgemm = external("organism_sgemm", _SGEMM)
 
 
 def _openblas() -> tuple[int, str]:
@@ -326,7 +237,7 @@ def _openblas() -> tuple[int, str]:
     return ctypes.cast(shared.scipy_cblas_sgemm64_, ctypes.c_void_p).value or 0, core
 
 
-@njit(**HELP)
+@jit(**HELP)
 def own_product(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
     """c = beta · c + alpha · op(a) @ op(b), plain loops that vectorise over a row of c (of b, transposed: over k)."""
     for i in range(m):
@@ -343,7 +254,7 @@ def own_product(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
             _add_rows(ta, i, n, k, alpha, a, lda, b, ldb, row)
 
 
-@njit(**HELP)
+@jit(**HELP)
 def _add_rows(ta, i, n, k, alpha, a, lda, b, ldb, row):
     step, first = (lda, i) if ta else (1, i * lda)
     left, p = floats(a, first, (k - 1) * step + 1 if k > 0 else 0), 0
@@ -362,7 +273,7 @@ def _add_rows(ta, i, n, k, alpha, a, lda, b, ldb, row):
         p += 1
 
 
-@njit(**HELP)
+@jit(**HELP)
 def _dot_rows(ta, i, n, k, alpha, a, lda, b, ldb, row):
     step, first = (lda, i) if ta else (1, i * lda)
     left = floats(a, first, (k - 1) * step + 1 if k > 0 else 0)
@@ -405,7 +316,7 @@ def choose_blas() -> tuple[str, bool, object]:
 BLAS, TILED, _alive = choose_blas()  # before any cached kernel is loaded: it looks for the symbol
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def gemm(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
     """c [m, n] = beta · c + alpha · op(a) [m, k] @ op(b) [k, n], by address; ld: numbers from row to row."""
     _sgemm(
@@ -416,7 +327,7 @@ def gemm(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
 TILE_M, TILE_N, TILE_K = 48, 128, 128
 
 
-@njit(**HELP)
+@jit(**HELP)
 def product(tiled, ta, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
     """As gemm with b as it is; `tiled`: in tiles small enough for OpenBLAS' kernels that pack nothing.
 
@@ -434,7 +345,7 @@ def product(tiled, ta, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
                      beta if p == 0 else 1.0, c + 4 * (i * ldc + j), ldc)  # fmt: skip
 
 
-@njit(**HELP)
+@jit(**HELP)
 def transpose(a, m, n, b):
     """b [n, m] becomes the transpose of a [m, n]."""
     for i in range(0, m, 16):
@@ -444,7 +355,7 @@ def transpose(a, m, n, b):
                 d[x] = s[x * n]
 
 
-@njit(**HELP)
+@jit(**HELP)
 def matvec(x, w, y, inner, outer, scale):
     """y [outer] += scale · x [inner] @ w, eight rows of w at a time, so that y is read and written an eighth as often."""
     xs, ys, k = floats(x, 0, inner), floats(y, 0, outer), 0
@@ -475,12 +386,12 @@ def matvec(x, w, y, inner, outer, scale):
 LANES = 32
 
 
-@njit(forceinline=True, **HELP)
+@jit(forceinline=True, **HELP)
 def padded(n):
     return (n + LANES - 1) // LANES * LANES
 
 
-@njit(**HELP)
+@jit(**HELP)
 def exponentials(s, n):
     """s[j] becomes exp(s[j] - maximum), 0 in the padding; returns the maximum and the sum."""
     for j in range(n, padded(n)):
@@ -495,7 +406,7 @@ def exponentials(s, n):
     return top, z
 
 
-@njit(**HELP)
+@jit(**HELP)
 def softmax_back(p, d, n):
     """d becomes p · (d - Σ p d); 0 beyond n."""
     z = ZERO

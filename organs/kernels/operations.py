@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import njit
 
+from organs.kernels.compiler import takes_records
 from organs.kernels.ground import (
     BYTES,
     FAST,
@@ -73,7 +73,7 @@ VIEW = ("starts", "logmass", "scalars", "at", "leaf", "rank", "shares", "cumulat
 MACHINE = np.dtype(
     [(n, i8) for n in (*BASES, *VIEW, "width", "vocabulary", "positions", "sequences", "length", "rows", "start", "position", "tiled")]
     + [("inverse", f8), ("loss", f8)], align=True)  # fmt: skip
-ROW_T, MACHINE_T = numba.from_dtype(ROW), numba.from_dtype(MACHINE)
+_OPERATION = lambda: takes_records(ROW, MACHINE)
 FIELD_SCALARS = 6
 
 KERNELS: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def kernel(function):
 def address(name: str) -> int:
     """The machine address of a kernel; the first call compiles it, or loads it from the cache."""
     if name not in _compiled:
-        _compiled[name] = c_function(types.void(ROW_T, MACHINE_T), KERNELS[name], **FAST)
+        _compiled[name] = c_function(_OPERATION, KERNELS[name], **FAST)
     return _compiled[name].address
 
 
@@ -99,7 +99,7 @@ def _jump(b, row, machine):
     b.call(function, [b.bitcast(row, BYTES), b.bitcast(machine, BYTES)])
 
 
-call = instruction(types.void(ROW_T, MACHINE_T), _jump)  # calls the kernel whose address is the row's first field
+call = instruction(_OPERATION, _jump)  # calls the kernel whose address is the row's first field
 
 
 # --- Embedding. ---

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -354,3 +356,22 @@ def test_smollm2_agrees_with_llama_cpp(smollm2):
     assert np.mean(agree) >= 0.95
     assert np.mean(differences) <= 0.13
     assert abs(np.mean(ours) / np.mean(theirs) - 1) <= 0.01
+
+
+# --- Without numba. ---
+
+LOADING = """
+import sys
+from organs.giant import Giant
+from organs.giant.sampling import Sampler, Sampling
+giant = Giant.load(sys.argv[1])
+logits = giant.session().feed([1, 2, 3])
+Sampler(Sampling(seed=1), logits.shape[-1]).choose(logits.reshape(-1, logits.shape[-1])[-1])
+print("numba" in sys.modules)
+"""
+
+
+def test_a_giant_whose_code_is_kept_speaks_without_numba(small_llama):
+    load = [sys.executable, "-c", LOADING, str(small_llama)]
+    subprocess.run(load, check=True, stdout=subprocess.DEVNULL)  # this one may have to compile
+    assert subprocess.run(load, check=True, stdout=subprocess.PIPE, text=True).stdout == "False\n"
