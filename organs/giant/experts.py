@@ -81,8 +81,8 @@ MIXTURE = np.dtype(
 `families`: the address of two FAMILY records; `chosen` int64 and `weights` float32 [n, used + 1]; those stay until the
 layer's next step, so that they can be looked at; of a prompt: `items` [.., 4]
 (family, expert, first place, tokens), `places` (token) and `shares` (weight); `trouble`: where the number of
-a layer is put whose router gave no numbers; `desk`: see residency.py, 0 where all experts are in memory; `kept`: room for a copy of the input, which experts of a later wave take too, after the first ones
-have added to it."""
+a layer is put whose router gave no numbers; `desk`: see residency.py, 0 where all experts are in memory; `kept`: room for a
+copy of the input, which experts of a later wave take too, after the first ones have added to it."""
 
 FAMILY_BYTES = FAMILY.itemsize
 _mixture = record_at(MIXTURE)
@@ -607,19 +607,21 @@ def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL
 
 
 def _foresee(r: Recorder, layer: int, experts: int, gating: int, norm: str) -> None:
-    """The row that guesses what a layer's router will choose by a state before that layer's attention, if it has a router.
+    """The row that guesses what a layer's router will choose by a state before that layer's attention, if it has a router and is
+    no draft's.
 
     It takes a copy of 8 bits a weight, which a thread reads in a fraction of the time that float32 takes.
     """
     from organs.giant.quantise import quantise
 
     s, block = r.shape, f"blk.{layer}."
-    if not r.has(block + "ffn_gate_inp.weight"):
+    if layer >= s.layers or not r.has(block + "ffn_gate_inp.weight"):
         return
     form = "Q8_0" if s.width % BLOCK == 0 else "F32"
     panels = -(-experts // ROWS)
     data = aligned(panels * panel_bytes(form, s.width))
-    pack(quantise(r.array(block + "ffn_gate_inp.weight", (experts, s.width)), form).reshape(-1), form, experts, s.width, data)
+    rows = quantise(r.array(block + "ffn_gate_inp.weight", (experts, s.width)), form)
+    pack(rows.reshape(-1), form, experts, s.width, data)
     r.keep(data)
     matrix = Matrix(form, experts, s.width, data)
     a = r.quantised("x", s.width, [matrix])

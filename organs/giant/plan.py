@@ -90,7 +90,9 @@ class Sizes:
         dense = sum(formats.values()) - sum(ways.values())
         layers = len({n.split(".")[1] for n in routed})
         head = file.tensors.get("output.weight", file.tensors["token_embd.weight"]).nbytes
-        return cls(dense, table, head, ways, used, count, layers, shape.layers, cache, max(formats, key=lambda f: formats[f]))
+        return cls(
+            dense, table, head, ways, used, count, layers, shape.layers, cache, max(formats, key=lambda f: formats[f])
+        )
 
 
 @dataclass(frozen=True)

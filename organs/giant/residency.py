@@ -134,7 +134,12 @@ _replace = function(
 def learn(d, layer, logits, bias, last):
     """What a router's logits for a token say of all experts; last: the least of those that were chosen."""
     n, first = d.experts, layer * d.experts
-    x, near, far, worth = floats(d.logits, 0, n), floats(d.near, first, n), floats(d.far, first, n), floats(d.worth, first, n)
+    x, near, far, worth = (
+        floats(d.logits, 0, n),
+        floats(d.near, first, n),
+        floats(d.far, first, n),
+        floats(d.worth, first, n),
+    )
     given, tokens = floats(logits, 0, n), longs(d.tokens + 8 * layer, 1)
     for i in range(n):
         x[i] = given[i]
@@ -640,7 +645,9 @@ class Residency:
         self.owner = self._array("owner", slots)
         self.owner[:] = -1
         self._array("taken", slots)[:] = WAYS
-        for name, size in dict(held=slots, left=slots, broken=slots, guesses=most, wanted_ring=ring, guess_ring=ring).items():
+        for name, size in dict(
+            held=slots, left=slots, broken=slots, guesses=most, wanted_ring=ring, guess_ring=ring
+        ).items():
             self._array(name, size)
         for name, value in dict(slots=slots, slot_bytes=self.slot_bytes, wave=max(self.used, slots // 2), most_guesses=most,
                                 mask=ring - 1, is_ahead=self.is_prefetching).items():  # fmt: skip

@@ -538,10 +538,12 @@ def test_waiting_for_the_disk_is_reckoned_from_what_is_away_and_what_computing_h
 
     reading = plan.Reading(first=1e-3, each=2e-3)
     late = 1 - plan.FORESEEN
-    assert reading.waiting(1, 1.0, before=1.0, within=0.0) == pytest.approx(1e-3 + 2e-3 * late)  # what was foreseen is there
+    # What was foreseen is there when the router chooses …
+    assert reading.waiting(1, 1.0, before=1.0, within=0.0) == pytest.approx(1e-3 + 2e-3 * late)
     assert reading.waiting(1, 1.0, 0.0, 0.0) == pytest.approx(1e-3 + 2e-3 * (late + plan.FORESEEN * plan.IN_VAIN))
     assert reading.waiting(2, 0.5, 1.0, 0.0) == pytest.approx(0.75e-3 + 2e-3 * late)
-    assert reading.waiting(2, 0.5, 1.0, 1.0) == pytest.approx(0.25 * (1e-3 + 4e-3 * late))  # one of two is there
+    # … and while one of two is there, it is computed.
+    assert reading.waiting(2, 0.5, 1.0, 1.0) == pytest.approx(0.25 * (1e-3 + 4e-3 * late))
     assert reading.waiting(2, 0.0, 0.0, 0.0) == 0
     assert plan._not_hidden(0.1, 1.0) == pytest.approx(0.07) and plan._not_hidden(0.1, 0.01) == pytest.approx(0.09)
 
