@@ -61,6 +61,7 @@ from organs.giant.engine import _nanoseconds as nanoseconds
 from organs.giant.engine import _root_mean_square as root_mean_square
 from organs.giant.engine import _share as share
 from organs.giant.engine import _wake as wake
+from organs.giant.engine import _wake_some as wake_some
 from organs.giant.gguf import GGUFError, GGUFFile, TensorInfo
 from organs.giant.lanes import c_function, function
 from organs.giant.products import ROWS, interleave
@@ -264,9 +265,11 @@ def _leave(d, clock):
 
 
 @jit(**HELP)
-def _announce(d):
-    atomic_add(d.words + POSTED, 1)
-    wake(d.words, POSTED)
+def _announce(d, pieces):
+    """Wake as many readers as find something: each that wakes in vain takes a core from computing."""
+    if pieces > 0:
+        atomic_add(d.words + POSTED, 1)
+        wake_some(d.words, POSTED, pieces)
 
 
 # --- The first thread: asking. ---
@@ -285,7 +288,7 @@ def publish(d, layer):
     _judge(d, layer)
     _drop_guesses(d, layer)
     d.wants += many
-    is_new = False
+    pieces = 0
     for i in range(many):
         key = first + wanted[i]
         slot = longs(d.slot_of + 8 * key, 1)[0]
@@ -295,20 +298,19 @@ def publish(d, layer):
                 atomic_add(d.words + FAILED, 1)
                 return
             _begin(d, key, slot, 0)
-            is_new = True
+            pieces += WAYS
         elif atomic_load(d.where + 24 * key):
             d.hits += 1
         else:  # it was guessed: what is left of it goes before other guesses
             begun = min(atomic_load(d.taken + 8 * slot), i8(WAYS))
             _push(d, d.wanted_ring, WANTED_TAIL, slot, WAYS - begun)
-            is_new = is_new or begun < WAYS
+            pieces += WAYS - begun
     if d.is_ahead:  # of a prompt: what the next wave will want
         for i in range(many, d.count):
             if not _ask_ahead(d, first + wanted[i]):
                 break
-            is_new = True
-    if is_new:
-        _announce(d)
+            pieces += WAYS
+    _announce(d, pieces)
 
 
 @jit(**HELP)
@@ -360,7 +362,7 @@ def _guess(d, layer, logits, bias):
             keys[j] = keys[j - 1]
             j -= 1
         keys[j] = i
-    came_true, is_new, has_room = ground.doubles(d.came_true, 2 * k), False, True
+    came_true, pieces, has_room = ground.doubles(d.came_true, 2 * k), 0, True
     for j in range(k):
         keys[j] += layer * n
         slot = longs(d.slot_of + 8 * keys[j], 1)[0]
@@ -370,10 +372,9 @@ def _guess(d, layer, logits, bias):
     for j in range(k):
         if away[j] and has_room and came_true[2 * j + 1] >= WORTH * came_true[2 * j]:
             has_room = _ask_ahead(d, keys[j])
-            is_new = True
+            pieces += WAYS
     d.guess_layer = layer
-    if is_new:
-        _announce(d)
+    _announce(d, min(pieces, GUESSERS))
 
 
 @operation
