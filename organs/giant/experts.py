@@ -24,6 +24,7 @@ from organs.giant.engine import (
     TILE,
     address,
     atomic_add,
+    atomic_load,
     barrier,
     exp,
     f4,
@@ -271,7 +272,7 @@ def _one_in(r, m, e, chosen, weights, gate):
     first, end = share(routed.inside // BLOCK, m)
     done = longs(gate - 8 * MOST_USED, k)
     for slot in range(k):
-        done[slot] = longs(routed.where + 24 * chosen[slot], 1)[0] != 0
+        done[slot] = atomic_load(routed.where + 24 * chosen[slot]) != 0
         if done[slot]:
             for p in range(first, end):
                 _pair_in(r, m, routed, chosen[slot], slot, p, weights[slot], gate)

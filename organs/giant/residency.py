@@ -91,8 +91,8 @@ DESK = np.dtype([(n, i8) for n in (
     "wants", "hits", "guessed", "right", "ahead", "stall", "failed_key", "failed_way", "errno",
 )], align=True)  # fmt: skip
 """What compiled code knows. `words`: of engine.Team, but for rings' positions behind them: POSTED changes when there is something
-to read, DELIVERED when an expert came; `clock`: two words of the
-first thread.
+to read, DELIVERED when an expert came; `clock`: two words of the first thread.
+
 The first thread's: `wanted` int64 [count]: a request; `now`: its number; `wave`: how many experts of a prompt are wanted at a
 time. By expert of all layers (its key: layer · experts + expert): `where` int64 [3], `slot_of` (-1: away), `last`: the request that
 wanted it last, `near`, `far` and `worth` float32; `tokens` by layer: how many were learned from. By slot: `owner`: a key, or -1;

@@ -322,6 +322,27 @@ def test_experts_on_disk_compute_bit_for_bit_what_those_in_memory_do(many, monke
         assert report["bytes"] <= 2 * 512 * (report["slot_bytes"] + 3 * 8192)  # each expert once
 
 
+def test_tables_of_experts_on_disk_agree_whatever_came_and_went(many, monkeypatch):
+    giant = on_disk(many, 40, monkeypatch, threads=2)
+    session, rng = giant.session(), np.random.default_rng(6)
+    session.feed(rng.integers(0, SIZE, 40).tolist())
+    for token in rng.integers(0, SIZE, 60).tolist():
+        session.feed([token])
+    residency = giant.residency
+    residency._settle()
+    owner, slot_of, where = residency.owner, residency.arrays["slot_of"], residency.where.reshape(-1, 3)
+    slots = np.flatnonzero(owner >= 0)
+    assert np.array_equal(slot_of[owner[slots]], slots) and np.count_nonzero(slot_of >= 0) == len(slots)
+    begins = residency.arrays["pool"].ctypes.data + slots * residency.slot_bytes
+    assert np.array_equal(where[owner[slots], 0], begins) and np.count_nonzero(where[:, 0]) == len(slots)
+    assert not residency.arrays["left"].any()
+    report = residency.report()
+    assert 0 < report["ahead"] and 0 < report["right"] <= report["guessed"] and report["hidden"] <= 1
+    worth = residency.arrays["worth"].reshape(-1, residency.experts)[: giant.shape.layers]
+    assert ((0 <= worth) & (worth <= 1)).all() and (worth.max(1) > 0.2).all()
+    giant.close()
+
+
 def test_a_file_that_is_cut_under_way_is_an_error_and_the_giant_lives_on(many, monkeypatch, tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(many.read_bytes())
