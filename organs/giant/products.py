@@ -15,6 +15,8 @@ A kernel is made for a format, a form and a T when a model first needs it, and k
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -723,14 +725,22 @@ QUANTISERS = {"narrow": quantise_narrow, "wide": quantise_wide, "double": quanti
 
 
 def aligned(nbytes: int, dtype: Any = np.uint8) -> np.ndarray:
-    """Zeros at a multiple of 64 bytes; pages that are never touched take no memory. Large ones begin at a huge page."""
+    """Zeros at a multiple of 64 bytes; pages that are never touched take no memory.
+
+    Large ones begin at a huge page, and the kernel is asked for such: where memory is in pieces it would otherwise give small ones,
+    and a token that passes them took twice as long.
+    """
     large = nbytes >= HUGE
-    raw = np.zeros(nbytes + (HUGE if large else 64), np.uint8)
-    if large:
-        skip = -raw.ctypes.data % HUGE
-        return raw[skip : skip + nbytes].view(dtype)
-    skip = -raw.ctypes.data % 64
+    raw = _mapped(nbytes + HUGE) if large else np.zeros(nbytes + 64, np.uint8)
+    skip = -raw.ctypes.data % (HUGE if large else 64)
     return raw[skip : skip + nbytes].view(dtype)
+
+
+def _mapped(nbytes: int) -> np.ndarray:
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def multiply(panels: np.ndarray, name: str, rows: int, x: np.ndarray, form: str, T: int, make=tile) -> np.ndarray:
