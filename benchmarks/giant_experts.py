@@ -314,7 +314,9 @@ def held(asked: argparse.Namespace) -> None:
         peer.close()
     misses = (change["wanted"] - change["hits"]) / n
     rows = [
-        ["decode, tokens/s", mine], ["llama.cpp held to the same memory", theirs], ["ratio", mine / theirs],
+        ["decode, tokens/s", mine], ["a token, ms: mean", 1e3 / mine], ["a token, ms: median", 1e3 * float(np.median(each))],
+        ["waited for experts, ms a token", 1e3 * change["stall"] / n], ["reading, ms a token", 1e3 * change["reading"] / n],
+        ["llama.cpp held to the same memory", theirs], ["ratio", mine / theirs],
         ["all in memory, tokens/s", in_memory], ["random reads / misses of an LRU, tokens/s", by_disk],
         ["of the roof, the lesser of both", mine / roof],
         ["random reads, GB/s", speed / 1e9], ["hit rate", change["hits"] / change["wanted"]],

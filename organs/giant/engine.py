@@ -177,8 +177,13 @@ def _sleep_while(team, at, value):
 
 @jit(**HELP)
 def _wake(team, at):
+    _wake_some(team, at, 1 << 20)
+
+
+@jit(**HELP)
+def _wake_some(team, at, most):
     if IS_LINUX and atomic_load(team + SLEEPERS) > 0:
-        _system_call(_FUTEX, team + at, 129, 1 << 20, 0, 0, 0)
+        _system_call(_FUTEX, team + at, 129, most, 0, 0, 0)
 
 
 @jit(**HELP)

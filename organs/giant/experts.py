@@ -22,7 +22,9 @@ from organs.giant.engine import (
     BLOCK,
     HELP,
     TILE,
+    address,
     atomic_add,
+    atomic_load,
     barrier,
     exp,
     f4,
@@ -42,13 +44,16 @@ from organs.giant.gguf import GGUFError, GGUFFile
 from organs.giant.products import (
     BYTES,
     ROWS,
+    aligned,
     copy_plain,
+    pack,
+    panel_bytes,
     quantise_double,
     quantise_narrow,
     quantise_wide,
 )
 from organs.giant.program import Matrix, Recorder, Shape
-from organs.giant.residency import Residency, await_expert, desk, publish
+from organs.giant.residency import Residency, await_expert, desk, learn, publish
 
 FORMS = ("narrow", "wide", "double", "plain")  # numbers of forms in records
 FEW = max(1, TILE // 2)  # an expert's last tokens are a tile if there are at least so many, else single ones
@@ -71,15 +76,14 @@ that those take, float32 biases [experts, …] or 0."""
 MIXTURE = np.dtype(
     [(n, i8) for n in ("experts", "used", "gating", "normalised", "logits", "logits_stride", "bias", "shared_logit",
                        "families", "chosen", "weights", "items", "places", "shares", "most_places", "tally", "trouble", "layer", "panels",
-                       "desk", "uses", "kept")] + [("scale", np.float64)], align=True,
+                       "desk", "kept")] + [("scale", np.float64)], align=True,
 )  # fmt: skip
 """A layer's mixture. `logits`: float32 [n, …], the router's; `shared_logit`: the shared expert's gate, likewise, 0 for none;
 `families`: the address of two FAMILY records; `chosen` int64 and `weights` float32 [n, used + 1]; those stay until the
 layer's next step, so that they can be looked at; of a prompt: `items` [.., 4]
 (family, expert, first place, tokens), `places` (token) and `shares` (weight); `trouble`: where the number of
-a layer is put whose router gave no numbers; `desk`, `uses`: see residency.py, 0 where
-all experts are in memory; `kept`: room for a copy of the input, which experts of a later wave take too, after the first ones
-have added to it."""
+a layer is put whose router gave no numbers; `desk`: see residency.py, 0 where all experts are in memory; `kept`: room for a
+copy of the input, which experts of a later wave take too, after the first ones have added to it."""
 
 FAMILY_BYTES = FAMILY.itemsize
 _mixture = record_at(MIXTURE)
@@ -214,7 +218,7 @@ def _through(f, expert, p, x_gate, x_up, single, gate):
 def _one(r, m, e):
     k, space = e.used, m.own + m.scratch
     chosen, weights = longs(space, k), floats(space + 8 * MOST_USED, 0, k + 1)
-    _route(e, 0, space, space + 8 * MOST_USED)
+    is_sound = _route(e, 0, space, space + 8 * MOST_USED)
     if m.thread == 0:
         longs(e.chosen, k)[:] = chosen
     gate = space + 20 * MOST_USED + 64
@@ -223,7 +227,9 @@ def _one(r, m, e):
             d = desk(e.desk)
             d.count = k
             longs(d.wanted, k)[:] = chosen
-            publish(d, e.layer, e.experts, e.uses, _family(e.families, 0).where, r.input)
+            if is_sound:
+                learn(d, e.layer, e.logits, e.bias if e.gating == CHOSEN else 0, chosen[k - 1])
+            publish(d, e.layer)
         barrier(m)
     routed, shared = _family(e.families, 0), _family(e.families, 1)
     pairs = routed.inside // BLOCK
@@ -266,7 +272,7 @@ def _one_in(r, m, e, chosen, weights, gate):
     first, end = share(routed.inside // BLOCK, m)
     done = longs(gate - 8 * MOST_USED, k)
     for slot in range(k):
-        done[slot] = longs(routed.where + 24 * chosen[slot], 1)[0] != 0
+        done[slot] = atomic_load(routed.where + 24 * chosen[slot]) != 0
         if done[slot]:
             for p in range(first, end):
                 _pair_in(r, m, routed, chosen[slot], slot, p, weights[slot], gate)
@@ -283,7 +289,7 @@ def _one_in(r, m, e, chosen, weights, gate):
 @jit(**HELP)
 def _is_there(m, e, f, is_shared, expert):
     """Whether an expert is in memory, after waiting for it; if reading failed, it is not, and the step ends with an error."""
-    return e.desk == 0 or is_shared or await_expert(desk(e.desk), f.where + 24 * expert, m.thread == 0)
+    return e.desk == 0 or is_shared or await_expert(desk(e.desk), f.where + 24 * expert, m)
 
 
 @jit(**HELP)
@@ -435,6 +441,10 @@ def _many(r, m, e):
     barrier(m)
     tally = longs(e.tally, e.experts + 2)
     if m.thread == 0:
+        if e.desk and longs(e.trouble, 1)[0] == 0:
+            for t in range(m.n):
+                last = longs(e.chosen + 8 * (width * t + e.used - 1), 1)[0]
+                learn(desk(e.desk), e.layer, e.logits + t * e.logits_stride, e.bias if e.gating == CHOSEN else 0, last)
         tally[e.experts] = _sort(e, m.n)
         tally[e.experts + 1] = 0
     barrier(m)
@@ -478,7 +488,7 @@ def _wave(r, m, e, begin, count):
             end = i + 1
     if m.thread == 0:
         d.count = distinct
-        publish(d, e.layer, e.experts, e.uses, _family(e.families, 0).where, r.input + (m.n - 1) * r.input_stride)
+        publish(d, e.layer)
     barrier(m)
     return end
 
@@ -571,9 +581,7 @@ def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL
         _fill(r, families[1], a, shared, sizes.shared, activation, r.chunk + TILE, block, "shexp")
     e = np.zeros(1, MIXTURE)
     if r.residency is not None:
-        r.residency.learn(layer, block + "ffn_gate_inp.weight", r.vector(f"{block}{norm}.weight", s.width))
-        e[0]["kept"] = r.room("experts' input", r.x_stride * r.chunk)
-        e[0]["desk"], e[0]["uses"] = r.residency.desk.ctypes.data, r.residency.uses[layer].ctypes.data
+        e[0]["kept"], e[0]["desk"] = r.room("experts' input", r.x_stride * r.chunk), r.residency.desk.ctypes.data
     width = sizes.used + 1
     chosen = np.zeros((r.chunk, width), np.int64)
     r.routes[layer] = chosen
@@ -591,7 +599,43 @@ def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL
     r.need(20 * MOST_USED + 64 + 2 * n_blocks * (GROUP + TILE) * BYTES["plain"] + 256 * TILE + 64 * TILE)
     r.row("experts", input=r.x, input_stride=r.x_stride, width=s.width, norm=weights, ones=r.ones, epsilon=s.epsilon,
           more=r.keep(e), barrier=1)  # fmt: skip
+    if r.residency is not None:
+        if not is_apart and len(r.residency.layers) == 1:
+            _foresee(r, layer, sizes.experts, gating, norm)
+            r.rows.insert(1 + _last_embedding(r), r.rows.pop())
+        _foresee(r, layer + 1, sizes.experts, gating, norm)
     return logits
+
+
+def _foresee(r: Recorder, layer: int, experts: int, gating: int, norm: str) -> None:
+    """The row that guesses what a layer's router will choose by a state before that layer's attention, if it has a router and is
+    no draft's.
+
+    It takes a copy of 8 bits a weight, which a thread reads in a fraction of the time that float32 takes.
+    """
+    from organs.giant.quantise import quantise
+
+    s, block = r.shape, f"blk.{layer}."
+    if layer >= s.layers or not r.has(block + "ffn_gate_inp.weight"):
+        return
+    form = "Q8_0" if s.width % BLOCK == 0 else "F32"
+    panels = -(-experts // ROWS)
+    data = aligned(panels * panel_bytes(form, s.width))
+    rows = quantise(r.array(block + "ffn_gate_inp.weight", (experts, s.width)), form)
+    pack(rows.reshape(-1), form, experts, s.width, data)
+    r.keep(data)
+    matrix = Matrix(form, experts, s.width, data)
+    a = r.quantised("x", s.width, [matrix])
+    has_bias = gating == CHOSEN and r.has(block + "ffn_gate_inp.bias")
+    r.row("foresee", input=r.x, width=s.width, norm=r.keep(r.vector(f"{block}{norm}.weight", s.width)), epsilon=s.epsilon,
+          count=layer, bias=r.keep(r.vector(block + "ffn_gate_inp.bias", experts)) if has_bias else 0, panels=matrix.panels,
+          output=r.room("guessed logits", 4 * ROWS * panels), more=r.residency.desk.ctypes.data, **r.kernels(matrix),
+          **r.taken(a, matrix), **r.wanted(a, [matrix]))  # fmt: skip
+
+
+def _last_embedding(r: Recorder) -> int:
+    """The number of the last row that embeds tokens."""
+    return max(i for i, row in enumerate(r.rows) if row["operation"] == address("embed"))
 
 
 def _stacks(r: Recorder, block: str, suffix: str, experts: int, inside: int, layer: int | None = None,
@@ -640,10 +684,10 @@ def _fill(r: Recorder, f: np.void, a, stacks: list[Stack], inside: int, activati
     inside = -(-inside // BLOCK) * BLOCK
     many = len(stacks[0].addresses)
     f["experts"], f["inside"], f["activation"] = many, inside, activation
-    table = stacks[0].addresses.base  # of experts on disk, which changes; else a new one
-    f["where"] = r.keep(
-        table if table is not None else np.ascontiguousarray(np.stack([s.addresses for s in stacks], 1))
-    )
+    if stacks[0].addresses.base is not None:  # of experts on disk: a table of Residency, which changes
+        f["where"] = stacks[0].addresses.ctypes.data
+    else:
+        f["where"] = r.keep(np.ascontiguousarray(np.stack([s.addresses for s in stacks], 1)))
     gate, up, down = (s.matrix for s in stacks)
     size = max(BYTES[r.form(down)], BYTES[r.form_of_one(down)])
     f["hidden_stride"] = inside // BLOCK * size

@@ -244,8 +244,6 @@ class Giant:
     def _step(self, tokens: np.ndarray, positions: np.ndarray, sequences: Sequence[Pages], *, together: bool,
               logits: np.ndarray, is_all: bool = False, states: np.ndarray | None = None) -> None:  # fmt: skip
         """Run tokens [n] at their positions; sequences: one for all, or one for each. logits: where rows go."""
-        if self.residency is not None:
-            self.residency.recover()
         n, m, inputs = len(tokens), self._machines, self._inputs
         inputs[0, :n], inputs[1, :n] = tokens, positions
         inputs[2, :n] = [s.table.ctypes.data for s in sequences]

@@ -22,7 +22,9 @@ ground = kernels.ground
 
 # --- The compile cache: a folder of the giant's own, named by what its code is made of. ---
 
-SOURCES = tuple(Path(__file__).with_name(f"{n}.py") for n in ("formats", "lanes", "products", "attention", "engine"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{n}.py") for n in ("formats", "lanes", "products", "attention", "engine", "residency")
+)
 
 
 def sources_of(f) -> tuple[Path, ...]:

@@ -17,7 +17,9 @@ from organs.giant.gguf import GGUFFile
 from organs.giant.program import Shape
 
 SHARE = 0.85  # of the bandwidth that decoding reaches (docs/benchmarks.md)
-FORESEEN = 0.3  # of experts that are away, how many are read ahead, as long as computing takes (docs/benchmarks.md)
+COPIED_AHEAD = 0.3  # of experts that an accelerator lacks, how many are copied ahead, as long as computing takes
+FORESEEN = 0.78  # of experts that are away, how many are asked for before their layer's attention (docs/decisions.md) …
+IN_VAIN = 1.25  # … and how many are read then for each of them, wrong guesses with it
 SKEW = 0.8  # popularity of experts ∝ rank^-0.8, as in text
 KEPT = 1 / 3  # of its experts, a token shares with the one before it
 INTERPRETER = 200 << 20  # bytes that Python, NumPy and compiled code take
@@ -31,6 +33,7 @@ class Sizes:
 
     dense: int  # all but routed experts
     table: int  # of that, the table of embeddings, of which a token reads one row
+    head: int  # and what makes logits
     ways: dict[str, int]  # routed experts' gate, up and down matrices
     used: int  # experts that a token uses in a layer
     count: int  # experts of a layer
@@ -86,19 +89,33 @@ class Sizes:
             formats[info.format] = formats.get(info.format, 0) + info.nbytes
         dense = sum(formats.values()) - sum(ways.values())
         layers = len({n.split(".")[1] for n in routed})
-        return cls(dense, table, ways, used, count, layers, shape.layers, cache, max(formats, key=lambda f: formats[f]))
+        head = file.tensors.get("output.weight", file.tensors["token_embd.weight"]).nbytes
+        return cls(
+            dense, table, head, ways, used, count, layers, shape.layers, cache, max(formats, key=lambda f: formats[f])
+        )
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Seconds that experts take from the file to memory, packed, when several are wanted at once."""
+    """What it takes to bring experts from the file to memory, packed."""
 
-    first: float  # of one alone, beside what each costs
-    each: float
+    first: float  # seconds of one alone, beside what each costs
+    each: float  # seconds
+    work: float = 0.0  # seconds of a processor for each
 
-    def of(self, layers: int, used: int, rate: float) -> float:
-        """Of a token that wants `used` experts in each of some layers, of which a share `rate` is away."""
-        return layers * ((1 - (1 - rate) ** used) * self.first + used * rate * self.each)
+    def waiting(self, used: int, rate: float, before: float, within: float) -> float:
+        """Seconds that a layer waits for some of the `used` experts of a token, of which a share `rate` is away.
+
+        before: seconds that it computes before its router chooses, in which guesses are read; within: those of its experts, of
+        which those that are there are computed while the others are read.
+        """
+        total = 0.0
+        for away in range(1, used + 1):
+            chance = math.comb(used, away) * rate**away * (1 - rate) ** (used - away)
+            begun = max(0.0, IN_VAIN * FORESEEN * away * self.each - before)
+            reading = self.first + begun + (1 - FORESEEN) * away * self.each
+            total += chance * max(0.0, reading - within * (1 - away / used))
+        return total
 
 
 @dataclass(frozen=True)
@@ -147,16 +164,20 @@ def _from_disk(sizes: Sizes, machine: Machine, fixed: int, vram: int, seconds: f
         return Choice("disk", need, vram, False, 0.0, f"at least {need / 1e9:.1f} GB are needed")
     slots = min(slots, every)
     rate = miss_rate(slots / every, sizes.count, sizes.used)
-    missed = sizes.used * sizes.layers * rate
-    reading = machine.disk.of(sizes.layers, sizes.used, rate) if machine.disk else math.nan
-    seconds += _not_hidden(reading, seconds)
+    missed, own = sizes.used * sizes.layers * rate, seconds * sizes.active_experts / sizes.active / sizes.layers
+    before = seconds * (1 - sizes.head / sizes.active) / sizes.layers - own
+    if machine.disk:
+        seconds += sizes.layers * machine.disk.waiting(sizes.used, rate, before, own)
+        seconds += missed * (1 - FORESEEN + FORESEEN * IN_VAIN) * machine.disk.work
+    else:
+        seconds = math.nan
     reason = f"{slots} of {every} experts in memory; about {missed:.1f} are read for a token"
     return Choice("disk", fixed + slots * sizes.expert, vram, vram <= machine.vram or not vram, 1 / seconds, reason)
 
 
 def _not_hidden(moving: float, computing: float) -> float:
-    """Seconds of a token in which computing waits for experts: those that were foreseen come while it goes on."""
-    return moving - min(FORESEEN * moving, computing)
+    """Seconds of a token in which an accelerator waits for experts: those that were foreseen are copied while it computes."""
+    return moving - min(COPIED_AHEAD * moving, computing)
 
 
 def _on_accelerator(sizes: Sizes, machine: Machine) -> Iterator[Choice]:

@@ -15,6 +15,8 @@ A kernel is made for a format, a form and a T when a model first needs it, and k
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -314,79 +316,126 @@ def panel_bytes(name: str, columns: int) -> int:
 # --- Packing. ---
 
 
+_WORDS = vector(I32, ROWS)
+
+
+def _column(b, source, step):
+    """Sixteen words that stand `step` bytes apart, as lanes."""
+    words = ir.Constant(_WORDS, ir.Undefined)
+    for r in range(ROWS):
+        one = load(b, b.add(source, b.mul(step, word(r))), I32)
+        words = b.insert_element(words, one, const(I32, r))
+    return words
+
+
+def _turn(b, to, source, step):
+    """Sixteen words of each of sixteen rows, `step` bytes apart, side by side: a transpose, by four rounds of zipping halves."""
+    rows = [load(b, b.add(source, b.mul(step, word(r))), _WORDS) for r in range(ROWS)]
+    lanes_of = lambda first: const(vector(I32, ROWS), [first + i // 2 + ROWS * (i % 2) for i in range(ROWS)])
+    for _ in range(4):
+        half = ROWS // 2
+        rows = [b.shuffle_vector(rows[i // 2], rows[i // 2 + half], lanes_of(half * (i % 2))) for i in range(ROWS)]
+    for r, row in enumerate(rows):
+        store(b, row, to, 4 * ROWS * r)
+
+
+def _split(kind):
+    """Sixteen words, apart, as items of this kind: the first items of all rows, then the second ones, …"""
+
+    def emit(b, to, source, step):
+        words = _column(b, source, step)
+        for i in range(32 // kind.width):
+            item = b.lshr(words, const(_WORDS, kind.width * i))
+            store(b, item if kind is I32 else b.trunc(item, vector(kind, ROWS)), to, ROWS * kind.width // 8 * i)
+
+    return emit
+
+
+_turn_words, _split_words, _split_halves, _split_bytes = (
+    function(lanes.words(3), emit) for emit in (_turn, _split(I32), _split(I16), _split(I8))
+)
 _copy_word = function(lanes.words(2), lambda b, to, source: store(b, load(b, source, I32), to))
 
 
 def _interleave(source, to, fields, n_fields, rows, row_bytes, n_blocks, size):
     """Items of sixteen rows side by side. source: uint8 [rows · row_bytes]; to: uint8; fields: int64 [n_fields, 3]; all by
     address. A last item that is not there is zero."""
-    raw, fields, at = (
-        ground.bytes_at(source, rows * row_bytes),
-        ground.longs(fields, 3 * n_fields),
-        0,
-    )
-    out = ground.bytes_at(to, -(-rows // 16) * 16 * n_blocks * size)
-    for first in range(0, rows, 16):
+    fields, at = ground.longs(fields, 3 * n_fields), to
+    for first in range(0, rows, ROWS):
         for block in range(n_blocks):
             for f in range(0, 3 * n_fields, 3):
-                begin, count, item = fields[f], fields[f + 1], abs(fields[f + 2])
-                turned = fields[f + 2] < 0
-                for k in range(count):
-                    inside = block * size + begin + k * item
-                    if (
-                        first + 16 <= rows and inside + item <= row_bytes and not turned
-                    ):  # nearly always: without questions
-                        s = first * row_bytes + inside
-                        if item == 4:
-                            for r in range(16):
-                                _copy_word(to + at + 4 * r, source + s + r * row_bytes)
-                        elif item == 2:
-                            for r in range(16):
-                                out[at + 2 * r], out[at + 2 * r + 1] = (
-                                    raw[s + r * row_bytes],
-                                    raw[s + r * row_bytes + 1],
-                                )
-                        else:
-                            for r in range(16):
-                                out[at + r] = raw[s + r * row_bytes]
-                        at += 16 * item
-                        continue
-                    for r in range(16):
-                        row = first + r
-                        if row >= rows or inside + item > row_bytes:
-                            for i in range(item):
-                                out[at + i] = 0
-                        else:
-                            s = row * row_bytes + inside
-                            if turned:  # bit 4 g + i goes to bit 8 i + g
-                                for i in range(4):
-                                    byte = 0
-                                    for g in range(8):
-                                        bit = 4 * g + i
-                                        byte |= ((raw[s + bit // 8] >> (bit % 8)) & 1) << g
-                                    out[at + i] = byte
-                            elif item == 4:
-                                _copy_word(to + at, source + s)
-                            else:
-                                for i in range(item):
-                                    out[at + i] = raw[s + i]
+                inside, item = block * size + fields[f], abs(fields[f + 2])
+                nbytes, whole = fields[f + 1] * item, 0
+                if first + ROWS <= rows and inside + nbytes <= row_bytes and fields[f + 2] > 0:  # nearly always
+                    whole = _whole_words(at, source + first * row_bytes + inside, row_bytes, nbytes, item)
+                    at += ROWS * whole
+                for k in range(whole // item, fields[f + 1]):
+                    for r in range(first, first + ROWS):
+                        is_there = r < rows and inside + (k + 1) * item <= row_bytes
+                        _one_item(at, source + r * row_bytes + inside + k * item, fields[f + 2], is_there)
                         at += item
+
+
+@jit(**ground.HELP)
+def _whole_words(to, source, row_bytes, nbytes, item):
+    """Of a field of sixteen whole rows, what is a multiple of four bytes: how many bytes of a row that is."""
+    done = 0
+    while item == 4 and nbytes - done >= 64:
+        _turn_words(to + ROWS * done, source + done, row_bytes)
+        done += 64
+    while nbytes - done >= 4:
+        if item == 4:
+            _split_words(to + ROWS * done, source + done, row_bytes)
+        elif item == 2:
+            _split_halves(to + ROWS * done, source + done, row_bytes)
+        else:
+            _split_bytes(to + ROWS * done, source + done, row_bytes)
+        done += 4
+    return done
+
+
+@jit(**ground.HELP)
+def _one_item(to, source, item, is_there):
+    """An item of one row; a negative one is turned: bit 4 g + i goes to bit 8 i + g."""
+    out = ground.bytes_at(to, abs(item))
+    if not is_there:
+        for i in range(abs(item)):
+            out[i] = 0
+    elif item < 0:
+        raw = ground.bytes_at(source, 4)
+        for i in range(4):
+            byte = 0
+            for g in range(8):
+                bit = 4 * g + i
+                byte |= ((raw[bit // 8] >> (bit % 8)) & 1) << g
+            out[i] = byte
+    elif item == 4:
+        _copy_word(to, source)
+    else:
+        raw = ground.bytes_at(source, item)
+        for i in range(item):
+            out[i] = raw[i]
+
+
+interleave = jit(**ground.HELP)(_interleave)
+
+
+@cache
+def packing(name: str, columns: int) -> tuple[np.ndarray, int, int]:
+    """What `interleave` is told of rows: int64 [fields, 3], bytes of a row, and bytes of a row's block."""
+    if name in PLAIN:
+        item = PLAIN[name]
+        return np.array([(0, BLOCK, item)], np.int64), columns * item, BLOCK * item
+    size = FORMATS[name].nbytes
+    return np.array(LAYOUTS[name].fields, np.int64), columns // FORMATS[name].block * size, size
 
 
 def pack(raw: np.ndarray, name: str, rows: int, columns: int, out: np.ndarray) -> None:
     """Write a matrix's panels. raw: uint8, rows as in the file; out: uint8 [⌈rows / 16⌉ · panel_bytes]; spare rows are zero."""
-    if name in PLAIN:
-        item = PLAIN[name]
-        fields, size, row_bytes = ((0, BLOCK, item),), BLOCK * item, columns * item
-    else:
-        fields, size = LAYOUTS[name].fields, FORMATS[name].nbytes
-        row_bytes = columns // FORMATS[name].block * size
-    table = np.array(fields, np.int64)
+    table, row_bytes, size = packing(name, columns)
     with _MAKING:  # several threads pack, one compiles
-        interleave = interleaver()
-    interleave(
-        raw.ctypes.data, out.ctypes.data, table.ctypes.data, len(table), rows, row_bytes, blocks(name, columns), size
-    )
+        make = interleaver()
+    make(raw.ctypes.data, out.ctypes.data, table.ctypes.data, len(table), rows, row_bytes, blocks(name, columns), size)
 
 
 _MAKING = threading.Lock()
@@ -676,14 +725,22 @@ QUANTISERS = {"narrow": quantise_narrow, "wide": quantise_wide, "double": quanti
 
 
 def aligned(nbytes: int, dtype: Any = np.uint8) -> np.ndarray:
-    """Zeros at a multiple of 64 bytes; pages that are never touched take no memory. Large ones begin at a huge page."""
+    """Zeros at a multiple of 64 bytes; pages that are never touched take no memory.
+
+    Large ones begin at a huge page, and the kernel is asked for such: where memory is in pieces it would otherwise give small ones,
+    and a token that passes them took twice as long.
+    """
     large = nbytes >= HUGE
-    raw = np.zeros(nbytes + (HUGE if large else 64), np.uint8)
-    if large:
-        skip = -raw.ctypes.data % HUGE
-        return raw[skip : skip + nbytes].view(dtype)
-    skip = -raw.ctypes.data % 64
+    raw = _mapped(nbytes + HUGE) if large else np.zeros(nbytes + 64, np.uint8)
+    skip = -raw.ctypes.data % (HUGE if large else 64)
     return raw[skip : skip + nbytes].view(dtype)
+
+
+def _mapped(nbytes: int) -> np.ndarray:
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def multiply(panels: np.ndarray, name: str, rows: int, x: np.ndarray, form: str, T: int, make=tile) -> np.ndarray:

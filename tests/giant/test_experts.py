@@ -322,6 +322,27 @@ def test_experts_on_disk_compute_bit_for_bit_what_those_in_memory_do(many, monke
         assert report["bytes"] <= 2 * 512 * (report["slot_bytes"] + 3 * 8192)  # each expert once
 
 
+def test_tables_of_experts_on_disk_agree_whatever_came_and_went(many, monkeypatch):
+    giant = on_disk(many, 40, monkeypatch, threads=2)
+    session, rng = giant.session(), np.random.default_rng(6)
+    session.feed(rng.integers(0, SIZE, 40).tolist())
+    for token in rng.integers(0, SIZE, 60).tolist():
+        session.feed([token])
+    residency = giant.residency
+    residency._settle()
+    owner, slot_of, where = residency.owner, residency.arrays["slot_of"], residency.where.reshape(-1, 3)
+    slots = np.flatnonzero(owner >= 0)
+    assert np.array_equal(slot_of[owner[slots]], slots) and np.count_nonzero(slot_of >= 0) == len(slots)
+    begins = residency.arrays["pool"].ctypes.data + slots * residency.slot_bytes
+    assert np.array_equal(where[owner[slots], 0], begins) and np.count_nonzero(where[:, 0]) == len(slots)
+    assert not residency.arrays["left"].any()
+    report = residency.report()
+    assert 0 < report["ahead"] and 0 < report["right"] <= report["guessed"] and report["hidden"] <= 1
+    worth = residency.arrays["worth"].reshape(-1, residency.experts)[: giant.shape.layers]
+    assert ((0 <= worth) & (worth <= 1)).all() and (worth.max(1) > 0.2).all()
+    giant.close()
+
+
 def test_a_file_that_is_cut_under_way_is_an_error_and_the_giant_lives_on(many, monkeypatch, tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(many.read_bytes())
@@ -537,8 +558,14 @@ def test_waiting_for_the_disk_is_reckoned_from_what_is_away_and_what_computing_h
     from organs.giant import plan
 
     reading = plan.Reading(first=1e-3, each=2e-3)
-    assert reading.of(3, 1, 1.0) == pytest.approx(3 * 3e-3)  # one expert a layer, always away
-    assert reading.of(3, 2, 0.5) == pytest.approx(3 * (0.75e-3 + 2e-3))
+    late = 1 - plan.FORESEEN
+    # What was foreseen is there when the router chooses …
+    assert reading.waiting(1, 1.0, before=1.0, within=0.0) == pytest.approx(1e-3 + 2e-3 * late)
+    assert reading.waiting(1, 1.0, 0.0, 0.0) == pytest.approx(1e-3 + 2e-3 * (late + plan.FORESEEN * plan.IN_VAIN))
+    assert reading.waiting(2, 0.5, 1.0, 0.0) == pytest.approx(0.75e-3 + 2e-3 * late)
+    # … and while one of two is there, it is computed.
+    assert reading.waiting(2, 0.5, 1.0, 1.0) == pytest.approx(0.25 * (1e-3 + 4e-3 * late))
+    assert reading.waiting(2, 0.0, 0.0, 0.0) == 0
     assert plan._not_hidden(0.1, 1.0) == pytest.approx(0.07) and plan._not_hidden(0.1, 0.01) == pytest.approx(0.09)
 
 
@@ -546,8 +573,8 @@ def test_reading_experts_is_measured_by_what_serves_them(many):
     from organs.giant.residency import reading_seconds
 
     with open_gguf(many) as file:
-        first, each = reading_seconds(file, bursts=4)
-    assert first >= 0 and each > 0 and first + each < 1
+        first, each, work = reading_seconds(file, bursts=4)
+    assert first >= 0 and each > 0 and work > 0 and first + each < 1
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read_with_what_would(many, monkeypatch, many_sizes):
