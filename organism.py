@@ -10988,6 +10988,7 @@ def _run_giant_convert(asking: _Asking, **options: Any) -> None:
         "switch",
         "Let them also try a tenth of each other's gammas; who is not the better for it keeps its own.",
     ),
+    ("--ray", "text", "Live on the nodes of a Ray cluster, which all share --home: local, HOST:PORT or ray://HOST:PORT."),
 )
 def _run_swarm_up(asking: _Asking, **options: Any) -> None:
     """Start a colony and supervise it until Ctrl-C; --home is the colony's folder.

@@ -213,15 +213,16 @@ def default_mesh() -> str:
     return str(Path(platformdirs.user_data_dir("organism", appauthor=False)) / "mesh.db")
 
 
-def open_mesh(where: str | Path | None = None) -> Mesh:
-    """The mesh at a path or a Ray address, made where there is none; without one, that of `default_mesh`."""
+def open_mesh(where: str | Path | None = None, begin: bool = True) -> Mesh:
+    """The mesh at a path or a Ray address, made where there is none; without one, that of `default_mesh`. begin: "ray:local"
+    starts a cluster where none runs."""
     where = str(where or default_mesh())
     if where == "none":
         raise MeshError("There is no mesh: --mesh (or ORGANISM_MESH) says none.")
     if where.startswith("ray:"):
         from swarm.ray_mesh import RayMesh
 
-        return RayMesh(where)
+        return RayMesh(where, begin)
     return SQLiteMesh(where)
 
 
