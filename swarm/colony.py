@@ -25,6 +25,7 @@ from organism import Config, OrganismError, UsageError
 from swarm.family import room_for_one_more
 from swarm.mesh import ANSWERS, SUPERVISOR, Letter, Mesh, MeshError, machine, open_mesh, start_time
 from swarm.nursery import HIBERNATES
+from swarm.ray_mesh import membership
 from swarm.thinking import Correspondent
 from swarm.topology import Monitor, Topology, gammas_of, topology
 from swarm.wards import EMBRYO_MB, Cluster, Here
@@ -33,6 +34,7 @@ BACK_OFF = (1.0, 60.0)  # seconds before a crashed organism is started again: th
 STABLE = 60.0  # seconds after which a crash counts as the first again
 MONITOR = 30.0  # seconds between two looks at the topology (spec/molequla.md §1.14)
 LOOK = 0.5  # seconds between two looks of the supervisor into the mesh
+SETTLE = 15.0  # seconds that who is to be started waits for a ward that opens, where another one is open
 EXPLORE = 2.0  # seconds between two looks for new places to live
 PLACE_SECONDS = 120.0  # that a place is kept for a child whose parent was told that it may divide
 
@@ -69,8 +71,6 @@ class Colony:
     def move_home(self) -> None:
         """The mesh is a file as any other again: its actor, where there is one, lets go of it."""
         if self.ray_path.exists():
-            from swarm.ray_mesh import membership
-
             with contextlib.suppress(MeshError):  # the cluster is gone, and its actor with it
                 self.mesh().dismiss()  # type: ignore[attr-defined]
             membership.leave()
@@ -138,7 +138,7 @@ class Colony:
         elif self.ray_path.exists() and self._send([SUPERVISOR], "down", 10 * LOOK):  # it is on another machine
             _await(lambda: not self.ray_path.exists(), patience)
         if left := self._alive():
-            self._send(left, "stop", 0.0)
+            self._send(left, "stop", patience / 4)
         if not _await(lambda: not self._alive(), patience):
             raise OrganismError(f"Some of the colony {self.folder} do not end: `organism swarm status` shows which.")
         return len(alive)
@@ -219,7 +219,7 @@ class Supervisor:
         self.crashes: dict[str, int] = {}
         self.stopping = asyncio.Event()
         self.wards: list[Any] = []  # that are open
-        self.opening: set[str] = set()  # places whose ward is not ready yet
+        self.opening: dict[str, float] = {}  # places whose ward is not ready yet, and since when
         self.tending: dict[str, asyncio.Task] = {}  # by place
         self.losses: dict[str, int] = {}  # of wards one after the other, by place
         self.troubles: dict[str, str] = {}  # that were said, by place
@@ -230,6 +230,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self.loop.add_signal_handler(number, self.stopping.set)
         looking = asyncio.create_task(self._look_about())
+        looking.add_done_callback(lambda _: self.stopping.set())  # who is deaf does not supervise
         for name in self.names:
             self._later(self._start(name))
         await self._explore()
@@ -237,9 +238,10 @@ class Supervisor:
             task.cancel()
         for ward in self.wards:
             await ward.close()
-        for place in self.opening - {ward.place for ward in self.wards}:
+        for place in self.opening.keys() - {ward.place for ward in self.wards}:
             self.tending[place].cancel()
-        await asyncio.gather(*self.tending.values(), looking, return_exceptions=True)
+        await asyncio.gather(*self.tending.values(), return_exceptions=True)
+        await looking
         self.say("Everybody is asleep.")
 
     # Where they live.
@@ -249,7 +251,7 @@ class Supervisor:
         while not self.stopping.is_set():
             for place in await self._places():
                 if place not in self.tending or self.tending[place].done():
-                    self.opening.add(place)
+                    self.opening[place] = time.monotonic()
                     self.tending[place] = asyncio.create_task(self._tend(place))
             await self._pause(EXPLORE)
 
@@ -276,7 +278,7 @@ class Supervisor:
                 await ward.close()
             while (told := await ward.hear()) is not None:
                 if "ready" in told:
-                    self.opening.discard(place)
+                    self.opening.pop(place, None)
                 elif "started" in told:
                     self.started[told["started"]] = time.monotonic()
                     self.alive[told["started"]] = told["pid"]
@@ -284,11 +286,13 @@ class Supervisor:
                     self._ended(told["ended"], told["code"])
         except (OrganismError, OSError) as error:
             self._complain(place, f"Nobody can live on {ward.name}: {error}")
-        self.opening.discard(place)
-        if ward in self.wards:
-            self.wards.remove(ward)
+        finally:
+            self.opening.pop(place, None)
+            if ward in self.wards:
+                self.wards.remove(ward)
+            if not self.stopping.is_set():
+                self._lost(ward)
         if not self.stopping.is_set():
-            self._lost(ward)
             self.losses[place] = 0 if time.monotonic() - began > STABLE else self.losses.get(place, 0) + 1
             await self._pause(min(BACK_OFF[1], 2.0 ** self.losses[place]))
 
@@ -301,6 +305,10 @@ class Supervisor:
             del self.homes[name]
             self.alive.pop(name, None)
             self._later(self._start(name, BACK_OFF[0]))
+
+    def _awaits_room(self) -> bool:
+        """Whether a ward is about to be ready, where some might better live."""
+        return any(time.monotonic() - began < SETTLE for began in self.opening.values())
 
     def _later(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -333,8 +341,8 @@ class Supervisor:
     async def _start(self, name: str, pause: float = 0.0) -> None:
         """Where there is most room, once there is any."""
         await self._pause(pause)
-        while self.opening or not self.wards:
-            await self._pause(BACK_OFF[0] / 10)
+        while not self.stopping.is_set() and (not self.wards or self._awaits_room()):
+            await self._pause(0.1)
         while (
             self.ram_gb is not None
             and not self.stopping.is_set()
@@ -381,7 +389,7 @@ class Supervisor:
 
     def _look(self) -> None:
         """Answer letters, and learn for whom others wait."""
-        with SQLiteMesh(self.colony.mesh_path) as mesh:
+        with self.colony.mesh() as mesh:
             for letter in mesh.inbox(SUPERVISOR):
                 if letter.kind not in ANSWERS:
                     mesh.post(SUPERVISOR, letter.sender, "answer", self._answer(letter) | dict(to=letter.id))

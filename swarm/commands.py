@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import sys
 import time
 from collections import deque
@@ -33,8 +32,6 @@ def run_up(
     gammas: bool,
     ray: str | None,
 ) -> None:
-    if ray and not re.fullmatch(r"local|auto|(ray://)?[^/\s]+:\d+", ray):
-        raise UsageError(f"--ray {ray!r} is no address of a Ray cluster: local, HOST:PORT and ray://HOST:PORT are.")
     if n is None and not corpus and not colony_of(asking).homes():
         raise UsageError("How many? `organism swarm up -n N` says it.")
     up(colony_of(asking).folder, n or 0, corpus, max or 64, ram, asking.note, exchange, gammas, ray)

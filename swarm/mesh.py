@@ -468,7 +468,8 @@ class SQLiteMesh(Mesh):
             "SELECT id, pid, started, machine, home, status, last_heartbeat, parent_id, protocol, facts "
             f"FROM organisms{where} ORDER BY joined, id"
         )
-        return [Row(*row, now - row[6] if row[6] <= now else float("inf")) for row in rows]  # of another boot: long ago
+        silence = lambda beat: now - beat if beat <= now else float("inf")  # of another boot: long ago
+        return [Row._make((*row, silence(row[6]))) for row in rows]
 
     def _bury(self, died: list[tuple[str, int]]) -> None:
         with self._writing() as connection:

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from organism import UsageError
 from swarm.mesh import Letter, Mesh, MeshError, Offer, Row, SQLiteMesh, boot_clock
 
 NAMESPACE = "organism"
@@ -55,6 +56,13 @@ class Address(NamedTuple):
             raise MeshError(f"{where!r} is no address of a Ray mesh: ray:local, ray:HOST:PORT and ray://HOST:PORT are.")
         cluster = f"ray:{match[1]}" if match[1].startswith("//") else match[1]
         return cls(cluster, match[2] or "")
+
+
+def cluster_of(flag: str) -> str:
+    """The cluster that --ray names. Raises UsageError."""
+    if not re.fullmatch(r"local|auto|(ray://)?[^/\s]+:\d+", flag):
+        raise UsageError(f"--ray {flag!r} is no address of a Ray cluster: local, HOST:PORT and ray://HOST:PORT are.")
+    return flag
 
 
 # --- The actor, and what it keeps. ---
@@ -180,7 +188,9 @@ def the_ray(cluster: str = "") -> Any:
     try:
         import ray
     except ImportError as error:
-        raise MeshError(f"A Ray cluster needs {error.name}, which is not installed: pip install -e '.[swarm]'") from None
+        raise MeshError(
+            f"A Ray cluster needs {error.name}, which is not installed: pip install -e '.[swarm]'"
+        ) from None
     return ray
 
 
@@ -209,7 +219,9 @@ class Membership:
                 raise MeshError(
                     f"The Ray cluster {cluster} cannot be joined ({reason}): `ray start --head` starts one."
                 ) from error
-            ray._private.worker._worker_logs_enabled = False  # what the cluster reports would go to this process's stdout
+            ray._private.worker._worker_logs_enabled = (
+                False  # what the cluster reports would go to this process's stdout
+            )
             self.cluster, self.count = cluster, self.count + 1
 
     def leave(self) -> None:

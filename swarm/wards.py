@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import sys
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from organism import OrganismError, free_memory
+from swarm.ray_mesh import cluster_of, membership, the_ray
 
 if TYPE_CHECKING:
     from swarm.colony import Colony
 
+log = logging.getLogger("organism.swarm")
 ROOT = Path(__file__).resolve().parent.parent
 EMBRYO_MB = 60  # that one more organism is expected to take
 CALL_SECONDS = 20.0  # for a ward on another node to say how it stands
+HEAR_SECONDS = 2.0  # between two looks whether this process still belongs to the cluster
 OPEN_SECONDS = 120.0  # for a ward on another node to open: Ray starts a process for it
 
 
@@ -144,7 +148,7 @@ class NodeWard:
         self.colony, self.place, self.cores = colony, node["NodeID"], 1
         self.name = f"node {self.place[:8]} ({node['NodeManagerHostname']})"
         self.actor: Any = None
-        self.mesh = ""
+        self.mesh, self.joined = "", membership.count
 
     async def open(self) -> None:
         import ray
@@ -169,10 +173,17 @@ class NodeWard:
     async def hear(self) -> dict[str, Any] | None:
         import ray
 
-        with contextlib.suppress(ray.exceptions.RayError, ConnectionError):
-            if (told := await self.actor.hear.remote()) is not None:
-                return told
-        ray.kill(self.actor)  # also where it cannot be heard any more: then nobody shall live there
+        try:
+            hearing = asyncio.wrap_future(self.actor.hear.remote().future())
+            while self.joined == membership.count:  # who has left the cluster hears nothing more
+                if (await asyncio.wait({hearing}, timeout=HEAR_SECONDS))[0]:
+                    if (told := hearing.result()) is not None:
+                        return told
+                    break
+        except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
+            log.info("%s is lost: %s", self.name, (str(error).splitlines() or [type(error).__name__])[0])
+        if self.joined == membership.count:
+            ray.kill(self.actor)  # also where it cannot be heard any more: then nobody shall live there
         return None
 
     async def close(self) -> None:
@@ -197,9 +208,7 @@ class Cluster:
     """The nodes of a Ray cluster. `cluster`: "local", "auto", "HOST:PORT" or "ray://HOST:PORT"."""
 
     def __init__(self, colony: Colony, cluster: str):
-        from swarm.ray_mesh import the_ray
-
-        self.colony, self.cluster, self.ray = colony, cluster, the_ray(cluster)
+        self.colony, self.cluster, self.ray = colony, cluster_of(cluster), the_ray(cluster)
         self.nodes: dict[str, dict[str, Any]] = {}
 
     def enter(self) -> None:
@@ -209,6 +218,7 @@ class Cluster:
         self.colony.move_home()
 
     def places(self) -> list[str]:
+        membership.join(self.cluster, begin=False)
         self.nodes = {node["NodeID"]: node for node in self.ray.nodes() if node["Alive"]}
         return list(self.nodes)
 

@@ -75,10 +75,12 @@ def colony(cluster, add_node, folder):
     up = command("up", "-n", "4", "--home", str(folder), "--ray", cluster.address)
     with open(folder.parent / "said", "w") as said:
         supervisor = subprocess.Popen(up, stderr=said)
-    until(lambda: len(alive(colony)) == 4)
-    yield colony, supervisor, second
-    supervisor.send_signal(signal.SIGINT)
-    supervisor.wait(60)
+    try:
+        until(lambda: len(alive(colony)) == 4)
+        yield colony, supervisor, second
+    finally:
+        supervisor.send_signal(signal.SIGINT)
+        supervisor.wait(60)
 
 
 def test_it_spreads_answers_and_outlives_the_loss_of_a_node(colony, cluster, folder):
@@ -88,7 +90,10 @@ def test_it_spreads_answers_and_outlives_the_loss_of_a_node(colony, cluster, fol
     assert len(lost) == 2, "two live on each node"
     told = json.loads(organism("ask", "Where do you live?", "--home", str(folder), "--json").stdout)
     assert told["text"] and len(told["surprises"]) == 4
-    ids = {row["name"]: row["id"] for row in json.loads(organism("status", "--home", str(folder), "--json").stdout)["organisms"]}
+    ids = {
+        row["name"]: row["id"]
+        for row in json.loads(organism("status", "--home", str(folder), "--json").stdout)["organisms"]
+    }
     for pid in there:  # the current is cut
         os.kill(pid, signal.SIGKILL)
     cluster.remove_node(second, allow_graceful=False)
@@ -104,7 +109,7 @@ def test_it_spreads_answers_and_outlives_the_loss_of_a_node(colony, cluster, fol
     assert {row["status"] for row in colony.status()} == {"asleep"} and not colony.ray_path.exists()
 
 
-def test_when_the_supervisor_is_killed_nobody_is_an_orphan(colony, folder):
+def test_when_its_supervisor_is_killed_nobody_on_any_node_is_an_orphan(colony, folder):
     colony, supervisor, _ = colony
     pids = set(alive(colony).values())
     supervisor.kill()
@@ -210,7 +215,9 @@ def test_a_ward_tells_what_became_of_whom_and_ends_when_it_is_closed(tmp_path):
         while (told := await ward.hear()) is not None:
             heard.append(told)
             if "ready" in told:
-                await ward.tell(dict(start="o1", home=str(tmp_path / "o1"), mesh=str(tmp_path / "mesh.db"), corpus=None))
+                await ward.tell(
+                    dict(start="o1", home=str(tmp_path / "o1"), mesh=str(tmp_path / "mesh.db"), corpus=None)
+                )
             elif "started" in told:
                 assert ward.memory_mb([told["pid"]]) >= EMBRYO_MB and proportional_mb(os.getpid()) > 1
                 await ward.close()
