@@ -49,9 +49,8 @@ class Colony:
 
     def homes(self) -> list[str]:
         """Names of those who live here, in order."""
-        homes = self.folder / "homes"
-        found = (path.name for path in homes.iterdir() if path.is_dir() and not path.name.startswith("."))
-        return sorted(found, key=_natural) if homes.is_dir() else []
+        found = (path.name for path in (self.folder / "homes").glob("*/") if not path.name.startswith("."))
+        return sorted(found, key=_natural)
 
     def home(self, name: str) -> Path:
         """Of one of them."""
@@ -341,16 +340,15 @@ class Supervisor:
     async def _start(self, name: str, pause: float = 0.0) -> None:
         """Where there is most room, once there is any."""
         await self._pause(pause)
-        while not self.stopping.is_set() and (not self.wards or self._awaits_room()):
-            await self._pause(0.1)
-        while (
-            self.ram_gb is not None
-            and not self.stopping.is_set()
-            and await asyncio.to_thread(self._memory_mb) + EMBRYO_MB > self.ram_gb * 1024
-        ):
-            self.say(f"{name} waits: {len(self.alive)} organisms fill --ram {self.ram_gb:g} GB.")
-            await self._pause(BACK_OFF[1])
-        if self.stopping.is_set() or not self.wards:
+        while not self.stopping.is_set():
+            if self.ram_gb is not None and await asyncio.to_thread(self._memory_mb) + EMBRYO_MB > self.ram_gb * 1024:
+                self.say(f"{name} waits: {len(self.alive)} organisms fill --ram {self.ram_gb:g} GB.")
+                await self._pause(BACK_OFF[1])
+            elif self.wards and not self._awaits_room():
+                break
+            else:
+                await self._pause(0.1)
+        if self.stopping.is_set():
             return
         lodgers = list(self.homes.values())
         self.homes[name] = ward = min(self.wards, key=lambda one: lodgers.count(one) / one.cores)

@@ -19,7 +19,7 @@ def cluster():
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("RAY_raylet_start_wait_time_s", "100")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        for name, value in dict(initial_delay_ms=0, period_ms=500, timeout_ms=2000, failure_threshold=3).items():
+        for name, value in dict(initial_delay_ms=0, period_ms=500, timeout_ms=10_000, failure_threshold=3).items():
             patch.setenv(f"RAY_health_check_{name}", str(value))  # a lost node is noticed in seconds
         patch.delenv("RAY_ADDRESS", raising=False)
         from ray.cluster_utils import Cluster
