@@ -11186,11 +11186,11 @@ def _examine_memory(path: Path) -> Iterator[Finding]:
 def _examine_extras() -> Iterator[Finding]:
     from importlib.util import find_spec
 
-    for package, use in (("torch", "--engine torch"),):
+    for package, extra, use in (("torch", "torch", "--engine torch"), ("ray", "swarm", "--ray")):
         if find_spec(package):
             yield Finding(package, "ok", f"installed, for {use}")
         else:
-            yield Finding(package, "note", f"not installed; only {use} needs it", f"pip install -e '.[{package}]'")
+            yield Finding(package, "note", f"not installed; only {use} needs it", f"pip install -e '.[{extra}]'")
 
 
 if __name__ == "__main__":

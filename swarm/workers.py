@@ -149,9 +149,11 @@ class Crew:
         ray.get(meeting, timeout=GATHER_SECONDS)
 
     def disband(self) -> None:
-        for worker in self.workers:
-            with contextlib.suppress(Exception):
-                the_ray().kill(worker)
+        """End all, where there are any."""
+        ray = the_ray()
+        for worker in self.workers if ray.is_initialized() else ():
+            with contextlib.suppress(ray.exceptions.RayError, ValueError):  # of an earlier joining
+                ray.kill(worker)
         self.workers = []
 
     def all(self, method: str, *args: Any) -> list[Any]:

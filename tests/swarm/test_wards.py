@@ -31,14 +31,15 @@ def command(*arguments: str) -> list[str]:
 
 
 def organism(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, check=check)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=600, check=check)
 
 
-def until(condition, seconds: float = 180.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
+def until(condition, seconds: float = 90.0) -> None:
+    for _ in range(int(seconds / 0.1)):  # of its own time: a machine that is paused is no failure
+        if condition():
+            return
         time.sleep(0.1)
+    raise AssertionError("waited in vain")
 
 
 def alive(colony: Colony) -> dict[str, int]:
@@ -81,7 +82,7 @@ def colony(cluster, add_node, folder):
         yield colony, supervisor, second
     finally:
         supervisor.send_signal(signal.SIGINT)
-        supervisor.wait(60)
+        supervisor.wait(600)
 
 
 def test_it_spreads_answers_and_outlives_the_loss_of_a_node(colony, cluster, folder):
@@ -106,7 +107,7 @@ def test_it_spreads_answers_and_outlives_the_loss_of_a_node(colony, cluster, fol
     assert set(after.values()) <= processes(cluster.head_node)
     assert "o1" in organism("map", "--home", str(folder)).stdout
     assert organism("down", "--home", str(folder), "--json").stdout == '{"ended": 4}\n'
-    assert supervisor.wait(60) == 0
+    assert supervisor.wait(600) == 0
     assert {row["status"] for row in colony.status()} == {"asleep"} and not colony.ray_path.exists()
 
 
@@ -125,7 +126,7 @@ def test_from_another_machine_the_supervisor_is_told_by_letter_to_bring_all_down
     colony, supervisor, _ = colony
     monkeypatch.setattr("swarm.colony.machine", lambda: "another")
     assert colony.supervisor() is None
-    assert colony.down() == 4 and supervisor.wait(60) == 0
+    assert colony.down() == 4 and supervisor.wait(600) == 0
 
 
 # --- What needs no cluster. ---

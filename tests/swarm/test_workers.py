@@ -92,7 +92,7 @@ def test_a_run_of_train_leaves_the_same_losses_and_a_home_that_any_engine_wakes(
     def train(home: str, *how: str) -> list[dict]:
         command = [sys.executable, str(ROOT / "organism.py"), "train", "--corpus", str(corpus), "--home", str(tmp_path / home),
                    "--seed", "7", "--steps", "6", "--batch", "5", "--json", *how]  # fmt: skip
-        told = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        told = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert told.returncode == 0, told.stderr
         return [json.loads(line) for line in told.stdout.splitlines()]
 
