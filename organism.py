@@ -89,6 +89,7 @@ ORGANS = {  # name: (package, the extra that brings what it needs)
     "giant.bridge": ("organs.giant.bridge", "giant"),
     "swarm.member": ("swarm.member", None),
     "swarm.commands": ("swarm.commands", None),
+    "workers": ("swarm.workers", "swarm"),
 }
 
 
@@ -199,6 +200,8 @@ class LearningConfig:
     experience_tokens: int = 200_000  # tokens kept with the field's predictions of their time, for replay
     precision: str = "fp32"  # "fp32"; "bf16" with the torch engine
     engine: str = "auto"  # "auto" (numba where compiled), "numpy", "numba" or "torch"
+    ray: str = ""  # Ray cluster whose workers share the torch engine's steps (docs/swarm.md); "": none
+    workers: int = 0  # of that cluster; 0: one a node
     prequential_stage: str = "child"  # stage of the newborn that `eval --prequential --blank` raises (stack)
 
 
@@ -405,6 +408,11 @@ class Config:
                 raise UsageError(
                     f"{_toml(name, value)} does nothing without {_toml(needed, other)}: set both, or neither."
                 )
+        shared = self.learning.ray or self.learning.workers
+        if shared and not (self.learning.ray and self.learning.engine == "torch"):
+            raise UsageError(
+                "Workers are of a Ray cluster and of the torch engine: --workers needs --ray, and --ray no other --engine."
+            )
 
     def replace(self, values: dict[str, object], where: str = "the settings") -> Config:
         """A copy with {"section.key": value} changed; `where` is named when one of them is wrong."""
@@ -3366,6 +3374,8 @@ class Trainer:
         self.engine = engine
         if engine == "numpy":
             self.gradients: Any = _ReferenceGradients(body, config)
+        elif engine == "torch" and config.ray:
+            self.gradients = organ("workers").Gradients(body, config, threads)
         else:
             self.gradients = organ("kernels" if engine == "numba" else "torch").Gradients(body, config, threads)
 
@@ -10405,7 +10415,7 @@ def _bytes_read(asking: _Asking, size: int) -> Callable[[int], None]:
 _TRAIN_SETTINGS = {  # flag: the setting that it overrides
     "engine": "learning.engine", "lr": "learning.rate", "batch": "learning.batch", "accum": "learning.accum",
     "weight_decay": "learning.weight_decay", "max_grad_norm": "learning.max_grad_norm",
-    "precision": "learning.precision", "field": "body.field",
+    "precision": "learning.precision", "field": "body.field", "ray": "learning.ray", "workers": "learning.workers",
 }  # fmt: skip
 
 
@@ -10425,6 +10435,12 @@ _TRAIN_SETTINGS = {  # flag: the setting that it overrides
     ("--weight-decay", "0 or more", "Decoupled weight decay."),
     ("--max-grad-norm", "0 or more", "Clip gradients to this norm; 0: never."),
     ("--precision", CONFIG_CHOICES["learning.precision"], "Of the torch engine."),
+    (
+        "--ray",
+        "text",
+        "Share the torch engine's steps among workers of a Ray cluster: local, HOST:PORT or ray://HOST:PORT.",
+    ),
+    ("--workers", "count", "How many, each with --threads (default: one a node, with its cores)."),
     ("--vocab", "vocabulary", "The whole vocabulary, at once (259 is bytes only)."),
     ("--field", ("on", "off"), "Whether a newborn's body stands on the field."),
     ("--log-every", "count", "Report every Nth step after the first 100 (default: 50)."),
@@ -10442,6 +10458,8 @@ def _run_train(asking: _Asking, corpus: tuple[str, ...], stage: str | None, **op
     if len(limits) > 1:
         raise UsageError(f"--{limits[0]} and --{limits[1]} both say when to stop: choose one.")
     overrides = {setting: options.pop(flag) for flag, setting in _TRAIN_SETTINGS.items()}
+    if overrides["learning.ray"] and overrides["learning.engine"] is None:
+        overrides["learning.engine"] = "torch"
     options["evaluate"] = options.pop("eval")
     options |= dict(log_every=options["log_every"] or 50, save_every=options["save_every"] or 0, hold_stage=bool(stage))
     with asking.wake(overrides=overrides, kernels=_patient_kernels(), stage=stage) as life:
@@ -11032,6 +11050,11 @@ def _run_giant_convert(asking: _Asking, **options: Any) -> None:
         "switch",
         "Let them also try a tenth of each other's gammas; who is not the better for it keeps its own.",
     ),
+    (
+        "--ray",
+        "text",
+        "Live on the nodes of a Ray cluster, which all share --home: local, HOST:PORT or ray://HOST:PORT.",
+    ),
 )
 def _run_swarm_up(asking: _Asking, **options: Any) -> None:
     """Start a colony and supervise it until Ctrl-C; --home is the colony's folder.
@@ -11207,11 +11230,11 @@ def _examine_memory(path: Path) -> Iterator[Finding]:
 def _examine_extras() -> Iterator[Finding]:
     from importlib.util import find_spec
 
-    for package, use in (("torch", "--engine torch"),):
+    for package, extra, use in (("torch", "torch", "--engine torch"), ("ray", "swarm", "--ray")):
         if find_spec(package):
             yield Finding(package, "ok", f"installed, for {use}")
         else:
-            yield Finding(package, "note", f"not installed; only {use} needs it", f"pip install -e '.[{package}]'")
+            yield Finding(package, "note", f"not installed; only {use} needs it", f"pip install -e '.[{extra}]'")
 
 
 if __name__ == "__main__":

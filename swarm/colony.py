@@ -1,7 +1,8 @@
 """A colony: a folder with a home for each organism, the mesh they share, and the supervisor that runs in the foreground.
 
-COLONY/colony.lock   who supervises: process id and start time (flock: one at a time)
-COLONY/mesh.db       the colony's mesh
+COLONY/colony.lock   who supervises: process id, start time and machine (flock: one at a time)
+COLONY/colony.ray    the Ray cluster that it lives on, while it does
+COLONY/mesh.db       the colony's mesh; on a cluster it is kept by an actor (swarm/ray_mesh.py)
 COLONY/homes/NAME/   an organism each, with its `log`
 """
 
@@ -11,12 +12,10 @@ import asyncio
 import contextlib
 import fcntl
 import itertools
-import json
 import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,16 +23,19 @@ from typing import Any
 
 from organism import Config, OrganismError, UsageError
 from swarm.family import room_for_one_more
-from swarm.mesh import ANSWERS, SUPERVISOR, Letter, MeshError, SQLiteMesh, start_time
+from swarm.mesh import ANSWERS, SUPERVISOR, Letter, Mesh, MeshError, machine, open_mesh, start_time
 from swarm.nursery import HIBERNATES
+from swarm.ray_mesh import membership
+from swarm.thinking import Correspondent
 from swarm.topology import Monitor, Topology, gammas_of, topology
+from swarm.wards import EMBRYO_MB, Cluster, Here
 
-ROOT = Path(__file__).resolve().parent.parent
 BACK_OFF = (1.0, 60.0)  # seconds before a crashed organism is started again: the first time, and at most
 STABLE = 60.0  # seconds after which a crash counts as the first again
-EMBRYO_MB = 60  # that one more organism is expected to take
 MONITOR = 30.0  # seconds between two looks at the topology (spec/molequla.md §1.14)
 LOOK = 0.5  # seconds between two looks of the supervisor into the mesh
+SETTLE = 15.0  # seconds that who is to be started waits for a ward that opens, where another one is open
+EXPLORE = 2.0  # seconds between two looks for new places to live
 PLACE_SECONDS = 120.0  # that a place is kept for a child whose parent was told that it may divide
 
 
@@ -43,16 +45,35 @@ class Colony:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser().absolute()
         self.mesh_path, self.lock_path = self.folder / "mesh.db", self.folder / "colony.lock"
+        self.ray_path = self.folder / "colony.ray"
 
     def homes(self) -> list[str]:
         """Names of those who live here, in order."""
-        homes = self.folder / "homes"
-        found = (path.name for path in homes.iterdir() if path.is_dir() and not path.name.startswith("."))
-        return sorted(found, key=_natural) if homes.is_dir() else []
+        found = (path.name for path in (self.folder / "homes").glob("*/") if not path.name.startswith("."))
+        return sorted(found, key=_natural)
 
     def home(self, name: str) -> Path:
         """Of one of them."""
         return self.folder / "homes" / name
+
+    def mesh(self, begin: bool = False) -> Mesh:
+        """Its mesh, wherever it lives. begin: also where a cluster must be started for that."""
+        cluster = self.ray_path.read_text("ascii").strip() if self.ray_path.exists() else ""
+        return open_mesh(mesh_address(cluster, self.mesh_path) if cluster else self.mesh_path, begin)
+
+    def move_to(self, cluster: str) -> None:
+        """Live on a Ray cluster from now on, whose actor keeps the mesh."""
+        self.move_home()
+        self.ray_path.write_text(f"{cluster}\n", "ascii")
+        self.mesh(begin=True).close()
+
+    def move_home(self) -> None:
+        """The mesh is a file as any other again: its actor, where there is one, lets go of it."""
+        if self.ray_path.exists():
+            with contextlib.suppress(MeshError):  # the cluster is gone, and its actor with it
+                self.mesh().dismiss()  # type: ignore[attr-defined]
+            membership.leave()
+            self.ray_path.unlink()
 
     def clear_out(self) -> None:
         """Remove homes of children whose birth was interrupted."""
@@ -60,12 +81,16 @@ class Colony:
             shutil.rmtree(unborn, ignore_errors=True)
 
     def supervisor(self) -> int | None:
-        """Process id of whoever supervises it now; None where nobody does."""
+        """Process id of whoever supervises it now from this machine; None where nobody does."""
         try:
-            pid, started = (int(word) for word in self.lock_path.read_text("ascii").split())
+            pid, started, where = self.claim().split()
         except (OSError, ValueError):
             return None
-        return pid if start_time(pid) == started else None
+        return int(pid) if where == machine() and start_time(int(pid)) == int(started) else None
+
+    def claim(self) -> str:
+        """What the supervisor has written into its lock file."""
+        return self.lock_path.read_text("ascii")
 
     def take(self) -> int:
         """Become the supervisor; the handle holds until it is closed."""
@@ -79,18 +104,18 @@ class Colony:
         except BlockingIOError:
             os.close(handle)
             raise OrganismError(
-                f"The colony {self.folder} is supervised by process {self.supervisor()} already: "
+                f"The colony {self.folder} is supervised by process {(self.claim().split() or ['?'])[0]} already: "
                 "`organism swarm down` ends that, or choose another --home."
             ) from None
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()} {start_time(os.getpid()) or 0}\n".encode(), 0)
+        os.pwrite(handle, f"{os.getpid()} {start_time(os.getpid()) or 0} {machine()}\n".encode(), 0)
         return handle
 
     def status(self) -> list[dict[str, Any]]:
         """Who is known, each checked at this moment; empty where nothing ever ran."""
         if not self.mesh_path.exists():
             return []
-        with SQLiteMesh(self.mesh_path) as mesh:
+        with self.mesh() as mesh:
             return [dict(id=p.id, name=Path(p.home).name, pid=p.pid, stage=p.facts.get("stage"), status=p.status,
                          syntropy=p.facts.get("syntropy"), entropy=p.facts.get("entropy"), loss=p.facts.get("loss"),
                          lived_bytes=p.facts.get("lived_bytes"), training_tokens=p.facts.get("training_tokens"), peers=p.facts.get("peers"),
@@ -100,22 +125,35 @@ class Colony:
         """How alike those who live now have become."""
         if not self.mesh_path.exists():
             return topology({})
-        with SQLiteMesh(self.mesh_path) as mesh:
+        with self.mesh() as mesh:
             return topology(gammas_of({p.id: mesh.blob(p.id, "gamma") for p in mesh.peers(living=True)}))
 
     def down(self, patience: float = 60.0) -> int:
         """End the supervisor, and with it everybody; how many were alive. Whoever is left is asked to end directly."""
-        alive = [row for row in self.status() if row["status"] == "alive"]
+        alive = self._alive()
         if (pid := self.supervisor()) is not None:
             os.kill(pid, signal.SIGTERM)
             _await(lambda: self.supervisor() is None, patience)
-        for row in self.status():
-            if row["status"] == "alive":
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(row["pid"], signal.SIGTERM)
-        if not _await(lambda: all(row["status"] != "alive" for row in self.status()), patience):
+        elif self.ray_path.exists() and self._send([SUPERVISOR], "down", 10 * LOOK):  # it is on another machine
+            _await(lambda: not self.ray_path.exists(), patience)
+        if left := self._alive():
+            self._send(left, "stop", patience / 4)
+        if not _await(lambda: not self._alive(), patience):
             raise OrganismError(f"Some of the colony {self.folder} do not end: `organism swarm status` shows which.")
         return len(alive)
+
+    def _alive(self) -> list[str]:
+        return [row["id"] for row in self.status() if row["status"] == "alive"]
+
+    def _send(self, to: Sequence[str], kind: str, seconds: float) -> int:
+        """A letter to each; how many have answered within some seconds."""
+        with self.mesh() as mesh, Correspondent(mesh) as me:
+            return len(me.answers({me.send(one, kind) for one in to}, seconds))
+
+
+def mesh_address(cluster: str, path: Path) -> str:
+    """Of the mesh whose file is `path`, on a cluster that is written as `ray_mesh` writes it."""
+    return f"{'' if cluster.startswith('ray:') else 'ray:'}{cluster}{path}"
 
 
 def _await(condition: Callable[[], bool], seconds: float) -> bool:
@@ -158,24 +196,16 @@ def corpora_of(given: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def proportional_mb(pid: int) -> float:
-    """Proportional set size of a process in MB: pages that n share count as 1/n (Linux); 0 where that cannot be told."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-        return int(found[1]) / 1024 if found else 0.0
-    return 0.0
-
-
 class Supervisor:
-    """Starts organisms, starts the crashed again, and brings all down; asyncio's own processes and signals.
+    """Starts organisms, starts the crashed and the lost again, and brings all down; asyncio's own processes and signals.
 
     It also says who may divide, starts the child whose home then appears, and keeps the beds of those who hibernate: they wake
-    when a letter waits for them, or when fewer are awake than the machine has cores.
+    when a letter waits for them, or when fewer are awake than the machines have cores.
     """
 
-    def __init__(self, colony: Colony, names: dict[str, str | None], most: int, ram_gb: float | None,
-                 say: Callable[[str], None], exchange: bool = False, gammas: bool = False):  # fmt: skip
-        self.gammas = gammas
+    def __init__(self, colony: Colony, names: dict[str, str | None], most: int, ram_gb: float | None, say: Callable[[str], None],
+                 exchange: bool = False, gammas: bool = False, land: Here | Cluster | None = None):  # fmt: skip
+        self.gammas, self.land = gammas, land or Here(colony)
         self.colony, self.names, self.ram_gb, self.say, self.exchange = colony, names, ram_gb, say, exchange
         self.most, self.rest = most, Config.load().life.rest_seconds
         self.beds: dict[str, float] = {}  # who hibernates, and since when
@@ -183,58 +213,101 @@ class Supervisor:
         self.monitor, self.monitored = Monitor(), time.monotonic()
         self.called: set[str] = set()  # for whom letters wait
         self.started: dict[str, float] = {}
+        self.homes: dict[str, Any] = {}  # the ward in which each lives, or was told to
         self.alive: dict[str, int] = {}  # process ids
         self.crashes: dict[str, int] = {}
         self.stopping = asyncio.Event()
-        self.nursery: asyncio.subprocess.Process | None = None
+        self.wards: list[Any] = []  # that are open
+        self.opening: dict[str, float] = {}  # places whose ward is not ready yet, and since when
+        self.tending: dict[str, asyncio.Task] = {}  # by place
+        self.losses: dict[str, int] = {}  # of wards one after the other, by place
+        self.troubles: dict[str, str] = {}  # that were said, by place
         self.tasks: set[asyncio.Task] = set()
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self.stopping.set)
+            self.loop.add_signal_handler(number, self.stopping.set)
         looking = asyncio.create_task(self._look_about())
-        attempts = 0
-        while not self.stopping.is_set():
-            await self._raise_all()
-            if not self.stopping.is_set():  # the nursery itself has gone
-                attempts += 1
-                await self._pause(min(BACK_OFF[1], 2.0**attempts))
+        looking.add_done_callback(lambda _: self.stopping.set())  # who is deaf does not supervise
+        for name in self.names:
+            self._later(self._start(name))
+        await self._explore()
+        for task in self.tasks:
+            task.cancel()
+        for ward in self.wards:
+            await ward.close()
+        for place in self.opening.keys() - {ward.place for ward in self.wards}:
+            self.tending[place].cancel()
+        await asyncio.gather(*self.tending.values(), return_exceptions=True)
         await looking
         self.say("Everybody is asleep.")
 
-    async def _raise_all(self) -> None:
-        """One nursery, until it ends or everything shall."""
-        one_thread = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        self.nursery = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "swarm.nursery", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, **one_thread, "PYTHONPATH": path}, start_new_session=True)  # fmt: skip
-        listening = asyncio.create_task(self._listen(self.nursery))
-        stop = asyncio.create_task(self.stopping.wait())
-        await asyncio.wait((listening, stop), return_when=asyncio.FIRST_COMPLETED)
-        for task in self.tasks:
-            task.cancel()
-        if self.nursery.stdin:
-            self.nursery.stdin.close()  # which tells it to bring all down
-        await listening
-        await self.nursery.wait()
-        stop.cancel()
+    # Where they live.
 
-    async def _listen(self, nursery: asyncio.subprocess.Process) -> None:
-        assert nursery.stdout
-        async for line in nursery.stdout:
-            told = json.loads(line)
-            if told.get("ready"):
-                for name in self.names.keys() - self.beds.keys():
-                    self._later(self._start(name))
-            elif "started" in told:
-                self.started[told["started"]] = time.monotonic()
-                self.alive[told["started"]] = told["pid"]
-            elif "ended" in told:
-                self.alive.pop(told["ended"], None)
-                if not self.stopping.is_set():
+    async def _explore(self) -> None:
+        """A ward in each place, also in those that appear later, until everything shall stop."""
+        while not self.stopping.is_set():
+            for place in await self._places():
+                if place not in self.tending or self.tending[place].done():
+                    self.opening[place] = time.monotonic()
+                    self.tending[place] = asyncio.create_task(self._tend(place))
+            await self._pause(EXPLORE)
+
+    async def _places(self) -> list[str]:
+        try:
+            return await asyncio.to_thread(self.land.places)
+        except (OrganismError, ConnectionError) as error:
+            self._complain("", f"The places to live are not known: {error}")
+            return []
+
+    def _complain(self, place: str, text: str) -> None:
+        """Once, until something else is wrong there."""
+        if self.troubles.get(place) != text:
+            self.say(text)
+        self.troubles[place] = text
+
+    async def _tend(self, place: str) -> None:
+        """The ward of a place, until it ends."""
+        ward, began = self.land.ward(place), time.monotonic()
+        try:
+            await ward.open()
+            self.wards.append(ward)
+            if self.stopping.is_set():
+                await ward.close()
+            while (told := await ward.hear()) is not None:
+                if "ready" in told:
+                    self.opening.pop(place, None)
+                elif "started" in told:
+                    self.started[told["started"]] = time.monotonic()
+                    self.alive[told["started"]] = told["pid"]
+                elif self.homes.get(told["ended"]) is ward:
                     self._ended(told["ended"], told["code"])
+        except (OrganismError, OSError) as error:
+            self._complain(place, f"Nobody can live on {ward.name}: {error}")
+        finally:
+            self.opening.pop(place, None)
+            if ward in self.wards:
+                self.wards.remove(ward)
+            if not self.stopping.is_set():
+                self._lost(ward)
+        if not self.stopping.is_set():
+            self.losses[place] = 0 if time.monotonic() - began > STABLE else self.losses.get(place, 0) + 1
+            await self._pause(min(BACK_OFF[1], 2.0 ** self.losses[place]))
+
+    def _lost(self, ward: Any) -> None:
+        """A ward has ended by itself: whoever lived there goes on from its last generation, wherever there is room."""
+        gone = [name for name, where in self.homes.items() if where is ward]
+        if gone:
+            self.say(f"The ward on {ward.name} has ended; started again: {', '.join(gone)}.")
+        for name in gone:
+            del self.homes[name]
+            self.alive.pop(name, None)
+            self._later(self._start(name, BACK_OFF[0]))
+
+    def _awaits_room(self) -> bool:
+        """Whether a ward is about to be ready, where some might better live."""
+        return any(time.monotonic() - began < SETTLE for began in self.opening.values())
 
     def _later(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -242,6 +315,10 @@ class Supervisor:
         task.add_done_callback(self.tasks.discard)
 
     def _ended(self, name: str, code: int) -> None:
+        del self.homes[name]
+        self.alive.pop(name, None)
+        if self.stopping.is_set():
+            return
         if code == HIBERNATES:
             self.beds[name] = time.monotonic()
             self.say(f"{name} hibernates; its bed is kept.")
@@ -261,16 +338,20 @@ class Supervisor:
         self._later(self._start(name, pause))
 
     async def _start(self, name: str, pause: float = 0.0) -> None:
+        """Where there is most room, once there is any."""
         await self._pause(pause)
-        while (
-            self.ram_gb is not None
-            and not self.stopping.is_set()
-            and self._memory_mb() + EMBRYO_MB > self.ram_gb * 1024
-        ):
-            self.say(f"{name} waits: {len(self.alive)} organisms fill --ram {self.ram_gb:g} GB.")
-            await self._pause(BACK_OFF[1])
-        if self.stopping.is_set() or self.nursery is None or self.nursery.stdin is None:
+        while not self.stopping.is_set():
+            if self.ram_gb is not None and await asyncio.to_thread(self._memory_mb) + EMBRYO_MB > self.ram_gb * 1024:
+                self.say(f"{name} waits: {len(self.alive)} organisms fill --ram {self.ram_gb:g} GB.")
+                await self._pause(BACK_OFF[1])
+            elif self.wards and not self._awaits_room():
+                break
+            else:
+                await self._pause(0.1)
+        if self.stopping.is_set():
             return
+        lodgers = list(self.homes.values())
+        self.homes[name] = ward = min(self.wards, key=lambda one: lodgers.count(one) / one.cores)
         order = dict(
             start=name,
             home=str(self.colony.home(name)),
@@ -280,7 +361,7 @@ class Supervisor:
             gammas=self.gammas,
             supervised=True,
         )
-        self.nursery.stdin.write(json.dumps(order).encode() + b"\n")
+        await ward.tell(order)
 
     # Births and beds.
 
@@ -306,7 +387,7 @@ class Supervisor:
 
     def _look(self) -> None:
         """Answer letters, and learn for whom others wait."""
-        with SQLiteMesh(self.colony.mesh_path) as mesh:
+        with self.colony.mesh() as mesh:
             for letter in mesh.inbox(SUPERVISOR):
                 if letter.kind not in ANSWERS:
                     mesh.post(SUPERVISOR, letter.sender, "answer", self._answer(letter) | dict(to=letter.id))
@@ -320,7 +401,10 @@ class Supervisor:
             self.called = {Path(peer.home).name for peer in mesh.peers() if peer.id in waiting} if waiting else set()
 
     def _answer(self, letter: Letter) -> dict[str, Any]:
-        """{"home": where a child may be born} or {"error": why not}."""
+        """{"home": where a child may be born}, {"ending": True} or {"error": why not}."""
+        if letter.kind == "down":
+            self.loop.call_soon_threadsafe(self.stopping.set)
+            return dict(ending=True)
         try:
             if letter.kind != "divide":
                 raise OrganismError(f"The supervisor takes no letters of kind {letter.kind!r}.")
@@ -337,7 +421,7 @@ class Supervisor:
             raise OrganismError(f"{len(self.names)} live in the colony, and --max is {self.most}.")
         if self.ram_gb is not None and self._memory_mb() + EMBRYO_MB * (1 + len(self.places)) > self.ram_gb * 1024:
             raise OrganismError(f"{len(self.alive)} organisms fill --ram {self.ram_gb:g} GB.")
-        room_for_one_more(self.colony.folder)
+        room_for_one_more(self.colony.folder, self._free())
         taken = {*self.names, *self.places, *self.colony.homes()}
         name = next(name for number in itertools.count(1) if (name := f"{parent}-child{number}") not in taken)
         self.places[name] = time.monotonic()
@@ -350,14 +434,22 @@ class Supervisor:
     def _awaited(self) -> list[str]:
         """Who hibernates, and is to wake: for whom a letter waits; and whoever has slept longest, while a core is idle."""
         called = [name for name in self.beds if name in self.called]
-        if called or not self.beds or len(self.alive) >= (os.cpu_count() or 1):
+        cores = sum(ward.cores for ward in self.wards) or os.cpu_count() or 1
+        if called or not self.beds or len(self.alive) >= cores:
             return called
         longest = min(self.beds, key=self.beds.__getitem__)
         return [longest] if time.monotonic() - self.beds[longest] >= self.rest else []
 
     def _memory_mb(self) -> float:
         """What they take together; one that has just been started counts as what it will take."""
-        return sum(max(EMBRYO_MB, proportional_mb(pid)) for pid in list(self.alive.values()))
+        homes = dict(self.homes)
+        here = {ward: [pid for name, pid in self.alive.items() if homes.get(name) is ward] for ward in self.wards}
+        return sum(ward.memory_mb(pids) for ward, pids in here.items())
+
+    def _free(self) -> int | None:
+        """Bytes of memory that are free where most are."""
+        known = [free for ward in self.wards if (free := ward.free()) is not None]
+        return max(known, default=None)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
@@ -373,15 +465,19 @@ def up(
     say: Callable[[str], None],
     exchange: bool = False,
     gammas: bool = False,
+    ray: str | None = None,
 ) -> None:
-    """Supervise a colony until a signal ends it."""
+    """Supervise a colony until a signal ends it; on a Ray cluster, where one is named."""
     pairs, colony = corpora_of(corpora), Colony(folder)
     names = names_of(count, pairs, colony.homes(), most)
+    land = Cluster(colony, ray) if ray else Here(colony)
     handle = colony.take()
     try:
         colony.clear_out()
+        land.enter()
         say(f"{len(names)} organisms wake in {colony.folder}; Ctrl-C puts them to sleep.")
-        asyncio.run(Supervisor(colony, names, most, ram_gb, say, exchange, gammas).run())
+        asyncio.run(Supervisor(colony, names, most, ram_gb, say, exchange, gammas, land).run())
     finally:
+        land.leave()
         os.ftruncate(handle, 0)
         os.close(handle)

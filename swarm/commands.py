@@ -13,7 +13,6 @@ from typing import Any
 from organism import Home, OrganismError, UsageError
 from swarm import map, thinking
 from swarm.colony import Colony, up
-from swarm.mesh import open_mesh
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -31,10 +30,11 @@ def run_up(
     ram: float | None,
     exchange: bool,
     gammas: bool,
+    ray: str | None,
 ) -> None:
     if n is None and not corpus and not colony_of(asking).homes():
         raise UsageError("How many? `organism swarm up -n N` says it.")
-    up(colony_of(asking).folder, n or 0, corpus, max or 64, ram, asking.note, exchange, gammas)
+    up(colony_of(asking).folder, n or 0, corpus, max or 64, ram, asking.note, exchange, gammas, ray)
 
 
 def run_status(asking: Any) -> None:
@@ -133,7 +133,7 @@ def run_ask(asking: Any, text: str, ensemble: bool) -> None:
     colony = colony_of(asking)
     if not colony.mesh_path.exists():
         raise OrganismError(f"There is no colony in {colony.folder}: `organism swarm up -n 4` starts one.")
-    with open_mesh(colony.mesh_path) as mesh:
+    with colony.mesh() as mesh:
         answer = thinking.ensemble(mesh, text, seed=asking.seed) if ensemble else thinking.ask(mesh, text)
     asking.result(answer, answer["text"])
 

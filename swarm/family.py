@@ -84,7 +84,7 @@ class Family:
             alive, most = len(mesh.peers(living=True)), self.life.config.life.family
             if alive >= most:
                 raise OrganismError(f"{alive} live in its mesh, and life.family is {most}.")
-            room_for_one_more(self.life.home.path)
+            room_for_one_more(self.life.home.path, free_memory())
             home = self.life.home.path
             names = (home.with_name(f"{home.name}-child{number}") for number in itertools.count(1))
             facts = self.life.bear(next(path for path in names if not path.exists()))
@@ -94,9 +94,9 @@ class Family:
         self.say(f"It divided: {facts['id']} is born in {facts['home']}.")
 
 
-def room_for_one_more(path: Path) -> None:
-    """Raises OrganismError where memory or the disk of a path is short."""
-    if (free := free_memory()) is not None and free < MEMORY:
+def room_for_one_more(path: Path, free: int | None) -> None:
+    """Raises OrganismError where memory, of which so many bytes are free (None: who knows), or the disk of a path is short."""
+    if free is not None and free < MEMORY:
         raise OrganismError(f"Only {free >> 20} MB of memory are free.")
     if (left := shutil.disk_usage(path).free) < DISK:
         raise OrganismError(f"Only {left >> 20} MB of its disk are free.")

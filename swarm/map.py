@@ -58,7 +58,7 @@ def _draw_places(axes, seen: Topology, labels: Sequence[str]) -> None:
             linewidth=1,
             zorder=1,
         )
-    compared = np.isfinite(seen.cosines).any(axis=1).tolist()
+    compared = [bool(np.isfinite(row).any()) for row in seen.cosines]
     colours = [
         "tab:red" if id in seen.outliers else "tab:blue" if known else "lightgrey"
         for id, known in zip(seen.ids, compared)

@@ -213,15 +213,16 @@ def default_mesh() -> str:
     return str(Path(platformdirs.user_data_dir("organism", appauthor=False)) / "mesh.db")
 
 
-def open_mesh(where: str | Path | None = None) -> Mesh:
-    """The mesh at a path or a Ray address, made where there is none; without one, that of `default_mesh`."""
+def open_mesh(where: str | Path | None = None, begin: bool = True) -> Mesh:
+    """The mesh at a path or a Ray address, made where there is none; without one, that of `default_mesh`. begin: "ray:local"
+    starts a cluster where none runs."""
     where = str(where or default_mesh())
     if where == "none":
         raise MeshError("There is no mesh: --mesh (or ORGANISM_MESH) says none.")
     if where.startswith("ray:"):
         from swarm.ray_mesh import RayMesh
 
-        return RayMesh(where)
+        return RayMesh(where, begin)
     return SQLiteMesh(where)
 
 
@@ -467,7 +468,8 @@ class SQLiteMesh(Mesh):
             "SELECT id, pid, started, machine, home, status, last_heartbeat, parent_id, protocol, facts "
             f"FROM organisms{where} ORDER BY joined, id"
         )
-        return [Row(*row, now - row[6] if row[6] <= now else float("inf")) for row in rows]  # of another boot: long ago
+        silence = lambda beat: now - beat if beat <= now else float("inf")  # of another boot: long ago
+        return [Row._make((*row, silence(row[6]))) for row in rows]
 
     def _bury(self, died: list[tuple[str, int]]) -> None:
         with self._writing() as connection:

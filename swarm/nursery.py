@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import select
@@ -18,6 +19,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,14 @@ HIBERNATES = 75  # exit code of who sleeps because others do better, and wants i
 PATIENCE = 40.0  # seconds that organisms get to save themselves
 
 
-def preload() -> None:
-    """Everything that organisms share, loaded before the first fork and never collected."""
+def preload(libraries: Sequence[str]) -> None:
+    """Everything that organisms share, and these libraries, loaded before the first fork and never collected."""
     import safetensors.numpy  # noqa: F401
 
     import swarm.member  # noqa: F401
 
+    for name in libraries:
+        importlib.import_module(name)
     if organism.kernels_ready():
         kernels = organism.organ("kernels")
         kernels.compile_parts(kernels.PARTS)
@@ -139,5 +143,5 @@ def live(order: dict[str, Any], home: Path) -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     organism.spare_memory()
-    preload()
+    preload(sys.argv[1:])
     Nursery().run()

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from organism import UsageError
 from swarm.mesh import Letter, Mesh, MeshError, Offer, Row, SQLiteMesh, boot_clock
 
 NAMESPACE = "organism"
@@ -55,6 +56,13 @@ class Address(NamedTuple):
             raise MeshError(f"{where!r} is no address of a Ray mesh: ray:local, ray:HOST:PORT and ray://HOST:PORT are.")
         cluster = f"ray:{match[1]}" if match[1].startswith("//") else match[1]
         return cls(cluster, match[2] or "")
+
+
+def cluster_of(flag: str) -> str:
+    """The cluster that --ray names. Raises UsageError."""
+    if not re.fullmatch(r"local|auto|(ray://)?[^/\s]+:\d+", flag):
+        raise UsageError(f"--ray {flag!r} is no address of a Ray cluster: local, HOST:PORT and ray://HOST:PORT are.")
+    return flag
 
 
 # --- The actor, and what it keeps. ---
@@ -171,14 +179,18 @@ def _own_path() -> Path:
 # --- This process in the cluster. ---
 
 
-def the_ray() -> Any:
+def the_ray(cluster: str = "") -> Any:
     """The library, set so that it tells nobody of its use and does not end a process whose cluster is gone."""
+    if cluster == "local":
+        _show_token()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(FOREVER))
     try:
         import ray
     except ImportError as error:
-        raise MeshError(f"A ray: mesh needs {error.name}, which is not installed: pip install -e '.[swarm]'") from None
+        raise MeshError(
+            f"A Ray cluster needs {error.name}, which is not installed: pip install -e '.[swarm]'"
+        ) from None
     return ray
 
 
@@ -190,7 +202,8 @@ class Membership:
         self.cluster = ""  # that was joined from here
         self.count = 0  # of joinings, so that handles of an earlier one are known
 
-    def join(self, cluster: str) -> None:
+    def join(self, cluster: str, begin: bool = True) -> None:
+        """begin: "local" is started where none runs on this machine."""
         ray = the_ray()
         with self.lock:
             if ray.is_initialized():
@@ -199,12 +212,16 @@ class Membership:
                 return
             try:
                 with _signals_kept():
-                    ray.init(_found(cluster), namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+                    address = _found(cluster, begin)
+                    ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError, OSError, ImportError, AssertionError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise MeshError(
                     f"The Ray cluster {cluster} cannot be joined ({reason}): `ray start --head` starts one."
                 ) from error
+            ray._private.worker._worker_logs_enabled = (
+                False  # what the cluster reports would go to this process's stdout
+            )
             self.cluster, self.count = cluster, self.count + 1
 
     def leave(self) -> None:
@@ -218,13 +235,12 @@ class Membership:
 membership = Membership()
 
 
-def _found(cluster: str) -> str:
-    """The address that `ray.init` takes, where something listens: it would wait for ever. "local" is started where nothing
-    runs on this machine."""
+def _found(cluster: str, begin: bool) -> str:
+    """The address that `ray.init` takes, where something listens: it would wait for ever."""
     if cluster.startswith("ray://"):
         return cluster
     if cluster in ("local", "auto"):
-        cluster = os.environ.get("RAY_ADDRESS") or _running() or (cluster == "local" and start_local()) or ""
+        cluster = os.environ.get("RAY_ADDRESS") or _running() or (begin and cluster == "local" and start_local()) or ""
         if not cluster:
             raise ConnectionError("this machine belongs to none")
     host, _, port = cluster.rpartition(":")
@@ -286,14 +302,13 @@ def _signals_kept() -> Iterator[None]:
 class RayMesh(Mesh):
     """A mesh by the actor of an address; the actor is made where there is none."""
 
-    def __init__(self, where: str):
-        self.where, self.address = where, Address.of(where)
+    def __init__(self, where: str, begin: bool = True):
+        self.where, self.address, self.begin = where, Address.of(where), begin
         self._client, self._number, self._seen = uuid.uuid4().hex, 0, 0
         self._lock = threading.RLock()
         self._actor: tuple[int, Any] | None = None  # (which joining, handle)
         self._closed = False
-        if self.address.cluster == "local":
-            _show_token()
+        the_ray(self.address.cluster)
         self._call("waiting")  # whatever is wrong is said now
 
     def _call(self, method: str, *args: Any) -> Any:
@@ -332,7 +347,7 @@ class RayMesh(Mesh):
     def _handle(self) -> Any:
         ray = the_ray()
         with membership.lock:
-            membership.join(self.address.cluster)
+            membership.join(self.address.cluster, self.begin)
             if self._actor is None or self._actor[0] != membership.count:
                 options = dict(name=f"mesh:{self.address.path or 'own'}", namespace=NAMESPACE, lifetime="detached",
                                get_if_exists=True, num_cpus=0, max_restarts=-1, max_task_retries=-1)  # fmt: skip

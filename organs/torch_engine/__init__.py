@@ -185,16 +185,16 @@ class Gradients:
         wide = out if out.dtype == torch.float64 else out.float()
         return F.cross_entropy(wide, targets.flatten(), reduction="sum")
 
-    def _accumulate(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> float:
-        """Fill `gradient` with that of the mean loss over all targets; returns that loss."""
+    def _accumulate(self, x: np.ndarray, y: np.ndarray, view: FieldView | None, targets: int) -> float:
+        """Fill `gradient` with that of the loss summed over all targets and divided by `targets`; returns that loss."""
         (B, T), total = x.shape, 0.0
         self.gradient.zero_()
-        micro = self._micro(B, T)
+        micro = self._micro(max(1, B), T)
         for b in range(0, B, micro):
             while self.yield_flag[0]:
                 time.sleep(0.001)
             rows = slice(b, b + micro)
-            loss = self._loss(x[rows], y[rows], None if view is None else view[b * T : (b + micro) * T]) / x.size
+            loss = self._loss(x[rows], y[rows], None if view is None else view[b * T : (b + micro) * T]) / targets
             loss.backward()
             total += float(loss.detach())
         return total
@@ -202,14 +202,18 @@ class Gradients:
     def of(self, x: np.ndarray, y: np.ndarray, view: FieldView | None) -> tuple[float, dict[str, np.ndarray]]:
         """The mean loss in nats, and its gradients by the names of the parameters."""
         with _flushed():
-            loss = self._accumulate(x, y, view)
+            loss = self._accumulate(x, y, view, x.size)
         trained = {name: parameter.grad for name, parameter in self.parameters.items() if parameter.requires_grad}
         return loss, {name: grad.cpu().numpy().copy() for name, grad in trained.items()}
 
-    def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None, rate: float, step: int) -> float:
-        """One step of AdamW on tokens x, targets y [B, T]; returns the mean loss in nats."""
+    def step(self, x: np.ndarray, y: np.ndarray, view: FieldView | None, rate: float, step: int, targets: int = 0,
+             add_up: Callable[[torch.Tensor], object] | None = None) -> float:  # fmt: skip
+        """One step of AdamW on tokens x, targets y [B, T]; returns the mean loss in nats. Of one worker among several, the
+        batch is a part of one with so many targets, and so is its loss; add_up sums their gradients, in place."""
         with _flushed():
-            loss = self._accumulate(x, y, view)
+            loss = self._accumulate(x, y, view, targets or x.size)
+            if add_up is not None:
+                add_up(self.gradient)
             self._adamw(rate, step)
         self.ahead = self.device.type != "cpu"
         return loss

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from itertools import count
@@ -27,32 +25,6 @@ from swarm.mesh import Mesh, MeshError, SQLiteMesh, open_mesh, start_time
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ["sqlite", "ray"]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A Ray cluster of one node of this machine, to which tests may add."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[swarm]'")
-    folder = tempfile.mkdtemp(prefix="ray-")  # a short path: sockets lie below it
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("RAY_raylet_start_wait_time_s", "100")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        for name, value in dict(initial_delay_ms=0, period_ms=500, timeout_ms=2000, failure_threshold=3).items():
-            patch.setenv(f"RAY_health_check_{name}", str(value))  # a lost node is noticed in seconds
-        patch.delenv("RAY_ADDRESS", raising=False)
-        from ray.cluster_utils import Cluster
-
-        running = Cluster(initialize_head=True, head_node_args=NODE)
-        yield running
-        from swarm.ray_mesh import membership
-
-        membership.leave()
-        running.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-NODE = dict(num_cpus=1, include_dashboard=False, object_store_memory=80 << 20)
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -306,8 +278,8 @@ def test_the_actor_is_killed_again_and_again_and_each_letter_arrives_once(cluste
         mesh.dismiss()
 
 
-def test_the_node_of_the_mesh_is_killed_and_each_letter_arrives_once(cluster, tmp_path):
-    node = cluster.add_node(**NODE)
+def test_the_node_of_the_mesh_is_killed_and_each_letter_arrives_once(cluster, add_node, tmp_path):
+    node = add_node()
     for n in range(30):  # Ray chooses the node
         where = f"ray:{cluster.address}{tmp_path}/mesh{n}.db"
         mesh = open_mesh(where)
