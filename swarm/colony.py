@@ -24,14 +24,15 @@ from typing import Any
 
 from organism import Config, OrganismError, UsageError
 from swarm.family import room_for_one_more
-from swarm.mesh import ANSWERS, SUPERVISOR, Letter, MeshError, SQLiteMesh, start_time
-from swarm.nursery import HIBERNATES
+from swarm.mesh import ANSWERS, SUPERVISOR, Letter, Mesh, MeshError, SQLiteMesh, start_time
+from swarm.metabolism import Metabolism
+from swarm.nursery import FRUGAL, HIBERNATES
+from swarm.rules import EMBRYO_MB, no_room, who_wakes
 from swarm.topology import Monitor, Topology, gammas_of, topology
 
 ROOT = Path(__file__).resolve().parent.parent
 BACK_OFF = (1.0, 60.0)  # seconds before a crashed organism is started again: the first time, and at most
 STABLE = 60.0  # seconds after which a crash counts as the first again
-EMBRYO_MB = 60  # that one more organism is expected to take
 MONITOR = 30.0  # seconds between two looks at the topology (spec/molequla.md §1.14)
 LOOK = 0.5  # seconds between two looks of the supervisor into the mesh
 PLACE_SECONDS = 120.0  # that a place is kept for a child whose parent was told that it may divide
@@ -177,7 +178,9 @@ class Supervisor:
                  say: Callable[[str], None], exchange: bool = False, gammas: bool = False):  # fmt: skip
         self.gammas = gammas
         self.colony, self.names, self.ram_gb, self.say, self.exchange = colony, names, ram_gb, say, exchange
-        self.most, self.rest = most, Config.load().life.rest_seconds
+        settings = Config.load().life
+        self.most, self.rest = most, settings.rest_seconds
+        self.metabolism = Metabolism() if settings.metabolism else None
         self.beds: dict[str, float] = {}  # who hibernates, and since when
         self.places: dict[str, float] = {}  # of children who may be born, and when that was said
         self.monitor, self.monitored = Monitor(), time.monotonic()
@@ -205,11 +208,10 @@ class Supervisor:
 
     async def _raise_all(self) -> None:
         """One nursery, until it ends or everything shall."""
-        one_thread = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.nursery = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "swarm.nursery", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, **one_thread, "PYTHONPATH": path}, start_new_session=True)  # fmt: skip
+            env={**os.environ, **FRUGAL, "PYTHONPATH": path}, start_new_session=True)  # fmt: skip
         listening = asyncio.create_task(self._listen(self.nursery))
         stop = asyncio.create_task(self.stopping.wait())
         await asyncio.wait((listening, stop), return_when=asyncio.FIRST_COMPLETED)
@@ -316,8 +318,16 @@ class Supervisor:
                 gammas = gammas_of({peer.id: mesh.blob(peer.id, "gamma") for peer in mesh.peers(living=True)})
                 for id, news in self.monitor.look(gammas).items():
                     mesh.post(SUPERVISOR, id, "topology", news)
+                self._feed(mesh)
             waiting = mesh.waiting() if self.beds else set()
             self.called = {Path(peer.home).name for peer in mesh.peers() if peer.id in waiting} if waiting else set()
+
+    def _feed(self, mesh: Mesh) -> None:
+        """Tell all who are awake what the metabolism would have them do more of, where there is one."""
+        if self.metabolism:
+            awake = {peer.id: peer.facts for peer in mesh.peers(living=True) if peer.facts.get("answers")}
+            for id, wanted in self.metabolism.advise(awake, os.cpu_count() or 1).items():
+                mesh.post(SUPERVISOR, id, "metabolism", wanted._asdict())
 
     def _answer(self, letter: Letter) -> dict[str, Any]:
         """{"home": where a child may be born} or {"error": why not}."""
@@ -333,10 +343,8 @@ class Supervisor:
         self.places = {name: at for name, at in self.places.items() if time.monotonic() - at < PLACE_SECONDS}
         if parent not in self.names:
             raise OrganismError(f"{parent} does not live in this colony.")
-        if len(self.names) + len(self.places) >= self.most:
-            raise OrganismError(f"{len(self.names)} live in the colony, and --max is {self.most}.")
-        if self.ram_gb is not None and self._memory_mb() + EMBRYO_MB * (1 + len(self.places)) > self.ram_gb * 1024:
-            raise OrganismError(f"{len(self.alive)} organisms fill --ram {self.ram_gb:g} GB.")
+        if why := no_room(len(self.names), len(self.places), self.most, self._memory_mb(), self.ram_gb):
+            raise OrganismError(why)
         room_for_one_more(self.colony.folder)
         taken = {*self.names, *self.places, *self.colony.homes()}
         name = next(name for number in itertools.count(1) if (name := f"{parent}-child{number}") not in taken)
@@ -348,12 +356,10 @@ class Supervisor:
         return [name for name in self.places if (self.colony.home(name) / "birth.json").exists()]
 
     def _awaited(self) -> list[str]:
-        """Who hibernates, and is to wake: for whom a letter waits; and whoever has slept longest, while a core is idle."""
-        called = [name for name in self.beds if name in self.called]
-        if called or not self.beds or len(self.alive) >= (os.cpu_count() or 1):
-            return called
-        longest = min(self.beds, key=self.beds.__getitem__)
-        return [longest] if time.monotonic() - self.beds[longest] >= self.rest else []
+        """Who hibernates, and is to wake."""
+        return who_wakes(
+            self.beds, self.called, len(self.alive), os.cpu_count() or 1, self.rest, time.monotonic()
+        )
 
     def _memory_mb(self) -> float:
         """What they take together; one that has just been started counts as what it will take."""

@@ -25,6 +25,9 @@ import organism
 
 HIBERNATES = 75  # exit code of who sleeps because others do better, and wants its bed kept (EX_TEMPFAIL of sysexits.h)
 PATIENCE = 40.0  # seconds that organisms get to save themselves
+# What a process of its own may waste, 32 together may not; NumPy reads it when it is imported. By default it asks for pages of
+# 2 MB for large arrays, of which an organism uses a corner.
+FRUGAL = dict(NUMPY_MADVISE_HUGEPAGE="0", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
 def preload() -> None:
@@ -39,6 +42,16 @@ def preload() -> None:
         kernels.release_compiler()
     gc.collect()
     gc.freeze()
+
+
+def spare_more() -> None:
+    """Beyond `organism.spare_memory`: arrays of 128 KB and more go back to the system at once, and all threads share one heap, so
+    that what one frees another uses."""
+    organism.spare_memory()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
 class Nursery:
@@ -138,6 +151,6 @@ def live(order: dict[str, Any], home: Path) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    organism.spare_memory()
+    spare_more()
     preload()
     Nursery().run()
