@@ -8845,7 +8845,7 @@ class Organism:
             if not self._await_kernels():
                 return
             self._settle()
-            with self._lock:
+            with self.turn(self._stop), self._lock:
                 _ = self.learner
             while not self._stop.is_set():
                 self._wake_up.wait(0.25)
@@ -8880,7 +8880,7 @@ class Organism:
         per_step = stage_batch(self.published.body.stage, self.config) * self.published.body.context
         if self.buffer.ready(time.monotonic()) or (self.learner.credit >= per_step and not self._speaking):
             self._busy, self.buffer.asked = True, False  # who asks from now on means the next burst
-            with self._lock:
+            with self.turn(self._stop), self._lock:
                 self._burst()
             self.buffer.reset(time.monotonic())
             self._buffered.clear()
@@ -9089,6 +9089,7 @@ class Organism:
     peer_syntropies: Sequence[float] = ()  # of those
     proposal: str | None = None  # what syntropy would have it do: "divide", "hibernate"
     appetites = Appetites()  # by the colony's metabolism
+    turn: Callable[[threading.Event], contextlib.AbstractContextManager] = contextlib.nullcontext  # to learn in
 
     @property
     def slope(self) -> float | None:

@@ -38,16 +38,15 @@ from organism import (
     growth_gates,
     stages,
 )
-from swarm.metabolism import LEAST, MOST, OUTPUTS, Metabolism, appetites
+from swarm.metabolism import LEAST, MOST, OUTPUTS, Metabolism, appetites, worths
 from swarm.rules import no_room, who_wakes, worth_giving, worth_waking
 
-TICK = 10.0  # seconds; also what a burst lasts at most (Organism._burst)
-ROUND = 30.0  # seconds between two words of the metabolism, and looks of the supervisor's monitor
+TICK = 30.0  # seconds: of three bursts at most (Organism._burst); as often speaks the metabolism (colony.MONITOR)
 BYTES_PER_TOKEN = 2.0
 SPEED = dict(zip(STAGES, (345_000, 215_000, 60_000, 10_800, 3_100, 1_440)))  # tokens a second of a core (docs/benchmarks.md, halved)
 FLOOR = dict(zip(STAGES, (0.5, 0.35, 0.22, 0.12, 0.05, 0.0)))  # nats that a stage cannot learn to save
 AMPLITUDE, SCALE, POWER = 3.0, 50_000, 0.35  # excess = amplitude · (1 + tokens / scale)^-power
-PROBE = 64  # tokens that are measured
+PROBE = 32  # tokens that are measured
 MORE = 0.01  # nats that a further minute of a core must bring, or it is no longer improving
 
 
@@ -152,12 +151,14 @@ Advice = Callable[[dict[str, Life], int], dict[str, Appetites]]
 
 
 def in_proportion() -> Advice:
-    """A fixed rule: everybody learns in proportion to what learning brought it, by the same means and limits as the network."""
+    """A fixed rule: everybody learns in proportion to what a minute of it promises, as the network sees it."""
     network = Metabolism()
 
     def advise(awake: dict[str, Life], cores: int) -> dict[str, Appetites]:
-        network.advise({name: life.facts() for name, life in awake.items()}, cores)
-        return {name: appetites(np.array([1 + a, 1, 1, 1, 1]) / OUTPUTS) for name, a in network.advantages().items()}
+        facts = {name: life.facts() for name, life in awake.items()}
+        network.advise(facts, cores)
+        worth = worths(network.records, facts)
+        return {name: appetites(np.array([1 + of, 1, 1, 1, 1]) / OUTPUTS) for name, of in zip(facts, worth)}
 
     return advise
 
@@ -203,8 +204,7 @@ class Day:
             self._ask()
             self._wake(now)
             self._learn(now)
-            if tick % round(ROUND / TICK) == 0:
-                self._round()
+            self._round()
 
     def _deliver(self, now: float) -> None:
         """Text comes; of a new kind, to each about four times a day."""

@@ -243,7 +243,7 @@ class Member:
         """Do what a letter asks; whatever it is, its writer hears of it, and the next letter is opened."""
         kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"surprise": self._surprise}
         if self.answers:
-            kinds |= {"topology": self._placed, "metabolism": self._fed, "ask": self._ask, "learn": self._learn, "stop": self._end,
+            kinds |= {"topology": self._placed, "metabolism": lambda payload: self._fed(letter.sender, payload), "ask": self._ask, "learn": self._learn, "stop": self._end,
                       "read": lambda payload: self._read(letter.sender, payload["text"]),
                       "next": lambda payload: self._read_on(letter.sender, payload["byte"])}  # fmt: skip
         if letter.kind in ANSWERS:
@@ -274,8 +274,10 @@ class Member:
         self.life.memory.event("topology", payload)
         return {}
 
-    def _fed(self, payload: dict[str, Any]) -> dict[str, Any]:
+    def _fed(self, sender: str, payload: dict[str, Any]) -> dict[str, Any]:
         """What the colony's metabolism would have it do more of."""
+        if sender != SUPERVISOR:
+            raise OrganismError("Only the supervisor of a colony says what to do more of.")
         given = [payload[name] for name in Appetites._fields]
         if not all(_is_number(factor) for factor in given):
             raise OrganismError(f"Appetites are numbers, not {given}.")

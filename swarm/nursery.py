@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import json
 import os
+import random
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +137,42 @@ def dwell(order: dict[str, Any]) -> int:
     return live(order, home)
 
 
+class Turnstile:
+    """As many at a time learn as the machine has cores: others would only wait for a core with twice the memory, since a burst
+    works on copies. Each place is a lock file; who dies lets go of it."""
+
+    def __init__(self, folder: Path, places: int):
+        self.paths = [folder / f"learning-{number}" for number in range(places)]
+
+    @contextlib.contextmanager
+    def turn(self, stop: threading.Event) -> Iterator[None]:
+        """Wait for a place, or until told to stop."""
+        handle, last = -1, len(self.paths) - 1
+        while handle < 0 and not stop.is_set():
+            try:
+                handle = self._try(self.paths[random.randint(0, last)])
+            except OSError:  # the folder is gone, or the disk full: better too many than none
+                break
+            if handle < 0:
+                stop.wait(0.02)
+        try:
+            yield
+        finally:
+            if handle >= 0:
+                os.close(handle)
+
+    @staticmethod
+    def _try(path: Path) -> int:
+        """A handle that holds the place; -1 where somebody else does."""
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return -1
+        return handle
+
+
 def live(order: dict[str, Any], home: Path) -> int:
     from swarm.member import Member
 
@@ -140,6 +180,8 @@ def live(order: dict[str, Any], home: Path) -> int:
     with organism.Organism(home, threads=1) as life:
         member = Member(life, order["mesh"], answers=True, exchange=bool(order.get("exchange")),
                         supervised=bool(order.get("supervised")), gammas=bool(order.get("gammas")))  # fmt: skip
+        if member.supervised:
+            life.turn = Turnstile(Path(order["mesh"]).parent, os.cpu_count() or 1).turn
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: member.end())
         if newborn and order.get("corpus"):

@@ -75,6 +75,8 @@ def topology(gammas: Mapping[str, np.ndarray]) -> Topology:
     sums, counts = np.zeros(len(ids)), np.zeros(len(ids))  # of each one's cosines with others
     for size in {gamma.size for gamma in flat}:
         rows = [k for k, gamma in enumerate(flat) if gamma.size == size and LEAST < norms[k] < np.inf]
+        if not rows:
+            continue
         group = [flat[k] for k in rows]
         many = len(rows) > MANY and size > SKETCH
         cosines[np.ix_(rows, rows)], sums[rows] = (_sketched if many else _multiplied)(group, norms[rows])
