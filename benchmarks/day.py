@@ -20,9 +20,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
-import common
 import numpy as np
 from common import table
 
@@ -75,6 +75,7 @@ class Life:
         self.spent = self.answered = self.taught = 0.0  # counters of the heartbeat
         for share in np.linspace(0.2, 1, 64) if like is None else ():  # it learned before this day, too
             self.curve.blocks.append(self._loss(share * self.tokens) + rng.normal(0, 0.02))
+        self.slope = self.curve.slope
         self.appetites, self.lived_since_gift = Appetites(), list[Text]()
 
     @property
@@ -99,7 +100,7 @@ class Life:
 
     def burst(self, seconds: float, now: float, peers: list[float]) -> str | None:
         """Read what waits and train for so many seconds of a core; what syntropy proposes."""
-        before = self._pulse()
+        before, blocks = self._pulse(), len(self.curve.blocks)
         fresh = sum(text.size for text in self.waiting)
         for text in self.waiting:
             self.tokens *= 1 - text.new * min(1.0, text.size / (self.lived + text.size) * 4)
@@ -114,12 +115,14 @@ class Life:
         for _ in range(int(self.steps + trained / per_step) - int(self.steps)):
             self.curve.add(self.loss + self.rng.normal(0, 0.05))
         self.steps += trained / per_step
+        if len(self.curve.blocks) != blocks:
+            self.slope = self.curve.slope
+            self._grow()
         self.buffer.reset(now)
         told = None
         if fresh:
             self.identity = self.identity + 0.01 * self.direction + self.rng.normal(0, 0.02, PROBE)
             told = self.syntropy.decide(before, self._pulse(), self.grown_up, peers, now, self.appetites)
-        self._grow()
         return told and told["proposal"]
 
     def _pulse(self) -> Pulse:
@@ -143,7 +146,7 @@ class Life:
 
     def facts(self) -> dict[str, float | None]:
         """As `Member.facts`."""
-        return dict(spent=self.spent, steps=self.steps, answered=self.answered, taught=self.taught, slope=self.curve.slope,
+        return dict(spent=self.spent, steps=self.steps, answered=self.answered, taught=self.taught, slope=self.slope,
                     entropy=self.syntropy.entropy, waiting=sum(text.size for text in self.waiting))  # fmt: skip
 
 
@@ -233,7 +236,9 @@ class Day:
         rest = self.config.life.rest_seconds
         for name in who_wakes(self.beds, self.called, len(self.awake), self.cores, rest, now):
             del self.beds[name]
-            self._add(self.asleep.pop(name))
+            life = self.asleep.pop(name)
+            life.syntropy = Syntropy(self.config.syntropy, life.syntropy.state())  # as `Organism` does when it wakes
+            self._add(life)
 
     def _learn(self, now: float) -> None:
         learners = [life for life in self.awake.values() if life.ready(now)]
@@ -287,6 +292,22 @@ class Day:
                 life.hear(Text(f"mesh:{giver.name}", min(text.size, 4096), new))
 
 
+DECIDERS: dict[str, Callable[[int], Advice | None]] = {
+    "fixed rules": lambda seed: None,
+    "metabolism": by_metabolism,
+    "in proportion": lambda seed: in_proportion(),
+    "the truth": lambda seed: by_truth,
+}
+
+
+def lived(options: argparse.Namespace, who: str, seed: int) -> Day:
+    """A day that is over."""
+    day = Day(options.organisms, options.cores, options.max, options.rate, seed, DECIDERS[who](seed), options.exchange)
+    day.run(options.hours)
+    day.advice = None  # a process cannot send it back
+    return day
+
+
 def summary(days: list[Day]) -> list[object]:
     mean = lambda of: statistics.mean(of(day) for day in days)
     awake = [count for day in days for count, _ in day.counts]
@@ -309,13 +330,13 @@ def main() -> None:
     parser.add_argument("--exchange", action="store_true")
     options = parser.parse_args()
     began, rows, shares = time.perf_counter(), [], {}
-    for name, advice in (("fixed rules", lambda seed: None), ("metabolism", by_metabolism), ("in proportion", lambda seed: in_proportion()), ("the truth", lambda seed: by_truth)):
-        days = [Day(options.organisms, options.cores, options.max, options.rate, seed, advice(seed), options.exchange)
-                for seed in range(options.seeds)]  # fmt: skip
-        for day in days:
-            day.run(options.hours)
-        shares[name] = [day.improving / day.spent for day in days]
-        rows.append([name, *summary(days)])
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        runs = {(who, seed): pool.submit(lived, options, who, seed) for who in DECIDERS for seed in range(options.seeds)}
+        days = {of: run.result() for of, run in runs.items()}
+    for who in DECIDERS:
+        mine = [days[who, seed] for seed in range(options.seeds)]
+        shares[who] = [day.improving / day.spent for day in mine]
+        rows.append([who, *summary(mine)])
     head = ["who decides", "awake", "most alive", "born", "hibernated", "core hours", "of them to improvers", "mean loss"]
     print(table(f"A day of {options.organisms}: {options.hours:g} h, {options.cores} cores, {options.seeds} seeds", head, rows))
     pairs = [after / before - 1 for before, after in zip(shares["fixed rules"], shares["metabolism"])]
@@ -324,5 +345,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert common
     main()
