@@ -4550,10 +4550,14 @@ class LearningCurve:
         quarter = len(self.blocks) // 4
         if quarter < 2:
             return None
-        return float(np.mean(self.blocks[-2 * quarter : -quarter]) - np.mean(self.blocks[-quarter:])) / (quarter * self.BLOCK)
+        return float(np.mean(self.blocks[-2 * quarter : -quarter]) - np.mean(self.blocks[-quarter:])) / (
+            quarter * self.BLOCK
+        )
 
 
-def growth_gates(following: str | None, lived: int, curve: LearningCurve, grown_at: int | None, config: Config) -> dict[str, Any]:
+def growth_gates(
+    following: str | None, lived: int, curve: LearningCurve, grown_at: int | None, config: Config
+) -> dict[str, Any]:
     """What the stage `following` (None: there is none) waits for, once so many bytes are lived: {"next", "bytes", "bytes_needed",
     "steps", "steps_needed", "gain", "flat", "ready"}. `grown_at`: the step of the last growth."""
     growth = config.growth
@@ -6339,6 +6343,9 @@ class Appetites(NamedTuple):
     answer: float = 1.0  # among those that a question surprises about as little, the one with the most answers
 
 
+USUAL = Appetites()
+
+
 class Standing(NamedTuple):
     """What decides whether an organism should divide or sleep: its last bursts, at most syntropy.history of them."""
 
@@ -6351,8 +6358,8 @@ class Standing(NamedTuple):
 
 
 def proposal(standing: Standing, peers: Sequence[float], config: SyntropyConfig, now: float,
-             appetites: Appetites = Appetites()) -> str | None:  # fmt: skip
-    """"divide" where it is grown up and overloaded, "hibernate" on a plateau beside a thriving peer (§1.10, §1.13); `peers`: the
+             appetites: Appetites = USUAL) -> str | None:  # fmt: skip
+    """ "divide" where it is grown up and overloaded, "hibernate" on a plateau beside a thriving peer (§1.10, §1.13); `peers`: the
     syntropies of those who live in its mesh."""
     loaded = np.mean([entropy > config.overload / appetites.divide for entropy in standing.entropies]) > 0.75
     falling = standing.trend.mean + config.significance * standing.trend.error < config.divide_trend
@@ -6432,7 +6439,7 @@ class Syntropy:
         return entropy, np.zeros(0) if seen is None else (p * (log_p - seen.dense_log())).sum(axis=1)
 
     def decide(self, before: Pulse, after: Pulse, grown_up: bool = False, peers: Sequence[float] = (),
-               now: float | None = None, appetites: Appetites = Appetites()) -> dict[str, Any]:  # fmt: skip
+               now: float | None = None, appetites: Appetites = USUAL) -> dict[str, Any]:  # fmt: skip
         """The action for the next burst, with its numbers. `peers`: syntropies of living ones, which a colony knows.
 
         Keys: action, wanted, entropy_before, entropy_after, syntropy_delta, trend, trend_error, field_deviation,
@@ -8586,7 +8593,9 @@ class Organism:
     def growth_gates(self) -> dict[str, Any]:
         """What the next stage waits for: bytes lived, steps at this stage, and `gain`, which must be below `flat`."""
         curve = self._learner.curve if self._learner else LearningCurve(self.state.get("curve", ()))
-        return growth_gates(self.next_stage, self.state["lived_bytes"], curve, self.published.body.grown_at, self.config)
+        return growth_gates(
+            self.next_stage, self.state["lived_bytes"], curve, self.published.body.grown_at, self.config
+        )
 
     def _advance_when_ready(self, learner: Learner) -> bool:
         """Grow by itself, past the gates, where memory suffices."""
@@ -9088,7 +9097,7 @@ class Organism:
     peers = 0  # others who live in its mesh, as far as it has heard
     peer_syntropies: Sequence[float] = ()  # of those
     proposal: str | None = None  # what syntropy would have it do: "divide", "hibernate"
-    appetites = Appetites()  # by the colony's metabolism
+    appetites = USUAL  # by the colony's metabolism
     turn: Callable[[threading.Event], contextlib.AbstractContextManager] = contextlib.nullcontext  # to learn in
 
     @property

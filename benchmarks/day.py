@@ -43,7 +43,9 @@ from swarm.rules import no_room, who_wakes, worth_giving, worth_waking
 
 TICK = 30.0  # seconds: of three bursts at most (Organism._burst); as often speaks the metabolism (colony.MONITOR)
 BYTES_PER_TOKEN = 2.0
-SPEED = dict(zip(STAGES, (345_000, 215_000, 60_000, 10_800, 3_100, 1_440)))  # tokens a second of a core (docs/benchmarks.md, halved)
+SPEED = dict(
+    zip(STAGES, (345_000, 215_000, 60_000, 10_800, 3_100, 1_440))
+)  # tokens a second of a core (docs/benchmarks.md, halved)
 FLOOR = dict(zip(STAGES, (0.5, 0.35, 0.22, 0.12, 0.05, 0.0)))  # nats that a stage cannot learn to save
 AMPLITUDE, SCALE, POWER = 3.0, 50_000, 0.35  # excess = amplitude · (1 + tokens / scale)^-power
 PROBE = 32  # tokens that are measured
@@ -63,7 +65,11 @@ class Life:
                  now: float, like: Life | None = None):  # fmt: skip
         self.name, self.config, self.rng, self.stage, self.lived = name, config, rng, stage, lived
         self.rate, self.newness = rate, newness  # bytes an hour that come to it; how new they are to it
-        self.buffer, self.curve, self.syntropy = QuantumBuffer(config.learning), LearningCurve(), Syntropy(config.syntropy)
+        self.buffer, self.curve, self.syntropy = (
+            QuantumBuffer(config.learning),
+            LearningCurve(),
+            Syntropy(config.syntropy),
+        )
         self.domain = like.domain if like else int(rng.integers(8))
         self.tokens = 8.0 * lived / BYTES_PER_TOKEN * rng.uniform(0.1, 1) if like is None else like.tokens / 2
         self.steps, self.grown_at, self.credit, self.waiting = 0, None, 0.0, list[Text]()
@@ -123,7 +129,7 @@ class Life:
         if fresh:
             self.identity = self.identity + 0.01 * self.direction + self.rng.normal(0, 0.02, PROBE)
             told = self.syntropy.decide(before, self._pulse(), self.grown_up, peers, now, self.appetites)
-        return told and told["proposal"]
+        return told["proposal"] if told else None
 
     def _pulse(self) -> Pulse:
         entropy = 0.7 * self.loss + self.pattern + self.rng.normal(0, 0.02, PROBE)
@@ -179,7 +185,9 @@ def by_metabolism(seed: int) -> Advice:
 class Day:
     """A colony, from midnight to midnight."""
 
-    def __init__(self, count: int, cores: int, most: int, mean_rate: float, seed: int, advice: Advice | None, exchange: bool):
+    def __init__(
+        self, count: int, cores: int, most: int, mean_rate: float, seed: int, advice: Advice | None, exchange: bool
+    ):
         self.config, self.rng, self.cores, self.most = Config(), np.random.default_rng(seed), cores, most
         self.advice, self.exchange, self.mean_rate = advice, exchange, mean_rate
         self.awake: dict[str, Life] = {}
@@ -192,7 +200,11 @@ class Day:
         for k in range(count):
             lived = int(np.exp(self.rng.normal(math.log(300_000), 1.0)))
             stage = names[min(5, sum(lived >= stages(self.config.body)[name][1] for name in names[1:]))]
-            self._add(Life(f"o{k + 1}", self.config, self.rng, stage, lived, self._rate(), float(self.rng.uniform() ** 2), 0.0))
+            self._add(
+                Life(
+                    f"o{k + 1}", self.config, self.rng, stage, lived, self._rate(), float(self.rng.uniform() ** 2), 0.0
+                )
+            )
 
     def _rate(self) -> float:
         return float(np.exp(self.rng.normal(math.log(self.mean_rate) - 0.5, 1.0)))
@@ -264,7 +276,17 @@ class Day:
                 return
             self.born += 1
             life.rate /= 2  # what came to one comes to two
-            child = Life(f"{life.name}-child{self.born}", self.config, self.rng, "infant", 75_000, life.rate, life.newness, now, life)
+            child = Life(
+                f"{life.name}-child{self.born}",
+                self.config,
+                self.rng,
+                "infant",
+                75_000,
+                life.rate,
+                life.newness,
+                now,
+                life,
+            )
             child.hear(Text("feed", min(life.lived // 2, 500_000), 0.5))  # the newer half of what its parent lived
             self._add(child)
 
@@ -331,14 +353,31 @@ def main() -> None:
     options = parser.parse_args()
     began, rows, shares = time.perf_counter(), [], {}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        runs = {(who, seed): pool.submit(lived, options, who, seed) for who in DECIDERS for seed in range(options.seeds)}
+        runs = {
+            (who, seed): pool.submit(lived, options, who, seed) for who in DECIDERS for seed in range(options.seeds)
+        }
         days = {of: run.result() for of, run in runs.items()}
     for who in DECIDERS:
         mine = [days[who, seed] for seed in range(options.seeds)]
         shares[who] = [day.improving / day.spent for day in mine]
         rows.append([who, *summary(mine)])
-    head = ["who decides", "awake", "most alive", "born", "hibernated", "core hours", "of them to improvers", "mean loss"]
-    print(table(f"A day of {options.organisms}: {options.hours:g} h, {options.cores} cores, {options.seeds} seeds", head, rows))
+    head = [
+        "who decides",
+        "awake",
+        "most alive",
+        "born",
+        "hibernated",
+        "core hours",
+        "of them to improvers",
+        "mean loss",
+    ]
+    print(
+        table(
+            f"A day of {options.organisms}: {options.hours:g} h, {options.cores} cores, {options.seeds} seeds",
+            head,
+            rows,
+        )
+    )
     pairs = [after / before - 1 for before, after in zip(shares["fixed rules"], shares["metabolism"])]
     print(f"Share to improvers, metabolism against fixed rules, seed by seed: {', '.join(f'{x:+.1%}' for x in pairs)}."
           f" {time.perf_counter() - began:.0f} s.")  # fmt: skip

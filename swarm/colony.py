@@ -357,9 +357,7 @@ class Supervisor:
 
     def _awaited(self) -> list[str]:
         """Who hibernates, and is to wake."""
-        return who_wakes(
-            self.beds, self.called, len(self.alive), os.cpu_count() or 1, self.rest, time.monotonic()
-        )
+        return who_wakes(self.beds, self.called, len(self.alive), os.cpu_count() or 1, self.rest, time.monotonic())
 
     def _memory_mb(self) -> float:
         """What they take together; one that has just been started counts as what it will take."""

@@ -23,7 +23,7 @@ from organism import Appetites, Organism, OrganismError, export_gamma
 from swarm.family import Family
 from swarm.mesh import ANSWERS, HEARTBEAT, OFFER_BYTES, SUPERVISOR, Letter, Mesh, MeshError, open_mesh
 from swarm.metabolism import LEAST, MOST
-from swarm.reading import ByteReader, packed
+from swarm.reading import ByteReader, bits_of, packed
 from swarm.rules import worth_giving
 from swarm.summary import NEWEST, Summary
 from swarm.topology import gamma_blob
@@ -32,6 +32,7 @@ log = logging.getLogger("organism.swarm")
 TICK = 0.1  # seconds between two looks into the inbox
 QUICK_TICK = 0.002  # while somebody reads along byte by byte
 QUICK_SECONDS = 2.0  # since they last asked
+SURPRISE_BYTES = 400  # of a question that are looked at: about a millisecond each
 READERS = 4  # that one may have at a time; who has not asked for longest makes room
 SUMMARY_SECONDS = 60.0  # between two summaries
 EXCHANGE = 60.0  # seconds between two gifts
@@ -40,9 +41,10 @@ GAMMA_STRENGTH = 0.1  # of somebody else's gamma that is tried
 
 
 def surprise_per_byte(life: Organism, text: str) -> float:
-    """Bits a byte that a text would cost it as it is, body and field together, frozen: what questions are routed by (by the field
-    alone, dialogue, which all have read, went astray). Safe beside a reply."""
-    return life.evaluate(text.encode("utf-8", "replace"))["bits_per_byte"] if text else 0.0
+    """Bits a byte that the end of a text costs it as it is, body and field together, frozen: what questions are routed by. Byte by
+    byte, since where tokens end is a matter of each one's tokenizer. Safe beside a reply."""
+    data = text.encode("utf-8", "replace")[-SURPRISE_BYTES:]
+    return float(bits_of(ByteReader.of(life), data).mean()) if data else 0.0
 
 
 class Reading(NamedTuple):
@@ -243,7 +245,8 @@ class Member:
         """Do what a letter asks; whatever it is, its writer hears of it, and the next letter is opened."""
         kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"surprise": self._surprise}
         if self.answers:
-            kinds |= {"topology": self._placed, "metabolism": lambda payload: self._fed(letter.sender, payload), "ask": self._ask, "learn": self._learn, "stop": self._end,
+            kinds |= {"topology": self._placed, "ask": self._ask, "learn": self._learn, "stop": self._end,
+                      "metabolism": lambda payload: self._fed(letter.sender, payload),
                       "read": lambda payload: self._read(letter.sender, payload["text"]),
                       "next": lambda payload: self._read_on(letter.sender, payload["byte"])}  # fmt: skip
         if letter.kind in ANSWERS:

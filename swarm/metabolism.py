@@ -24,7 +24,11 @@ import numpy as np
 from organism import Appetites
 
 INPUTS, HIDDEN, OUTPUTS = 5, 8, 5
-INNER_RATE, OUTER_RATE, FORGET = 0.01, 0.5, 0.001  # of a round, by the mean of all (molequla §1.14: 0.01, 0.01 and 0.001). Were the
+INNER_RATE, OUTER_RATE, FORGET = (
+    0.01,
+    0.5,
+    0.001,
+)  # of a round, by the mean of all (molequla §1.14: 0.01, 0.01 and 0.001). Were the
 # inner rate as large as the outer, hidden neurons would soon be all on or all off, and tell nobody from another.
 STRONGEST = 2.0  # connection: by itself Hebb's rule has no end
 WORTH = 0.01  # nats that a minute of a core should bring: as much as a burst, on a plateau (syntropy.plateau)
@@ -57,7 +61,9 @@ class Metabolism:
         self.inner = rng.uniform(-0.5, 0.5, (HIDDEN, INPUTS))
         self.outer = rng.uniform(-0.05, 0.05, (OUTPUTS, HIDDEN))
         self.records: dict[str, Record] = {}
-        self._fired: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # input, hidden, output of the last round
+        self._fired: dict[
+            str, tuple[np.ndarray, np.ndarray, np.ndarray]
+        ] = {}  # input, hidden, output of the last round
 
     def advise(self, facts: Mapping[str, Mapping[str, Any]], cores: int) -> dict[str, Appetites]:
         """What each should do more of, by their facts: COUNTERS; "slope", nats by which a step lowered the loss lately (None:
@@ -89,7 +95,9 @@ class Metabolism:
         """(values of the activities [n, 5], in the order of `Appetites`; the network's inputs [n, 5])."""
         worth = worths(self.records, facts)
         means = np.array([record.means for record in self.records.values()])
-        entropy, waiting = (np.array([max(0.0, _number(of.get(k))) for of in facts.values()]) for k in ("entropy", "waiting"))
+        entropy, waiting = (
+            np.array([max(0.0, _number(of.get(k))) for of in facts.values()]) for k in ("entropy", "waiting")
+        )
         answered, taught = (_beside(means[:, COUNTERS.index(what)]) for what in ("answered", "taught"))
         n = len(facts)
         room = np.full(n, np.clip((cores - n) / cores, -1, 1))

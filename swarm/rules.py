@@ -36,7 +36,9 @@ def no_room(living: int, expected: int, most: int, memory_mb: float, ram_gb: flo
     return None
 
 
-def who_wakes(beds: Mapping[str, float], called: Collection[str], awake: int, cores: int, rest: float, now: float) -> list[str]:
+def who_wakes(
+    beds: Mapping[str, float], called: Collection[str], awake: int, cores: int, rest: float, now: float
+) -> list[str]:
     """Of those who hibernate (since when): for whom a letter waits; and whoever has slept longest, while a core is idle and it has
     rested."""
     called = [name for name in beds if name in called]

@@ -70,7 +70,9 @@ def ask(mesh: Mesh, text: str) -> dict[str, Any]:
     with Correspondent(_asked(mesh, text)) as me:
         awake, asleep, guesses = _listeners(mesh, text)
         known = _surprises(me, awake, text)
-        keen = {peer.id: peer.facts["keen"] for peer in mesh.peers() if isinstance(peer.facts.get("keen"), (int, float))}
+        keen = {
+            peer.id: peer.facts["keen"] for peer in mesh.peers() if isinstance(peer.facts.get("keen"), (int, float))
+        }
         for id in [*worth_waking(known, asleep, guesses), *by_surprise(known, keen)]:
             letter = me.send(id, "ask", text=text)
             answer = me.answers({letter}, REPLY_SECONDS).get(letter)

@@ -56,7 +56,12 @@ RESTED = Standing([1.0] * 8, [0.015] * 8, Trend(0.0, 0.01), True, True, 0.0)
 def test_who_is_grown_up_and_overloaded_divides_after_the_cooldown():
     assert proposal(LOADED, [], CONFIG, 1000.0) == "divide"
     assert proposal(LOADED, [], CONFIG, 100.0) is None
-    for other in (dict(grown_up=False), dict(entropies=[1.0] * 8), dict(trend=Trend(-0.1, 0.1)), dict(entropies=[2.0] * 7)):
+    for other in (
+        dict(grown_up=False),
+        dict(entropies=[1.0] * 8),
+        dict(trend=Trend(-0.1, 0.1)),
+        dict(entropies=[2.0] * 7),
+    ):
         assert proposal(LOADED._replace(**other), [], CONFIG, 1000.0) is None
 
 
