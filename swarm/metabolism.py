@@ -84,10 +84,11 @@ class Metabolism:
         return {id: appetites(shares) for id, shares in zip(facts, out)}
 
     def _learn(self, values: np.ndarray, x: np.ndarray, hidden: np.ndarray, out: np.ndarray) -> None:
-        """Hebb's rule, by the mean over organisms: values [n, 5], inputs [n, 5], hidden [n, 8], outputs [n, 5]."""
-        worth = values * out
-        self.outer += OUTER_RATE * worth.T @ hidden / len(x) - FORGET * self.outer
-        self.inner += INNER_RATE * (worth.sum(axis=1, keepdims=True) * hidden).T @ x / len(x) - FORGET * self.inner
+        """Hebb's rule, by the mean over organisms: values [n, 5], inputs [n, 5], hidden [n, 8], outputs [n, 5]. What is common to all
+        is left out (the covariance rule, Sejnowski 1977), or all would be told more and more of the same."""
+        worth, x, apart = values * out, x - x.mean(axis=0), hidden - hidden.mean(axis=0)
+        self.outer += OUTER_RATE * worth.T @ apart / len(x) - FORGET * self.outer
+        self.inner += INNER_RATE * (worth.sum(axis=1, keepdims=True) * apart).T @ x / len(x) - FORGET * self.inner
         for weights in (self.inner, self.outer):
             np.clip(weights, -STRONGEST, STRONGEST, out=weights)
 
