@@ -315,6 +315,7 @@ class LifeConfig:
     keep_generations: int = 3  # newest generations kept, besides the marked and the milestones (DESIGN §4)
     family: int = 8  # organisms alive in its mesh from which on it does not divide by itself (chosen)
     rest_seconds: float = 60.0  # before a core without company wakes a sleeper of a colony (chosen)
+    metabolism: bool = False  # a colony's network says what each should do more of (off: see docs/swarm.md)
 
 
 CONFIG_CHOICES = {  # what a text may be, where it is one of a few
@@ -4557,6 +4558,31 @@ class LearningCurve:
         third, last = self.blocks[-2 * quarter : -quarter], self.blocks[-quarter:]
         return 1 - float(np.mean(last)) / float(np.mean(third))
 
+    @property
+    def slope(self) -> float | None:
+        """Nats by which a step lowered the loss, from the third quarter to the last; None where there is too little to tell."""
+        quarter = len(self.blocks) // 4
+        if quarter < 2:
+            return None
+        return float(np.mean(self.blocks[-2 * quarter : -quarter]) - np.mean(self.blocks[-quarter:])) / (
+            quarter * self.BLOCK
+        )
+
+
+def growth_gates(
+    following: str | None, lived: int, curve: LearningCurve, grown_at: int | None, config: Config
+) -> dict[str, Any]:
+    """What the stage `following` (None: there is none) waits for, once so many bytes are lived: {"next", "bytes", "bytes_needed",
+    "steps", "steps_needed", "gain", "flat", "ready"}. `grown_at`: the step of the last growth."""
+    growth = config.growth
+    if following is None:
+        return dict(next=None, ready=False)
+    needed, steps = stages(config.body)[following][1], len(curve.blocks) * curve.BLOCK
+    steps_needed = max(growth.least_steps, growth.window, grown_at or 0)
+    ready = lived >= needed and steps >= steps_needed and curve.gain < growth.flat
+    return dict(next=following, bytes=lived, bytes_needed=needed, steps=steps, steps_needed=steps_needed,
+                gain=curve.gain, flat=growth.flat, ready=ready)  # fmt: skip
+
 
 # --- The experience, which keeps what was read beside what the field thought of it then. ---
 
@@ -6361,6 +6387,44 @@ SYNTROPY_EFFECTS = {  # spec §1.10
 }  # fmt: skip
 
 
+class Appetites(NamedTuple):
+    """How much more than usual it should do of each, as factors; who says so is a colony's metabolism (swarm/metabolism.py)."""
+
+    learn: float = 1.0  # times learning.replay: tokens trained for each that is read
+    sleep: float = 1.0  # times syntropy.plateau
+    teach: float = 1.0  # times as many gifts
+    divide: float = 1.0  # syntropy.overload divided by this
+    answer: float = 1.0  # among those that a question surprises about as little, the one with the most answers
+
+
+USUAL = Appetites()
+
+
+class Standing(NamedTuple):
+    """What decides whether an organism should divide or sleep: its last bursts, at most syntropy.history of them."""
+
+    entropies: Sequence[float]  # nats after each
+    changes: Sequence[float]  # of the loss by each, nats; negative: it learned
+    trend: Trend  # its syntropy
+    steady: bool  # whether nothing else should be done
+    grown_up: bool
+    divided: float  # when it divided last, or was born; seconds
+
+
+def proposal(standing: Standing, peers: Sequence[float], config: SyntropyConfig, now: float,
+             appetites: Appetites = USUAL) -> str | None:  # fmt: skip
+    """ "divide" where it is grown up and overloaded, "hibernate" on a plateau beside a thriving peer (§1.10, §1.13); `peers`: the
+    syntropies of those who live in its mesh."""
+    loaded = np.mean([entropy > config.overload / appetites.divide for entropy in standing.entropies]) > 0.75
+    falling = standing.trend.mean + config.significance * standing.trend.error < config.divide_trend
+    cool = now - standing.divided >= config.divide_cooldown
+    if len(standing.entropies) >= config.history and standing.grown_up and loaded and falling and cool:
+        return "divide"
+    enough = len(standing.changes) >= config.history
+    plateau = enough and abs(np.mean(standing.changes)) < config.plateau * appetites.sleep
+    return "hibernate" if standing.steady and plateau and any(peer > config.thriving for peer in peers) else None
+
+
 class Syntropy:
     """Entropy, deviation from the field, purpose and its alignment → an action for the next burst.
 
@@ -6429,7 +6493,7 @@ class Syntropy:
         return entropy, np.zeros(0) if seen is None else (p * (log_p - seen.dense_log())).sum(axis=1)
 
     def decide(self, before: Pulse, after: Pulse, grown_up: bool = False, peers: Sequence[float] = (),
-               now: float | None = None) -> dict[str, Any]:  # fmt: skip
+               now: float | None = None, appetites: Appetites = USUAL) -> dict[str, Any]:  # fmt: skip
         """The action for the next burst, with its numbers. `peers`: syntropies of living ones, which a colony knows.
 
         Keys: action, wanted, entropy_before, entropy_after, syntropy_delta, trend, trend_error, field_deviation,
@@ -6446,8 +6510,10 @@ class Syntropy:
         if softened in (self.wanted, self.action):  # hysteresis: what is new has to be wanted twice
             self.action = softened
         self.wanted = softened
-        proposal = self._proposal(grown_up, peers, time.time() if now is None else now)
-        return dict(action=self.action, wanted=wanted, softened=wanted if softened != wanted else None, proposal=proposal,
+        now = time.time() if now is None else now
+        proposed = proposal(self.standing(grown_up), peers, self.config, now, appetites)
+        self.divided = now if proposed == "divide" else self.divided
+        return dict(action=self.action, wanted=wanted, softened=wanted if softened != wanted else None, proposal=proposed,
                     entropy_before=float(before.entropy.mean()), entropy_after=float(after.entropy.mean()),
                     syntropy_delta=float(before.entropy.mean() - after.entropy.mean()), trend=self.trend.mean,
                     trend_error=self.trend.error, field_deviation=deviation,
@@ -6491,20 +6557,11 @@ class Syntropy:
         tried = [record["worse"] for record in self.records if record["action"] == action]
         return sum(tried) >= 2 and 2 * sum(tried) > len(tried)
 
-    def _proposal(self, grown_up: bool, peers: Sequence[float], now: float) -> str | None:
-        """ "divide" where it is grown up and overloaded, "hibernate" on a plateau beside a thriving peer (§1.10, §1.13)."""
-        config, full = self.config, len(self.history) >= self.config.history
-        loaded = np.mean([float(e.mean()) > config.overload for e in self.history]) > 0.75
-        falling = self.trend.mean + config.significance * self.trend.error < config.divide_trend
-        if full and grown_up and loaded and falling and now - self.divided >= config.divide_cooldown:
-            self.divided = now
-            return "divide"
-        last = self.records[-config.history :]
-        plateau = (
-            len(last) == config.history and abs(np.mean([r["after"] - r["before"] for r in last])) < config.plateau
-        )
-        thriving = any(syntropy > config.thriving for syntropy in peers)
-        return "hibernate" if self.action == "steady" and plateau and thriving else None
+    def standing(self, grown_up: bool) -> Standing:
+        """What the colony's rules ask of it."""
+        changes = [record["after"] - record["before"] for record in self.records[-self.config.history :]]
+        return Standing([float(entropy.mean()) for entropy in self.history], changes, self.trend, self.action == "steady",
+                        grown_up, self.divided)  # fmt: skip
 
     def steer(self, learner: Learner) -> None:
         """Let the last decision shape the burst that begins, within bounds; without syntropy.steer, nothing."""
@@ -6782,6 +6839,8 @@ class Memory:
     locked or cannot be written, and where the disk is full.
     """
 
+    CACHE_KB = 512  # of pages that each connection keeps; the system has the others
+
     def __init__(self, path: str | Path, read_only: bool = False, config: MemoryConfig | None = None):
         self.path, self.read_only, self.config = Path(path), read_only, config or MemoryConfig()
         self._write_lock, self._read_lock = threading.RLock(), threading.RLock()
@@ -6806,9 +6865,11 @@ class Memory:
 
     def _connect(self, query: str = "") -> sqlite3.Connection:
         address = self.path.absolute().as_uri() + query
-        return sqlite3.connect(
+        connection = sqlite3.connect(
             address, uri=True, check_same_thread=False, timeout=self.config.busy_seconds, isolation_level=None
         )
+        connection.execute(f"PRAGMA cache_size = -{self.CACHE_KB}")
+        return connection
 
     def _connect_reader(self) -> sqlite3.Connection:
         if not self.path.exists():
@@ -8373,7 +8434,7 @@ class Organism:
         felt = self.syntropy.measure(learner, guard, was) if rows and self.config.syntropy.measure else None
         self.syntropy.steer(learner)
         fresh = self._read_rows(learner, rows)
-        learner.credit += fresh * self._replay
+        learner.credit += fresh * self._replay * self.appetites.learn
         loss = self._spend_credit(learner, fresh, seconds, at_least=4 if fresh else 0)
         objection, now = self._look_back(learner, guard, was, rehearse=bool(fresh))
         learner.urge, learner.accumulate = 1.0, 1  # syntropy's word counts for this burst alone
@@ -8463,7 +8524,7 @@ class Organism:
 
     def _feel(self, before: Pulse, after: Pulse) -> None:
         """Syntropy's decision about a burst, as an event and a row; it is kept with the next generation."""
-        told = self.syntropy.decide(before, after, self.grown_up, self.peer_syntropies)
+        told = self.syntropy.decide(before, after, self.grown_up, self.peer_syntropies, appetites=self.appetites)
         self.proposal = told["proposal"]
         self.state["syntropy"] = self.syntropy.state()
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
@@ -8585,15 +8646,10 @@ class Organism:
 
     def growth_gates(self) -> dict[str, Any]:
         """What the next stage waits for: bytes lived, steps at this stage, and `gain`, which must be below `flat`."""
-        following, body, growth = self.next_stage, self.published.body, self.config.growth
-        if following is None:
-            return dict(next=None, ready=False)
         curve = self._learner.curve if self._learner else LearningCurve(self.state.get("curve", ()))
-        needed, steps = stages(self.config.body)[following][1], len(curve.blocks) * curve.BLOCK
-        steps_needed = max(growth.least_steps, growth.window, body.grown_at or 0)
-        ready = self.state["lived_bytes"] >= needed and steps >= steps_needed and curve.gain < growth.flat
-        return dict(next=following, bytes=self.state["lived_bytes"], bytes_needed=needed, steps=steps, steps_needed=steps_needed,
-                    gain=curve.gain, flat=growth.flat, ready=ready)  # fmt: skip
+        return growth_gates(
+            self.next_stage, self.state["lived_bytes"], curve, self.published.body.grown_at, self.config
+        )
 
     def _advance_when_ready(self, learner: Learner) -> bool:
         """Grow by itself, past the gates, where memory suffices."""
@@ -8852,7 +8908,7 @@ class Organism:
             if not self._await_kernels():
                 return
             self._settle()
-            with self._lock:
+            with self.turn(self._stop), self._lock:
                 _ = self.learner
             while not self._stop.is_set():
                 self._wake_up.wait(0.25)
@@ -8887,7 +8943,7 @@ class Organism:
         per_step = stage_batch(self.published.body.stage, self.config) * self.published.body.context
         if self.buffer.ready(time.monotonic()) or (self.learner.credit >= per_step and not self._speaking):
             self._busy, self.buffer.asked = True, False  # who asks from now on means the next burst
-            with self._lock:
+            with self.turn(self._stop), self._lock:
                 self._burst()
             self.buffer.reset(time.monotonic())
             self._buffered.clear()
@@ -9095,6 +9151,13 @@ class Organism:
     peers = 0  # others who live in its mesh, as far as it has heard
     peer_syntropies: Sequence[float] = ()  # of those
     proposal: str | None = None  # what syntropy would have it do: "divide", "hibernate"
+    appetites = USUAL  # by the colony's metabolism
+    turn: Callable[[threading.Event], contextlib.AbstractContextManager] = contextlib.nullcontext  # to learn in
+
+    @property
+    def slope(self) -> float | None:
+        """Nats by which a step of training lowers the loss lately; None where there is too little to tell."""
+        return (self._learner.curve if self._learner else LearningCurve(self.state.get("curve", ()))).slope
 
     @property
     def busy(self) -> bool:

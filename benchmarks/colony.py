@@ -1,6 +1,9 @@
 """What one more organism of a colony costs: unique memory (proportional set size) of each, all alive and learning; how long
 it takes until all are heard, and until `status` tells of four that were killed.
 
+Each reads 20,000 bytes of its own. Once all have trained on that (or --patience is over: then those count that have), memory is
+looked at every two seconds, while every ten seconds each is sent 2,000 bytes more.
+
     python benchmarks/colony.py                32 embryos, each with a text to learn
     python benchmarks/colony.py -n 8 --seconds 20
 
@@ -10,6 +13,7 @@ The peer is the same number of processes that share nothing: as many `organism c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import statistics
@@ -22,6 +26,9 @@ from pathlib import Path
 from common import ROOT, table, texts
 
 from swarm.colony import Colony, proportional_mb
+from swarm.mesh import open_mesh
+
+PIECE, FEED = 2000, 10.0  # bytes that each is sent, and seconds between two
 
 
 def alive(colony: Colony) -> list[dict]:
@@ -42,6 +49,23 @@ def all_know(colony: Colony, ignorant: set[int], alive_now: int) -> bool:
     """Whether all of these have said, once, that fewer others live; who has said so is taken out."""
     ignorant -= {row["pid"] for row in alive(colony) if row["peers"] < alive_now}
     return not ignorant
+
+
+def raised(colony: Colony, source: bytes, seconds: float) -> tuple[list[list[float]], int]:
+    """(MB of each that has trained, at each look; how many trained meanwhile), while all are fed."""
+    before = {row["id"]: row["training_tokens"] for row in alive(colony)}
+    began, looks, fed = time.monotonic(), [], 0
+    with open_mesh(colony.mesh_path) as mesh:
+        while (now := time.monotonic() - began) < seconds:
+            if now >= FEED * fed:
+                for k, id in enumerate(before):
+                    at = (fed * len(before) + k) * PIECE % (len(source) - PIECE)
+                    mesh.post("bench", id, "learn", dict(text=source[at : at + PIECE].decode("utf-8", "replace")))
+                fed += 1
+            looks.append([proportional_mb(row["pid"]) for row in alive(colony) if row["training_tokens"]])
+            mesh.settle([letter.id for letter in mesh.inbox("bench", 1000)])
+            time.sleep(2)
+    return looks, sum(row["training_tokens"] > before[row["id"]] for row in alive(colony))
 
 
 def alone(text: Path, folder: Path, count: int, seconds: float) -> float:
@@ -78,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60.0, help="of learning before memory is looked at")
+    parser.add_argument("--patience", type=float, default=900.0, help="seconds until all should have trained")
     parser.add_argument("--alone", type=int, default=2, help="processes that share nothing")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=PATH")
     options = parser.parse_args()
@@ -105,10 +130,10 @@ def main() -> None:
         try:
             until(lambda: len(alive(colony)) == options.n)
             heard = time.perf_counter() - began
-            time.sleep(options.seconds)
+            with contextlib.suppress(SystemExit):  # then those count that have
+                until(lambda: all(row["training_tokens"] for row in alive(colony)), options.patience)
+            looks, learned = raised(colony, source[options.n * part :] or source, options.seconds)
             rows = alive(colony)
-            sizes = [proportional_mb(row["pid"]) for row in rows]
-            learned = sum(bool(row["training_tokens"]) for row in rows)
             victims = {row["pid"] for row in rows[:4]}
             survivors = {row["pid"] for row in rows} - victims
             for pid in victims:
@@ -124,9 +149,10 @@ def main() -> None:
         left = len(alive(colony))
     head = ["", "measured"]
     lines = [
-        ["alive, of them with training behind them", f"{len(sizes)}, {learned}"],
-        ["MB an organism, proportional set size: mean", statistics.mean(sizes)],
-        ["MB an organism: largest", max(sizes)],
+        ["alive, trained before the last look, trained between looks", f"{len(rows)}, {len(looks[-1])}, {learned}"],
+        ["MB an organism, proportional set size: mean of all looks", statistics.mean(map(statistics.mean, looks))],
+        ["MB an organism: mean at the worst look", max(map(statistics.mean, looks))],
+        ["MB of the largest at any look", max(map(max, looks))],
         ["MB a process that shares nothing (`organism chat`), mean", single],
         ["s from `swarm up` to all heard", heard],
         ["s from `kill -9` of 4 to `status` without them", truth],

@@ -54,6 +54,22 @@ def raise_one(home: Path, text: bytes, steps: int, stage: str, seed: int) -> flo
         return life.state["training_flops"]
 
 
+def raise_family(folder: Path, learned: dict[str, bytes], steps: int, stage: str, youth: float) -> float:
+    """Homes NAME of clones of one parent, which read `youth` of each text, in turns, and trained as much of all steps; each
+    then goes on with the rest of its own. The training FLOPs of all."""
+    cut = {name: int(youth * len(text)) for name, text in learned.items()}
+    mixed = interleaved({name: text[: cut[name]] for name, text in learned.items()})
+    first = round(youth * steps * len(learned))
+    total = parents = raise_one(folder / "parent", mixed, first, stage, 1)
+    for name, text in learned.items():
+        if not (folder / name).exists():
+            with Organism(folder / "parent", seed=1) as parent:
+                parent.bear(folder / name, clone=True)
+        goal = first + round((1 - youth) * steps)
+        total += raise_one(folder / name, text[cut[name] :], goal, stage, 1) - parents
+    return total
+
+
 def read(home: Path, passages: dict[str, list[bytes]]) -> tuple[dict[str, list[np.ndarray]], dict[str, list[float]]]:
     """({domain: next-byte distributions of each passage, float32 [n, 257]}, {domain: surprise of each question})."""
     with Organism(home, read_only=True, threads=1) as life:
@@ -96,6 +112,10 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=5, help="held out of each domain")
     parser.add_argument("--stage", default="child")
     parser.add_argument(
+        "--youth", type=float, default=0.0,
+        help="share of all compute and text that one parent takes before it divides into the specialists; 0: raised apart",
+    )  # fmt: skip
+    parser.add_argument(
         "--folder", type=Path, help="where the organisms live (default: a temporary one); again: goes on"
     )
     options = parser.parse_args()
@@ -106,8 +126,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="organism-bench-") as scratch:
         folder, began = options.folder or Path(scratch), time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
-        flops = [raise_one(folder / name, text, options.steps, options.stage, 1) for name, text in learned.items()]
-        flops.append(raise_one(folder / "one", interleaved(learned), options.steps * len(learned), options.stage, 1))
+        if options.youth:
+            spent = raise_family(folder, learned, options.steps, options.stage, options.youth)
+        else:
+            spent = sum(raise_one(folder / n, text, options.steps, options.stage, 1) for n, text in learned.items())
+        alone = raise_one(folder / "one", interleaved(learned), options.steps * len(learned), options.stage, 1)
         seconds = time.perf_counter() - began
         seen = {name: read(folder / name, held) for name in (*learned, "one")}
     rows, hits = [], 0
@@ -123,7 +146,6 @@ def main() -> None:
         best = min(cost[name] for name in learned)
         rows.append([domain, best, routed, mixed, cost["one"], f"{routed / best - 1:+.1%}", f"{mixed / best - 1:+.1%}",
                      f"{mixed / cost['one'] - 1:+.1%}"])  # fmt: skip
-    total = sum(flops[:-1])
     head = [
         "held out",
         "best specialist",
@@ -138,7 +160,7 @@ def main() -> None:
                 [[*row[:1], *(f"{x:.4f}" for x in row[1:5]), *row[5:]] for row in rows]))  # fmt: skip
     passages = sum(map(len, held.values()))
     print(f"The router chose the specialist for {hits} of {passages} passages of {PASSAGE} bytes, by the first {QUESTION}. Training"
-          f" FLOPs: {total:.3g} of the four, {flops[-1]:.3g} of the one. {os.cpu_count()} cores, {seconds:.0f} s of training.")  # fmt: skip
+          f" FLOPs: {spent:.3g} of the four, {alone:.3g} of the one. {os.cpu_count()} cores, {seconds:.0f} s of training.")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,11 +24,13 @@ from typing import Any
 from organism import Config, OrganismError, UsageError
 from swarm.family import room_for_one_more
 from swarm.mesh import ANSWERS, SUPERVISOR, Letter, Mesh, MeshError, machine, open_mesh, start_time
+from swarm.metabolism import Metabolism
 from swarm.nursery import HIBERNATES
 from swarm.ray_mesh import membership
+from swarm.rules import EMBRYO_MB, no_room, who_wakes
 from swarm.thinking import Correspondent
 from swarm.topology import Monitor, Topology, gammas_of, topology
-from swarm.wards import EMBRYO_MB, Cluster, Here
+from swarm.wards import Cluster, Here
 
 BACK_OFF = (1.0, 60.0)  # seconds before a crashed organism is started again: the first time, and at most
 STABLE = 60.0  # seconds after which a crash counts as the first again
@@ -207,7 +209,9 @@ class Supervisor:
                  exchange: bool = False, gammas: bool = False, land: Here | Cluster | None = None):  # fmt: skip
         self.gammas, self.land = gammas, land or Here(colony)
         self.colony, self.names, self.ram_gb, self.say, self.exchange = colony, names, ram_gb, say, exchange
-        self.most, self.rest = most, Config.load().life.rest_seconds
+        settings = Config.load().life
+        self.most, self.rest = most, settings.rest_seconds
+        self.metabolism = Metabolism() if settings.metabolism else None
         self.beds: dict[str, float] = {}  # who hibernates, and since when
         self.places: dict[str, float] = {}  # of children who may be born, and when that was said
         self.monitor, self.monitored = Monitor(), time.monotonic()
@@ -397,8 +401,16 @@ class Supervisor:
                 gammas = gammas_of({peer.id: mesh.blob(peer.id, "gamma") for peer in mesh.peers(living=True)})
                 for id, news in self.monitor.look(gammas).items():
                     mesh.post(SUPERVISOR, id, "topology", news)
+                self._feed(mesh)
             waiting = mesh.waiting() if self.beds else set()
             self.called = {Path(peer.home).name for peer in mesh.peers() if peer.id in waiting} if waiting else set()
+
+    def _feed(self, mesh: Mesh) -> None:
+        """Tell all who are awake what the metabolism would have them do more of, where there is one."""
+        if self.metabolism:
+            awake = {peer.id: peer.facts for peer in mesh.peers(living=True) if peer.facts.get("answers")}
+            for id, wanted in self.metabolism.advise(awake, self._cores()).items():
+                mesh.post(SUPERVISOR, id, "metabolism", wanted._asdict())
 
     def _answer(self, letter: Letter) -> dict[str, Any]:
         """{"home": where a child may be born}, {"ending": True} or {"error": why not}."""
@@ -417,10 +429,8 @@ class Supervisor:
         self.places = {name: at for name, at in self.places.items() if time.monotonic() - at < PLACE_SECONDS}
         if parent not in self.names:
             raise OrganismError(f"{parent} does not live in this colony.")
-        if len(self.names) + len(self.places) >= self.most:
-            raise OrganismError(f"{len(self.names)} live in the colony, and --max is {self.most}.")
-        if self.ram_gb is not None and self._memory_mb() + EMBRYO_MB * (1 + len(self.places)) > self.ram_gb * 1024:
-            raise OrganismError(f"{len(self.alive)} organisms fill --ram {self.ram_gb:g} GB.")
+        if why := no_room(len(self.names), len(self.places), self.most, self._memory_mb(), self.ram_gb):
+            raise OrganismError(why)
         room_for_one_more(self.colony.folder, self._free())
         taken = {*self.names, *self.places, *self.colony.homes()}
         name = next(name for number in itertools.count(1) if (name := f"{parent}-child{number}") not in taken)
@@ -432,13 +442,12 @@ class Supervisor:
         return [name for name in self.places if (self.colony.home(name) / "birth.json").exists()]
 
     def _awaited(self) -> list[str]:
-        """Who hibernates, and is to wake: for whom a letter waits; and whoever has slept longest, while a core is idle."""
-        called = [name for name in self.beds if name in self.called]
-        cores = sum(ward.cores for ward in self.wards) or os.cpu_count() or 1
-        if called or not self.beds or len(self.alive) >= cores:
-            return called
-        longest = min(self.beds, key=self.beds.__getitem__)
-        return [longest] if time.monotonic() - self.beds[longest] >= self.rest else []
+        """Who hibernates, and is to wake."""
+        return who_wakes(self.beds, self.called, len(self.alive), self._cores(), self.rest, time.monotonic())
+
+    def _cores(self) -> int:
+        """Of all places where they live."""
+        return sum(ward.cores for ward in self.wards) or os.cpu_count() or 1
 
     def _memory_mb(self) -> float:
         """What they take together; one that has just been started counts as what it will take."""

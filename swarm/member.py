@@ -19,10 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from organism import SEED_CORPUS, THOUGHT, Organism, OrganismError, export_gamma
+from organism import Appetites, Organism, OrganismError, export_gamma
 from swarm.family import Family
 from swarm.mesh import ANSWERS, HEARTBEAT, OFFER_BYTES, SUPERVISOR, Letter, Mesh, MeshError, open_mesh
-from swarm.reading import ByteReader, packed
+from swarm.metabolism import LEAST, MOST
+from swarm.reading import ByteReader, bits_of, packed
+from swarm.rules import worth_giving
 from swarm.summary import NEWEST, Summary
 from swarm.topology import gamma_blob
 
@@ -30,24 +32,19 @@ log = logging.getLogger("organism.swarm")
 TICK = 0.1  # seconds between two looks into the inbox
 QUICK_TICK = 0.002  # while somebody reads along byte by byte
 QUICK_SECONDS = 2.0  # since they last asked
+SURPRISE_BYTES = 400  # of a question that are looked at: about a millisecond each
 READERS = 4  # that one may have at a time; who has not asked for longest makes room
 SUMMARY_SECONDS = 60.0  # between two summaries
 EXCHANGE = 60.0  # seconds between two gifts
 GIFT_BYTES = 4096  # of a gift at most
 GAMMA_STRENGTH = 0.1  # of somebody else's gamma that is tried
-PRIVATE = (
-    "chat",
-    "giant",
-    THOUGHT,
-    SEED_CORPUS,
-)  # sources that are never given away: what was said or thought, and what all read
 
 
 def surprise_per_byte(life: Organism, text: str) -> float:
-    """Bits a byte that its field would pay for a text, frozen: what questions are routed by. Safe beside a reply."""
-    snap, data = life.published, text.encode("utf-8", "replace")
-    bits, _ = snap.field.reader().read(snap.tokenizer.encode(data), learn=False)
-    return float(bits.sum()) / max(1, len(data))
+    """Bits a byte that the end of a text costs it as it is, body and field together, frozen: what questions are routed by. Byte by
+    byte, since where tokens end is a matter of each one's tokenizer. Safe beside a reply."""
+    data = text.encode("utf-8", "replace")[-SURPRISE_BYTES:]
+    return float(bits_of(ByteReader.of(life), data).mean()) if data else 0.0
 
 
 class Reading(NamedTuple):
@@ -78,6 +75,7 @@ class Member:
         self._told = self._summed = -1  # generations whose gamma and summary the mesh knows
         self._summed_at = -SUMMARY_SECONDS
         self._readings: dict[str, Reading] = {}  # by who reads along
+        self._spoken = self._taught = 0  # answers and gifts since it woke
 
     def run(self) -> None:
         """Until `stop`, or a letter that says so. A mesh that cannot be used is reported once and tried again."""
@@ -89,7 +87,7 @@ class Member:
                     self._look_around(mesh)
                     mesh.heartbeat(self.id, self.facts(), self._news())
                     last = time.monotonic()
-                if self.exchange and time.monotonic() - gave >= EXCHANGE:
+                if self.exchange and time.monotonic() - gave >= EXCHANGE / self.life.appetites.teach:
                     self.trade(mesh)
                     if self.gammas and not self.life.busy:
                         self.trade_gammas(mesh)
@@ -140,7 +138,9 @@ class Member:
         return dict(stage=body.stage, n_params=body.n_params, loss=state.get("loss"), generation=self.life.published.number,
                     syntropy=syntropy.trend.mean, entropy=syntropy.entropy,
                     lived_bytes=state.get("lived_bytes"), training_tokens=state.get("training_tokens"), answers=self.answers,
-                    hibernating=self.hibernating, peers=self.life.peers)  # fmt: skip
+                    hibernating=self.hibernating, peers=self.life.peers, keen=self.life.appetites.answer,
+                    spent=time.process_time(), steps=body.steps, slope=self.life.slope, waiting=self.life.buffer.bytes,
+                    answered=self._spoken, taught=self._taught)  # fmt: skip
 
     def _look_around(self, mesh: Mesh) -> None:
         """Who else lives, and how well they do; children that have ended are reaped."""
@@ -208,13 +208,14 @@ class Member:
         """
         rows = list(self.life.memory.lived(after_seq=self._given))
         self._given = rows[-1].seq if rows else self._given
-        own = [row for row in rows if row.source not in PRIVATE and not row.source.startswith("mesh:")]
-        for row in own[-1:]:
+        own = worth_giving(rows)
+        for row in own:
             mesh.offer(self.id, "text", _whole_lines(row.text))
+            self._taught += 1
         gifts = mesh.claim(self.id, "text")
         for gift in gifts:
             self.life.learn(gift.payload[:GIFT_BYTES], source=f"mesh:{gift.sender}")
-        return len(own[-1:]), len(gifts)
+        return len(own), len(gifts)
 
     def trade_gammas(self, mesh: Mesh) -> tuple[int, int]:
         """Offer its gamma, where that is new and fits into an offer, and try the newest of each of the others; (given, taken
@@ -245,6 +246,7 @@ class Member:
         kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"surprise": self._surprise}
         if self.answers:
             kinds |= {"topology": self._placed, "ask": self._ask, "learn": self._learn, "stop": self._end,
+                      "metabolism": lambda payload: self._fed(letter.sender, payload),
                       "read": lambda payload: self._read(letter.sender, payload["text"]),
                       "next": lambda payload: self._read_on(letter.sender, payload["byte"])}  # fmt: skip
         if letter.kind in ANSWERS:
@@ -275,9 +277,20 @@ class Member:
         self.life.memory.event("topology", payload)
         return {}
 
+    def _fed(self, sender: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """What the colony's metabolism would have it do more of."""
+        if sender != SUPERVISOR:
+            raise OrganismError("Only the supervisor of a colony says what to do more of.")
+        given = [payload[name] for name in Appetites._fields]
+        if not all(_is_number(factor) for factor in given):
+            raise OrganismError(f"Appetites are numbers, not {given}.")
+        self.life.appetites = Appetites(*(min(MOST, max(LEAST, factor)) for factor in given))
+        return {}
+
     def _ask(self, payload: dict[str, Any]) -> dict[str, Any]:
         reply = self.life.say(payload["text"])
         text = reply.text  # the reply is made here
+        self._spoken += 1
         return dict(reply.as_dict(), text=text)
 
     def _read(self, who: str, text: str) -> dict[str, Any]:

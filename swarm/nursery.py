@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
 import os
+import random
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ import organism
 
 HIBERNATES = 75  # exit code of who sleeps because others do better, and wants its bed kept (EX_TEMPFAIL of sysexits.h)
 PATIENCE = 40.0  # seconds that organisms get to save themselves
+# What a process of its own may waste, 32 together may not; NumPy reads it when it is imported. By default it asks for pages of
+# 2 MB for large arrays, of which an organism uses a corner.
+FRUGAL = dict(NUMPY_MADVISE_HUGEPAGE="0", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
 def preload(libraries: Sequence[str]) -> None:
@@ -43,6 +49,16 @@ def preload(libraries: Sequence[str]) -> None:
         kernels.release_compiler()
     gc.collect()
     gc.freeze()
+
+
+def spare_more() -> None:
+    """Beyond `organism.spare_memory`: arrays of 128 KB and more go back to the system at once, and all threads share one heap, so
+    that what one frees another uses."""
+    organism.spare_memory()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
 class Nursery:
@@ -124,6 +140,42 @@ def dwell(order: dict[str, Any]) -> int:
     return live(order, home)
 
 
+class Turnstile:
+    """As many at a time learn as the machine has cores: others would only wait for a core with twice the memory, since a burst
+    works on copies. Each place is a lock file; who dies lets go of it."""
+
+    def __init__(self, folder: Path, places: int):
+        self.paths = [folder / f"learning-{number}" for number in range(places)]
+
+    @contextlib.contextmanager
+    def turn(self, stop: threading.Event) -> Iterator[None]:
+        """Wait for a place, or until told to stop."""
+        handle, last = -1, len(self.paths) - 1
+        while handle < 0 and not stop.is_set():
+            try:
+                handle = self._try(self.paths[random.randint(0, last)])
+            except OSError:  # the folder is gone, or the disk full: better too many than none
+                break
+            if handle < 0:
+                stop.wait(0.02)
+        try:
+            yield
+        finally:
+            if handle >= 0:
+                os.close(handle)
+
+    @staticmethod
+    def _try(path: Path) -> int:
+        """A handle that holds the place; -1 where somebody else does."""
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return -1
+        return handle
+
+
 def live(order: dict[str, Any], home: Path) -> int:
     from swarm.member import Member
 
@@ -131,6 +183,8 @@ def live(order: dict[str, Any], home: Path) -> int:
     with organism.Organism(home, threads=1) as life:
         member = Member(life, order["mesh"], answers=True, exchange=bool(order.get("exchange")),
                         supervised=bool(order.get("supervised")), gammas=bool(order.get("gammas")))  # fmt: skip
+        if member.supervised:
+            life.turn = Turnstile(Path(order["mesh"]).parent, os.cpu_count() or 1).turn
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: member.end())
         if newborn and order.get("corpus"):
@@ -142,6 +196,6 @@ def live(order: dict[str, Any], home: Path) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    organism.spare_memory()
+    spare_more()
     preload(sys.argv[1:])
     Nursery().run()

@@ -13,10 +13,10 @@ from organism import OrganismError
 from swarm.ensemble import Mixer
 from swarm.mesh import Letter, Mesh
 from swarm.reading import END, unpacked
+from swarm.rules import by_surprise, worth_waking
 from swarm.summary import Summary
 
 MANY = 8  # organisms that are asked at a time
-DISTINCTLY = 0.95  # of the best who is awake: the summary's bits a byte below which a sleeper is woken
 QUESTION_BYTES, ANSWER_BYTES = 400, 240  # of the ensemble at most
 MIN_P = 0.06  # of the likeliest byte's probability, below which none is drawn
 QUICK = 0.001  # seconds between two looks for answers of the ensemble
@@ -65,13 +65,15 @@ def ask(mesh: Mesh, text: str) -> dict[str, Any]:
     the next one is asked. Raises OrganismError where nobody answers.
 
     Where more than MANY listen, only those that their summaries say would be least surprised are asked how surprised they are.
-    Who hibernates is not woken for that: its summary must say that it would be DISTINCTLY less surprised than who is awake.
+    Who hibernates is not woken for that: see `worth_waking`.
     """
     with Correspondent(_asked(mesh, text)) as me:
         awake, asleep, guesses = _listeners(mesh, text)
         known = _surprises(me, awake, text)
-        ranked = sorted(known, key=known.__getitem__)
-        for id in [*_worth_waking(known, asleep, guesses), *ranked]:
+        keen = {
+            peer.id: peer.facts["keen"] for peer in mesh.peers() if isinstance(peer.facts.get("keen"), (int, float))
+        }
+        for id in [*worth_waking(known, asleep, guesses), *by_surprise(known, keen)]:
             letter = me.send(id, "ask", text=text)
             answer = me.answers({letter}, REPLY_SECONDS).get(letter)
             if answer is not None and answer.kind == "answer" and "error" not in answer.payload:
@@ -116,16 +118,6 @@ def _surprises(me: Correspondent, ids: list[str], text: str) -> dict[str, float]
         asked[k]: letter.payload.get("bits_per_byte") for k, letter in me.answers(set(asked), LOOK_SECONDS).items()
     }
     return {id: float(bits) for id, bits in heard.items() if isinstance(bits, (int, float))}
-
-
-def _worth_waking(known: dict[str, float], asleep: list[str], guesses: dict[str, float]) -> list[str]:
-    """The sleeper, if any, that would be distinctly less surprised than the best who is awake, both by their summaries."""
-    sleepers = [id for id in asleep if id in guesses]
-    if not sleepers:
-        return []
-    best = min(sleepers, key=guesses.__getitem__)
-    others = [guesses[id] for id in known if id in guesses]
-    return [best] if not known or (others and guesses[best] < DISTINCTLY * min(others)) else []
 
 
 # --- The ensemble. ---

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from organism import OrganismError, free_memory
+from swarm.nursery import FRUGAL
 from swarm.ray_mesh import cluster_of, membership, the_ray
+from swarm.rules import EMBRYO_MB
 
 if TYPE_CHECKING:
     from swarm.colony import Colony
 
 log = logging.getLogger("organism.swarm")
 ROOT = Path(__file__).resolve().parent.parent
-EMBRYO_MB = 60  # that one more organism is expected to take
 CALL_SECONDS = 20.0  # for a ward on another node to say how it stands
 HEAR_SECONDS = 2.0  # between two looks whether this process still belongs to the cluster
 OPEN_SECONDS = 120.0  # for a ward on another node to open: Ray starts a process for it
@@ -41,11 +42,10 @@ class Ward:
 
     async def open(self) -> None:
         """Start the nursery, which says "ready" when it takes orders."""
-        one_thread = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "swarm.nursery", *self.libraries, stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE, env={**os.environ, **one_thread, "PYTHONPATH": path},
+            stdout=asyncio.subprocess.PIPE, env={**os.environ, **FRUGAL, "PYTHONPATH": path},
             start_new_session=True)  # fmt: skip
 
     async def tell(self, order: dict[str, Any]) -> None:

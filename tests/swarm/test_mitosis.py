@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from organism import Organism, OrganismError
+from organism import Appetites, Organism, OrganismError
 from swarm.colony import Colony, Supervisor
 from swarm.family import Family
 from swarm.member import Member
 from swarm.mesh import SUPERVISOR, Mesh, open_mesh, start_time
+from swarm.metabolism import Metabolism
 
 ROOT = Path(__file__).resolve().parents[2]
 LESSON = "The old tower of Brumm stands on a green hill above the river Olse, and its keeper is called Maren Tolk.\n"
@@ -207,3 +208,32 @@ def test_a_member_asks_the_supervisor_and_bears_the_child_where_it_is_told(paren
     member.end()
     thread.join()
     assert not (tmp_path / "false").exists()
+
+
+# --- Metabolism. ---
+
+
+def test_the_supervisor_tells_who_is_awake_what_to_do_more_of_where_there_is_a_metabolism(supervisor, mesh):
+    mesh.register("o1", "/nowhere", dict(answers=True, slope=None, spent=1.0, steps=8))
+    mesh.register("chat", "/nowhere", dict(answers=False))
+    assert supervisor.metabolism is None, "it is off by default"
+    supervisor._feed(mesh)
+    assert not mesh.inbox("o1")
+    supervisor.metabolism = Metabolism()
+    supervisor._feed(mesh)
+    letters = mesh.inbox("o1")
+    assert [letter.kind for letter in letters] == ["metabolism"] and not mesh.inbox("chat")
+    assert set(letters[0].payload) == set(Appetites._fields)
+
+
+def test_appetites_come_from_the_supervisor_alone_within_bounds(parent, mesh):
+    member = Member(parent, path_of(mesh), answers=True, supervised=True)
+    wanted = dict(learn=1.5, sleep=0.5, teach=99.0, divide=1.0, answer=1.0)
+    with pytest.raises(OrganismError, match="supervisor"):
+        member._fed("somebody", wanted)
+    with pytest.raises(OrganismError, match="numbers"):
+        member._fed(SUPERVISOR, wanted | dict(learn="all"))
+    member._fed(SUPERVISOR, wanted)
+    assert parent.appetites == Appetites(1.5, 0.5, 2.0, 1.0, 1.0)
+    assert {"slope", "spent", "steps", "answered", "taught", "waiting"} <= set(member.facts())
+    parent.appetites = Appetites()

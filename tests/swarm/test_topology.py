@@ -42,6 +42,23 @@ def test_other_widths_newborns_and_loners_are_not_compared():
     assert seen.coherence is None and not seen.resonances and not seen.outliers
 
 
+def test_of_many_the_means_are_exact_and_the_pairs_are_near(monkeypatch):
+    rng, common = np.random.default_rng(0), np.random.default_rng(1).normal(size=20_000)
+    gammas = {f"o{k}": (rng.normal(size=20_000) + (k < 9) * common).astype(np.float32) for k in range(12)}
+    gammas |= dict(twin=3 * gammas["o0"], newborn=np.zeros(20_000, np.float32))
+    exact = topology(gammas)
+    monkeypatch.setattr("swarm.topology.MANY", 4)
+    seen = topology(gammas)
+    assert abs((seen.coherence or 0) - (exact.coherence or 0)) < 1e-5 and seen.outliers == exact.outliers
+    assert [pair[:2] for pair in seen.resonances] == [pair[:2] for pair in exact.resonances] == [("o0", "twin")]
+    assert np.nanmax(np.abs(seen.cosines - exact.cosines)) < 0.05
+    assert np.isnan(seen.cosines[-1]).all(), "a newborn has no direction"
+
+
+def test_newborns_alone_are_nothing_to_compare():
+    assert topology({f"o{k}": np.zeros(1024, np.float32) for k in range(3)}).coherence is None
+
+
 def test_broken_blobs_are_left_out():
     good = np.ones((256, 4), np.float32).tobytes()
     assert list(gammas_of(dict(a=good, b=None, c=good[:-3], d=b"", e=np.full(1024, np.nan, np.float32).tobytes()))) == [
