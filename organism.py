@@ -6853,6 +6853,7 @@ class Memory:
                     with contextlib.suppress(OSError):  # SQLite says better what is wrong
                         self.path.touch(mode=0o600)
                     self._writer = self._connect()
+                    self._writer.execute(f"PRAGMA cache_size = -{self.CACHE_KB}")
                     self._writer.execute("PRAGMA journal_mode = WAL")
                     self._migrate(self._writer)
                 self._reader = self._connect_reader()
@@ -6865,11 +6866,9 @@ class Memory:
 
     def _connect(self, query: str = "") -> sqlite3.Connection:
         address = self.path.absolute().as_uri() + query
-        connection = sqlite3.connect(
+        return sqlite3.connect(
             address, uri=True, check_same_thread=False, timeout=self.config.busy_seconds, isolation_level=None
         )
-        connection.execute(f"PRAGMA cache_size = -{self.CACHE_KB}")
-        return connection
 
     def _connect_reader(self) -> sqlite3.Connection:
         if not self.path.exists():
@@ -6882,6 +6881,7 @@ class Memory:
             if not self.read_only or os.access(self.path.parent, os.W_OK):
                 raise
             connection = self._connect("?mode=ro&immutable=1")
+        connection.execute(f"PRAGMA cache_size = -{self.CACHE_KB}")
         return connection
 
     def _migrate(self, connection: sqlite3.Connection) -> None:

@@ -25,8 +25,9 @@ from pathlib import Path
 
 from common import ROOT, table, texts
 
-from swarm.colony import Colony, proportional_mb
+from swarm.colony import Colony
 from swarm.mesh import open_mesh
+from swarm.wards import proportional_mb
 
 PIECE, FEED = 2000, 10.0  # bytes that each is sent, and seconds between two
 

@@ -35,7 +35,7 @@ PATIENCE = 40.0  # seconds that organisms get to save themselves
 FRUGAL = dict(NUMPY_MADVISE_HUGEPAGE="0", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
-def preload(libraries: Sequence[str]) -> None:
+def preload(libraries: Sequence[str] = ()) -> None:
     """Everything that organisms share, and these libraries, loaded before the first fork and never collected."""
     import safetensors.numpy  # noqa: F401
 

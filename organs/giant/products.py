@@ -444,7 +444,7 @@ _MAKING = threading.Lock()
 @cache
 def interleaver() -> Callable[..., None]:
     """_interleave, compiled or loaded; other threads may run while it does."""
-    return lanes.c_function(_interleave)
+    return lanes.c_function(_interleave, **ground.FAST)
 
 
 # --- Tiles: one panel times T tokens. ---

@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 
 from organism import Organism, seed_corpus
-from swarm.colony import Colony, proportional_mb
+from swarm.colony import Colony
 from swarm.mesh import open_mesh, start_time
 from swarm.thinking import Correspondent
+from swarm.wards import proportional_mb
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBER, MOST = 8, 12
