@@ -390,19 +390,15 @@ def _candidates(c, top, work, largest, ids, x, mass):
     With top-k, all that reach the k-th largest maximum of a block. Else, what min-p will keep anyway; or, for top-p, what is
     within REACH of the likeliest if that is mass enough. All others cannot be drawn.
     """
-    blocks, bound = _blocks(c), ABSENT
-    if 0 < c.top_k < c.vocabulary:
-        if c.top_k < blocks:
-            bound = max(bound, _kth_largest(largest, blocks, c.top_k, longs(c.order, 256)))
-        return _reaching(c, bound, work, largest, ids, x), 1.0
-    if c.typical_p < 1 or (c.top_p >= 1 and c.min_p <= 0):
-        return _reaching(c, bound, work, largest, ids, x), 1.0
-    if c.min_p > 0:
+    blocks, bound, is_cut = _blocks(c), ABSENT, 0 < c.top_k < c.vocabulary
+    if is_cut and c.top_k < blocks:
+        bound = max(bound, _kth_largest(largest, blocks, c.top_k, longs(c.order, 256)))
+    elif not is_cut and c.typical_p >= 1 and c.min_p > 0:
         bound = f4(top + math.log(c.min_p))
-    else:
+    elif not is_cut and c.typical_p >= 1 and c.top_p < 1:
         bound = top - REACH
     n = _reaching(c, bound, work, largest, ids, x)
-    if c.top_p >= 1:
+    if is_cut or c.typical_p < 1 or c.top_p >= 1:
         return n, 1.0
     whole = _weigh(work, blocks * BLOCK, top, f4(1), mass)
     share = _weigh(x, n, top, f4(1), mass) / whole
