@@ -63,7 +63,8 @@ def raised(colony: Colony, source: bytes, seconds: float) -> tuple[list[list[flo
                     at = (fed * len(before) + k) * PIECE % (len(source) - PIECE)
                     mesh.post("bench", id, "learn", dict(text=source[at : at + PIECE].decode("utf-8", "replace")))
                 fed += 1
-            looks.append([proportional_mb(row["pid"]) for row in alive(colony) if row["training_tokens"]])
+            if trained := [proportional_mb(row["pid"]) for row in alive(colony) if row["training_tokens"]]:
+                looks.append(trained)
             mesh.settle([letter.id for letter in mesh.inbox("bench", 1000)])
             time.sleep(2)
     return looks, sum(row["training_tokens"] > before[row["id"]] for row in alive(colony))
@@ -134,6 +135,8 @@ def main() -> None:
             with contextlib.suppress(SystemExit):  # then those count that have
                 until(lambda: all(row["training_tokens"] for row in alive(colony)), options.patience)
             looks, learned = raised(colony, source[options.n * part :] or source, options.seconds)
+            if not looks:
+                sys.exit("nobody has trained in this time: give them more --patience, or compile the kernels first.")
             rows = alive(colony)
             victims = {row["pid"] for row in rows[:4]}
             survivors = {row["pid"] for row in rows} - victims

@@ -35,10 +35,11 @@ def test_as_many_learn_at_a_time_as_there_are_places(tmp_path):
 
 
 def test_who_shall_stop_does_not_wait_and_a_lost_folder_keeps_nobody_from_learning(tmp_path):
-    gate, stop = Turnstile(tmp_path, 1), threading.Event()
+    gate, stop, learned = Turnstile(tmp_path, 1), threading.Event(), []
     with gate.turn(stop):
         stop.set()
         with gate.turn(stop):
-            pass
+            learned.append("who shall stop")
     with Turnstile(tmp_path / "nowhere", 1).turn(threading.Event()):
-        pass
+        learned.append("without a folder")
+    assert learned == ["who shall stop", "without a folder"]
