@@ -188,23 +188,11 @@ def _block_maxima(work, largest, blocks):
 
 
 @jit(**_FAST)
-def _exp(x):
-    """e ** x within 3e-6 relative for -87 < x <= 0, by 2 ** n times a polynomial on ±½; 0 below."""
-    z = max(x * f4(1.4426950408889634), f4(-127))
-    n = i4(z - f4(0.5))
-    r = z - f4(n)
-    p = f4(0.00133336)
-    for c in (0.00961814, 0.05550411, 0.24022651, 0.69314718, 1.0):
-        p = p * r + f4(c)
-    return p * ground.as_float((n + i4(127)) << i4(23))
-
-
-@jit(**_FAST)
 def _weigh(x, n, top, scale, out):
     """out = exp((x - top) · scale) of the first n; returns their sum."""
     total = f4(0)
     for i in range(n):
-        w = _exp((x[i] - top) * scale)
+        w = ground.exp((x[i] - top) * scale)
         out[i] = w
         total += w
     return total
