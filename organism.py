@@ -2414,8 +2414,12 @@ class Field(_FieldBase):
             self.read_by[begin:end] = self.domain
             view = self._read_part(tokens[begin:end], views, learn, bits[begin:end])
             parts += [] if view is None else [view]
-            if not learn and end < len(tokens):
-                self._turn_to(self._cheapest(tokens[max(0, end - self.LOOK) : end])[0])
+            if (
+                not learn
+                and end < len(tokens)
+                and (end in self.EARLY or end % 512 == 0 or self._surprising(bits, begin, end))
+            ):
+                self._turn_to(self._cheapest(tokens[max(0, end - self.LOOK) : end], self.domain)[0])
         if learn:
             self.paid[self.domain] += np.rint(bits * 65536).astype(np.int64).sum(), self._bytes(tokens)
         return bits, (FieldView.concat(parts) if parts else self._empty_view()) if views else None
@@ -2443,7 +2447,11 @@ class Field(_FieldBase):
 
     # Domains.
 
-    LOOK = 64  # tokens that unlearned reading looks back at, to tell whose they are
+    LOOK = (
+        64  # tokens that unlearned reading looks back at, to tell whose they are: now and then, and when they surprise
+    )
+    EARLY = 16, 48, 112, 240  # after so many tokens it looks, too
+    SURPRISE = 1.5  # times what the text cost so far
     PROBE = 256  # tokens by which `route` judges
     SETTLED = 20_000  # bytes that a domain must have learned before anything is foreign to it
 
@@ -2463,20 +2471,26 @@ class Field(_FieldBase):
         if learn or len(self.resting) == 1:
             marks = list(range(0, count, 4_096 if views else 65_536))  # unrounded, a view takes 800 bytes
         else:
-            marks = [m for m in (0, 16, 48, 112, 240) if m < count] + list(range(512, count, 512))
+            marks = [m for m in (0, *self.EARLY) if m < count] + list(range(256, count, self.LOOK))
         return list(itertools.pairwise([*marks, count]))
+
+    def _surprising(self, bits: np.ndarray, begin: int, end: int) -> bool:
+        """Whether tokens begin..end of a text cost far more than those before them; bits: of each."""
+        return bits[begin:end].mean() > self.SURPRISE * bits[:begin].mean() if begin else False
 
     def route(self, tokens, may_divide: bool = True) -> int:
         """Give the turn to whom these tokens [N], the first of a text, cost least; foreign text gets a domain of its own.
 
-        Where there are as many domains as there may be, the newest takes all that is foreign: the others stay what they are.
+        A domain that was made of a little foreign text knows all that its parent knew: so what both find as cheap is the
+        elder's, that the life goes on where it was. Where there are as many domains as there may be, the newest takes all that is
+        foreign: the others stay what they are.
         Depends on the tokens and on what was learned alone, so that a replay of the same rows comes to the same.
         """
         tokens = self._checked(tokens)[: self.PROBE]
         may_divide = may_divide and len(tokens) == self.PROBE and self.config.domains > 1
         if not len(tokens) or (len(self.resting) == 1 and (not may_divide or self.paid[0, 1] <= self.SETTLED)):
             return self.domain
-        best, cost = self._cheapest(tokens)
+        best, cost = self._cheapest(tokens, int(self.paid[:, 1].argmax()))
         bits, size = self.paid[best]
         foreign = may_divide and size > self.SETTLED and cost > self.config.foreign * bits / 65536 / size
         if foreign and len(self.resting) >= self.config.domains:
@@ -2489,8 +2503,8 @@ class Field(_FieldBase):
             self.arrays, self._borrowed = _own_field_state(self.arrays), False
         return self.domain
 
-    def _cheapest(self, tokens: np.ndarray) -> tuple[int, float]:
-        """The domain whom tokens cost least, a little in favour of whose turn it is; and their bits a byte."""
+    def _cheapest(self, tokens: np.ndarray, favoured: int) -> tuple[int, float]:
+        """The domain whom tokens cost least, a little in favour of one; and their bits a byte."""
         size, costs = max(1, self._bytes(tokens)), []
         for state in self._states():
             bits, mine = np.zeros(len(tokens)), self.arrays
@@ -2499,7 +2513,7 @@ class Field(_FieldBase):
             self._ask(tokens, False, bits, *self._blank_cuts(0))
             self.arrays = mine
             costs.append(float(bits.sum()) / size)
-        weighed = [cost * (0.97 if k == self.domain else 1.0) for k, cost in enumerate(costs)]
+        weighed = [cost * (0.97 if k == favoured else 1.0) for k, cost in enumerate(costs)]
         best = int(np.argmin(weighed))
         return best, costs[best]
 
