@@ -272,26 +272,25 @@ def held(asked: argparse.Namespace) -> None:
     from organs.giant import Giant
 
     limit, begin = asked.ram * asked.model.stat().st_size, 64 + asked.warm
-    giant = Giant.load(asked.model, threads=asked.threads)
-    tokens = text(begin + asked.generate, giant.vocab_size)
-    in_memory = 1 / ours(giant, tokens[:begin], 64)[1]
-    giant.close()
-    del giant
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
     giant = Giant.load(
         asked.model, threads=asked.threads, offload="disk", ram=limit / 1e9, prefetch=not asked.no_prefetch
     )
+    tokens = text(begin + asked.generate, giant.vocab_size)
     session, chosen = giant.session(), []
     session.feed(tokens[:64])
     for token in tokens[64 : 64 + asked.warm]:
         session.feed([token])
         chosen.append(giant.routes(1)[:, 0].copy())
-    before, each = giant.residency.report(), []
-    for token in tokens[64 + asked.warm :]:
-        began = time.perf_counter()
-        session.feed([token])
-        each.append(time.perf_counter() - began)
-        chosen.append(giant.routes(1)[:, 0].copy())
+    whole = Process(asked.model, asked.threads)
+    before, each, in_memory = giant.residency.report(), [], []
+    for at in range(begin, begin + asked.generate, TURN):  # in turns, since the machine's speed changes
+        for token in tokens[at : at + TURN]:
+            began = time.perf_counter()
+            session.feed([token])
+            each.append(time.perf_counter() - began)
+            chosen.append(giant.routes(1)[:, 0].copy())
+        in_memory += whole.measure(tokens[at : at + TURN])
+    whole.close()
     after = giant.residency.report()
     peak = resident_mb(os.getpid())
     giant.close()
@@ -303,8 +302,8 @@ def held(asked: argparse.Namespace) -> None:
     replayed = replay(chosen, after["slots"], asked.warm)
     speed = disk_speed(asked.model, after["slot_bytes"])
     by_disk = speed / (replayed["LRU"] * after["slot_bytes"])
+    mine, in_memory = n / sum(each), n / sum(in_memory)
     roof = min(in_memory, by_disk)
-    mine = n / sum(each)
     theirs = math.nan
     if asked.peer:
         with open(asked.model, "rb") as file:  # pages that are in memory already would not count against the limit
@@ -374,7 +373,7 @@ def foretold(asked: argparse.Namespace) -> None:
             detail += f"; {came['wanted'] - came['hits']:.1f} were away, {1e3 * came['stall']:.1f} ms waited"
         rows.append([name, said.tokens_per_s, measured, f"{100 * (said.tokens_per_s / measured - 1):+.0f} %", detail])
         print(f"{name}: {rows[-1][1]:.3g} foretold, {measured:.3g} came", file=sys.stderr, flush=True)
-    print(f"{machine.bandwidth / 1e9:.1f} GB/s of memory; an expert from disk {1e3 * machine.disk.first:.2f} ms and "
+    print(f"{machine.bandwidth / 1e9:.1f} GB/s of products; an expert from disk {1e3 * machine.disk.first:.2f} ms and "
           f"{1e3 * machine.disk.each:.2f} ms for each, {sizes.expert / 1e6:.2f} MB\n")  # fmt: skip
     head = ["way", "foretold, tokens/s", "measured", "off by (25 %)", "foretold because; what came"]
     print(table(f"{asked.model.name}: what `giant plan` foretells, and what came", head, rows))
@@ -389,6 +388,46 @@ def counted(giant: Any) -> dict[str, float]:
     else:
         return {}
     return {key: report[key] for key in ("wanted", "hits", "stall")}
+
+
+TURN = 16  # tokens
+
+
+class Process:
+    """The giant with the whole model in memory, in a process of its own."""
+
+    def __init__(self, model: Path, threads: int):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(model), "--serve", "--threads", str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.measure(text(64 + TURN, 1000))
+
+    def measure(self, tokens: list[int]) -> list[float]:
+        """Seconds of each token."""
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps(tokens), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(asked: argparse.Namespace) -> None:
+    """What Process runs."""
+    from organs.giant import Giant
+
+    giant = Giant.load(asked.model, threads=asked.threads)
+    session = giant.session()
+    for line in sys.stdin:
+        each = []
+        for token in json.loads(line):
+            began = time.perf_counter()
+            session.feed([token])
+            each.append(time.perf_counter() - began)
+        print(json.dumps(each), flush=True)
 
 
 class Peer:
@@ -497,9 +536,10 @@ def main() -> int:
     parser.add_argument(
         "--agree", action="store_true", help="compare logits of small models with llama.cpp's, and stop"
     )
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--peer", metavar="PYTHON", help="a Python with llama-cpp-python")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--generate", type=int, default=32, help="tokens of a round")
+    parser.add_argument("--generate", type=int, default=64, help="tokens of a round")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ram", type=float, metavar="SHARE", help="experts on disk: memory as a share of the file")
@@ -519,6 +559,9 @@ def main() -> int:
         parser.error("give the model's file, or --make FILE")
     if asked.routes:
         routes(asked.model)
+        return 0
+    if asked.serve:
+        serve(asked)
         return 0
     if asked.plan:
         foretold(asked)

@@ -76,14 +76,15 @@ that those take, float32 biases [experts, …] or 0."""
 MIXTURE = np.dtype(
     [(n, i8) for n in ("experts", "used", "gating", "normalised", "logits", "logits_stride", "bias", "shared_logit",
                        "families", "chosen", "weights", "items", "places", "shares", "most_places", "tally", "trouble", "layer", "panels",
-                       "desk", "kept")] + [("scale", np.float64)], align=True,
+                       "desk", "kept", "late", "results", "results_stride")] + [("scale", np.float64)], align=True,
 )  # fmt: skip
 """A layer's mixture. `logits`: float32 [n, …], the router's; `shared_logit`: the shared expert's gate, likewise, 0 for none;
 `families`: the address of two FAMILY records; `chosen` int64 and `weights` float32 [n, used + 1]; those stay until the
 layer's next step, so that they can be looked at; of a prompt: `items` [.., 4]
 (family, expert, first place, tokens), `places` (token) and `shares` (weight); `trouble`: where the number of
 a layer is put whose router gave no numbers; `desk`: see residency.py, 0 where all experts are in memory; `kept`: room for a
-copy of the input, which experts of a later wave take too, after the first ones have added to it."""
+copy of the input, which experts of a later wave take too, after the first ones have added to it; `late` [used]: whether an expert
+of a single token was away when it was wanted; `results` float32 [used + 1, …]: what came out of each."""
 
 FAMILY_BYTES = FAMILY.itemsize
 _mixture = record_at(MIXTURE)
@@ -224,35 +225,25 @@ def _one(r, m, e):
     gate = space + 20 * MOST_USED + 64
     if e.desk:
         if m.thread == 0:
-            d = desk(e.desk)
-            d.count = k
-            longs(d.wanted, k)[:] = chosen
-            if is_sound:
-                learn(d, e.layer, e.logits, e.bias if e.gating == CHOSEN else 0, chosen[k - 1])
-            publish(d, e.layer)
+            _ask(e, chosen, is_sound)
         barrier(m)
+        _one_from_disk(r, m, e, chosen, weights, gate)
+        return
     routed, shared = _family(e.families, 0), _family(e.families, 1)
     pairs = routed.inside // BLOCK
     own = k * pairs
-    if e.desk:
-        _one_in(r, m, e, chosen, weights, gate)
-    else:
-        first, end = share(own + shared.experts * shared.inside // BLOCK, m)
-        for item in range(first, end):
-            if item < own:
-                _pair_in(r, m, routed, chosen[item // pairs], item // pairs, item % pairs, weights[item // pairs], gate)
-            else:
-                _pair_in(r, m, shared, i8(0), i8(0), item - own, weights[k], gate)
+    first, end = share(own + shared.experts * shared.inside // BLOCK, m)
+    for item in range(first, end):
+        if item < own:
+            _pair_in(r, m, routed, chosen[item // pairs], item // pairs, item % pairs, weights[item // pairs], gate)
+        else:
+            _pair_in(r, m, shared, i8(0), i8(0), item - own, weights[k], gate)
     barrier(m)
     first, end = share(e.panels, m)
     for slot in range(k + shared.experts):
         f = routed if slot < k else shared
         expert, place = (chosen[slot], slot) if slot < k else (i8(0), i8(0))
-        down, h = longs(f.where + 24 * expert, 3)[2], f.hidden + place * f.hidden_stride
-        if not _is_there(m, e, f, slot >= k, expert):
-            continue
-        for p in range(first, end):
-            call_tile(f.down_kernel_one, down + p * f.down_panel_bytes, h, r.input + 64 * p, f.down_blocks, 64, 1)
+        _out(f, expert, place, r.input, first, end, 1)
         if f.down_bias:
             _add_bias(f, expert, weights[slot], r.input, first, end)
 
@@ -266,24 +257,73 @@ def _pair_in(r, m, f, expert, place, p, weight, gate):
 
 
 @jit(**HELP)
-def _one_in(r, m, e, chosen, weights, gate):
-    """With experts on disk, threads share each expert, and those that have to be waited for come last."""
+def _out(f, expert, place, x, first, end, is_added):
+    """Panels first to end of x = (or +=) an expert's result for a single token."""
+    down, h = longs(f.where + 24 * expert, 3)[2], f.hidden + place * f.hidden_stride
+    for p in range(first, end):
+        call_tile(f.down_kernel_one, down + p * f.down_panel_bytes, h, x + 64 * p, f.down_blocks, 64, is_added)
+
+
+# --- A single token, with experts on disk. ---
+
+
+@jit(**HELP)
+def _ask(e, chosen, is_sound):
+    """The first thread's: want the chosen experts, and note which of them are late."""
+    d, k, where = desk(e.desk), e.used, _family(e.families, 0).where
+    d.count = k
+    longs(d.wanted, k)[:] = chosen
+    if is_sound:
+        learn(d, e.layer, e.logits, e.bias if e.gating == CHOSEN else 0, chosen[k - 1])
+    publish(d, e.layer)
+    late = longs(e.late, k)
+    for slot in range(k):
+        late[slot] = atomic_load(where + 24 * chosen[slot]) == 0
+
+
+@jit(**HELP)
+def _one_from_disk(r, m, e, chosen, weights, gate):
+    """Experts that are there go all their way before those that have to be waited for. Threads share each expert; what comes out
+    of them is added up at the end, in the order that it has in memory."""
     routed, shared, k = _family(e.families, 0), _family(e.families, 1), e.used
+    late = longs(e.late, k)
+    first, end = share(shared.inside // BLOCK if shared.experts else i8(0), m)
+    for p in range(first, end):
+        _pair_in(r, m, shared, i8(0), i8(0), p, weights[k], gate)
+    for is_late in range(2):
+        if is_late and not late.any():
+            break
+        _some_through(r, m, e, chosen, weights, gate, is_late)
+    first, end = share(e.panels, m)
+    for slot in range(k + shared.experts):
+        f = routed if slot < k else shared
+        if slot < k and not _is_there(m, e, f, False, chosen[slot]):
+            continue
+        out = floats(r.input, ROWS * first, ROWS * (end - first))
+        more = floats(e.results + slot * e.results_stride, ROWS * first, ROWS * (end - first))
+        for i in range(len(out)):
+            out[i] += more[i]
+        if f.down_bias:
+            _add_bias(f, chosen[slot] if slot < k else i8(0), weights[slot], r.input, first, end)
+
+
+@jit(**HELP)
+def _some_through(r, m, e, chosen, weights, gate, is_late):
+    """The results of the experts that are late, or of those that are not and of the shared one, whose inside is there."""
+    routed, shared, k = _family(e.families, 0), _family(e.families, 1), e.used
+    late = longs(e.late, k)
     first, end = share(routed.inside // BLOCK, m)
-    done = longs(gate - 8 * MOST_USED, k)
     for slot in range(k):
-        done[slot] = atomic_load(routed.where + 24 * chosen[slot]) != 0
-        if done[slot]:
+        if late[slot] == is_late and _is_there(m, e, routed, False, chosen[slot]):
             for p in range(first, end):
                 _pair_in(r, m, routed, chosen[slot], slot, p, weights[slot], gate)
-    if shared.experts:
-        begin, stop = share(shared.inside // BLOCK, m)
-        for p in range(begin, stop):
-            _pair_in(r, m, shared, i8(0), i8(0), p, weights[k], gate)
+    barrier(m)
+    first, end = share(e.panels, m)
     for slot in range(k):
-        if not done[slot] and _is_there(m, e, routed, False, chosen[slot]):
-            for p in range(first, end):
-                _pair_in(r, m, routed, chosen[slot], slot, p, weights[slot], gate)
+        if late[slot] == is_late and _is_there(m, e, routed, False, chosen[slot]):
+            _out(routed, chosen[slot], slot, e.results + slot * e.results_stride, first, end, 0)
+    if shared.experts and not is_late:
+        _out(shared, i8(0), i8(0), e.results + k * e.results_stride, first, end, 0)
 
 
 @jit(**HELP)
@@ -582,6 +622,8 @@ def feed_forward(r: Recorder, layer: int, *, normalised: bool, gating: int = ALL
     e = np.zeros(1, MIXTURE)
     if r.residency is not None:
         e[0]["kept"], e[0]["desk"] = r.room("experts' input", r.x_stride * r.chunk), r.residency.desk.ctypes.data
+        e[0]["late"], e[0]["results_stride"] = r.room("late experts", 8 * sizes.used), r.x_stride
+        e[0]["results"] = r.room("experts' results", r.x_stride * (sizes.used + 1))
     width = sizes.used + 1
     chosen = np.zeros((r.chunk, width), np.int64)
     r.routes[layer] = chosen

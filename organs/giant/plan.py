@@ -1,7 +1,8 @@
 """Which way of loading a model suits a machine: `organism giant plan MODEL.gguf --vram GB --ram GB`, and `--offload auto`.
 
 What fits is arithmetic over the file's tensors. How fast it will be is a model of roofs, whose numbers are measured here: bytes
-that a token reads over the bandwidth of where they lie, and bytes that are missing there over the bandwidth of the way to them.
+that a token reads over the speed at which such matrices are multiplied where they lie, and bytes that are missing there over
+the bandwidth of the way to them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from organs.giant.accelerator import STREAMED, WORKSPACE, Accelerator, Speeds, l
 from organs.giant.gguf import GGUFFile
 from organs.giant.program import Shape
 
-SHARE = 0.85  # of the bandwidth that decoding reaches (docs/benchmarks.md)
+SHARE = 0.92  # of the speed of products alone that decoding reaches (docs/benchmarks.md)
 COPIED_AHEAD = 0.3  # of experts that an accelerator lacks, how many are copied ahead, as long as computing takes
 FORESEEN = 0.78  # of experts that are away, how many are asked for before their layer's attention (docs/decisions.md) …
 IN_VAIN = 1.25  # … and how many are read then for each of them, wrong guesses with it
 SKEW = 0.8  # popularity of experts ∝ rank^-0.8, as in text
 KEPT = 1 / 3  # of its experts, a token shares with the one before it
+FEWER = 0.85  # of the experts that would be away, if those stayed that are popular or were used last, are: routers' opinions say more
 INTERPRETER = 200 << 20  # bytes that Python, NumPy and compiled code take
 CONTEXT = 8192  # tokens that are planned for where nobody says how many
 LEAST = 4  # times as many experts as a token uses in a layer have to have room
@@ -101,7 +103,7 @@ class Reading:
 
     first: float  # seconds of one alone, beside what each costs
     each: float  # seconds
-    work: float = 0.0  # seconds of a processor for each
+    work: float = 0.0  # seconds for each in which nothing is computed, since readers pack it
 
     def waiting(self, used: int, rate: float, before: float, within: float) -> float:
         """Seconds that a layer waits for some of the `used` experts of a token, of which a share `rate` is away.
@@ -123,7 +125,7 @@ class Machine:
     """What a machine has, in bytes and bytes a second; what was not measured is not a number."""
 
     ram: float
-    bandwidth: float  # of the memory
+    bandwidth: float  # of the memory, for products of the file's format
     disk: Reading | None  # of experts that are away; None: the model has none
     vram: float = 0.0  # of an accelerator; 0: there is none
     speeds: Speeds = Speeds(math.nan, math.nan, 0)
@@ -239,11 +241,14 @@ def measured(file: GGUFFile, sizes: Sizes, threads: int, accelerator: Accelerato
     """This machine's numbers; ram, vram: bytes of another one's."""
     from organs.giant.giant import free_memory
     from organs.giant.residency import reading_seconds
-    from organs.giant.roofs import read_roof
+    from organs.giant.roofs import product_roof
 
     free = free_memory()
-    bandwidth = 1e9 * read_roof(min(1 << 30, free // 4), threads)
-    disk = Reading(*reading_seconds(file)) if sizes.experts else None
+    bandwidth = 1e9 * product_roof(sizes.format, min(1 << 29, free // 4), threads)
+    disk = None
+    if sizes.experts:
+        first, each, work = reading_seconds(file)
+        disk = Reading(first, each, work / threads)  # readers take turns with all threads that compute
     machine = Machine(ram or free, bandwidth, disk, vram or 0.0)
     if accelerator is None:
         return machine
@@ -282,7 +287,7 @@ def miss_rate(share: float, experts: int, used: int) -> float:
     chance = 1 - np.exp(-popular * _rate(popular, used))
     again = float((chance**2).sum() / chance.sum())
     sticky = max(0.0, (KEPT - again) / (1 - again)) if again < 1 else 0.0
-    return (1 - sticky) * float(chance[round(share * experts) :].sum() / chance.sum())
+    return FEWER * (1 - sticky) * float(chance[round(share * experts) :].sum() / chance.sum())
 
 
 def _rate(popular: np.ndarray, used: int) -> float:
