@@ -212,6 +212,10 @@ class GrowthConfig:
     auto: bool = True  # grow by itself, once enough was lived and learning has flattened; off: only when asked to
     flat: float = 0.01  # flattened: the loss fell by less than this share from the third quarter of a stage to the last
     least_steps: int = 300  # steps at a stage before it may be left; it lasts as long as all before it, too (chosen)
+    flat_alone: float = (
+        0.05  # both for a body without a field: it has all to learn itself, and a larger one does so from …
+    )
+    least_steps_alone: int = 100  # … less text (docs/benchmarks.md)
     window: int = 100  # steps after growth in which the rate is dampened and the next stage waits (molequla §1.7: 500)
     dampen: float = 0.3  # factor on the rate in that window (molequla §1.2)
     warmup_steps: int = 30  # steps over which the rate rises again after growth (chosen)
@@ -336,7 +340,7 @@ CONFIG_LIMITS = {  # (least, most) of a number, where nonsense would break somet
     "learning.rate_min": (0, 1), "learning.horizon_steps": (1, 10**9), "learning.beta1": (0, 0.9999),
     "learning.beta2": (0, 0.99999), "learning.epsilon": (1e-12, 1), "learning.average": (0, 0.99999),
     "learning.batch": (1, 65_536), "voice.overthink": (0, 64), "learning.accum": (1, 65_536), "learning.store_mb": (1, 1_000_000),
-    "deltas.rank": (1, 1024), "deltas.most": (1, 64), "growth.flat": (0, 1), "growth.dampen": (0, 1),
+    "deltas.rank": (1, 1024), "deltas.most": (1, 64), "growth.flat": (0, 1), "growth.flat_alone": (0, 1), "growth.dampen": (0, 1),
     "growth.memory_share": (0.01, 1),
     "voice.surprise_shift": (0, 0.05), "voice.trend_shift": (0, 0.05), "voice.anti_field": (0, 1),
     "syntropy.history": (4, 1000), "syntropy.records": (4, 1000), "syntropy.alignment": (0, 1),
@@ -4592,10 +4596,13 @@ def growth_gates(
     if following is None:
         return dict(next=None, ready=False)
     needed, steps = stages(config.body)[following][1], len(curve.blocks) * curve.BLOCK
-    steps_needed = max(growth.least_steps, growth.window, grown_at or 0)
-    ready = lived >= needed and steps >= steps_needed and curve.gain < growth.flat
+    least, flat = (
+        (growth.least_steps, growth.flat) if config.body.field else (growth.least_steps_alone, growth.flat_alone)
+    )
+    steps_needed = max(least, growth.window, grown_at or 0)
+    ready = lived >= needed and steps >= steps_needed and curve.gain < flat
     return dict(next=following, bytes=lived, bytes_needed=needed, steps=steps, steps_needed=steps_needed,
-                gain=curve.gain, flat=growth.flat, ready=ready)  # fmt: skip
+                gain=curve.gain, flat=flat, ready=ready)  # fmt: skip
 
 
 # --- The experience, which keeps what was read beside what the field thought of it then. ---

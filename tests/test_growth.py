@@ -460,6 +460,16 @@ def test_the_gates_are_bytes_steps_and_a_flat_curve(tmp_path):
         assert not life.growth_gates()["ready"]  # too little was lived
 
 
+def test_a_body_without_a_field_is_let_grow_sooner():
+    curve = o.LearningCurve([2.0 * 0.999**n for n in range(20)])  # 160 steps, 0.5 % better a quarter
+    alone, on_field = (o.Config().replace({"body.field": field}) for field in (False, True))
+    gates = o.growth_gates("infant", 30_000, curve, None, alone)
+    assert gates["ready"] and gates["steps_needed"] == 100 and gates["flat"] == 0.05
+    assert not o.growth_gates("infant", 30_000, curve, None, on_field)["ready"]
+    steep = o.LearningCurve([2.0 - 0.05 * n for n in range(20)])
+    assert not o.growth_gates("infant", 30_000, steep, None, alone)["ready"]
+
+
 def test_the_rate_is_dampened_after_growth():
     body, learning, growth = schooled("embryo", True, np.float32), o.LearningConfig(), o.GrowthConfig()
     body.steps = 1000
