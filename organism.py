@@ -2423,7 +2423,7 @@ class Field(_FieldBase):
                 and end < len(tokens)
                 and (end in self.EARLY or end % 512 == 0 or self._surprising(bits, begin, end))
             ):
-                self._turn_to(self._cheapest(tokens[max(0, end - self.LOOK) : end], self.domain)[0])
+                self._turn_to(self._cheapest(tokens[max(0, end - self.LOOK) : end])[0])
         if learn:
             self.paid[self.domain] += np.rint(bits * 65536).astype(np.int64).sum(), self._bytes(tokens)
         return bits, (FieldView.concat(parts) if parts else self._empty_view()) if views else None
@@ -2485,16 +2485,16 @@ class Field(_FieldBase):
     def route(self, tokens, may_divide: bool = True) -> int:
         """Give the turn to whom these tokens [N], the first of a text, cost least; foreign text gets a domain of its own.
 
-        A domain that was made of a little foreign text knows all that its parent knew: so what both find as cheap is the
-        elder's, that the life goes on where it was. Where there are as many domains as there may be, the newest takes all that is
-        foreign: the others stay what they are.
+        A domain that was made of a little foreign text knows all that its parent knew: so the life goes on there, and the parent
+        gets what it knows better. Where there are as many domains as there may be, the newest takes all that is foreign: the
+        others stay what they are.
         Depends on the tokens and on what was learned alone, so that a replay of the same rows comes to the same.
         """
         tokens = self._checked(tokens)[: self.PROBE]
         may_divide = may_divide and len(tokens) == self.PROBE and self.config.domains > 1
         if not len(tokens) or (len(self.resting) == 1 and (not may_divide or self.paid[0, 1] <= self.SETTLED)):
             return self.domain
-        best, cost = self._cheapest(tokens, int(self.paid[:, 1].argmax()))
+        best, cost = self._cheapest(tokens)
         bits, size = self.paid[best]
         foreign = may_divide and size > self.SETTLED and cost > self.config.foreign * bits / 65536 / size
         if foreign and len(self.resting) >= self.config.domains:
@@ -2507,8 +2507,8 @@ class Field(_FieldBase):
             self.arrays, self._borrowed = _own_field_state(self.arrays), False
         return self.domain
 
-    def _cheapest(self, tokens: np.ndarray, favoured: int) -> tuple[int, float]:
-        """The domain whom tokens cost least, a little in favour of one; and their bits a byte."""
+    def _cheapest(self, tokens: np.ndarray) -> tuple[int, float]:
+        """The domain whom tokens cost least, a little in favour of whose turn it is; and their bits a byte."""
         size, costs = max(1, self._bytes(tokens)), []
         for state in self._states():
             bits, mine = np.zeros(len(tokens)), self.arrays
@@ -2517,7 +2517,7 @@ class Field(_FieldBase):
             self._ask(tokens, False, bits, *self._blank_cuts(0))
             self.arrays = mine
             costs.append(float(bits.sum()) / size)
-        weighed = [cost * (0.97 if k == favoured else 1.0) for k, cost in enumerate(costs)]
+        weighed = [cost * (0.97 if k == self.domain else 1.0) for k, cost in enumerate(costs)]
         best = int(np.argmin(weighed))
         return best, costs[best]
 

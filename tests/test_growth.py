@@ -518,16 +518,6 @@ def test_foreign_text_gets_a_mixer_of_its_own_and_the_old_one_rests(sample_text)
     )
 
 
-def test_a_little_foreign_text_does_not_take_the_life_s_own_text_to_its_domain(sample_text):
-    tokenizer = o.Tokenizer()
-    field = o.Field(tokenizer.vocabulary, o.FieldConfig(table_mb=1))
-    field.read(tokenizer.encode(sample_text[:40_000]))
-    foreign = tokenizer.encode("В начале смотритель ламп считал корабли, и море было спокойно. ".encode() * 5)
-    assert field.route(foreign) == 1  # which is a copy of the first domain, but for these few lines
-    field.read(foreign)
-    assert field.route(tokenizer.encode(sample_text[40_000:42_000])) == 0
-
-
 def test_unlearned_reading_notices_within_a_few_tokens_that_the_text_has_changed(sample_text):
     tokenizer = o.Tokenizer()
     field = o.Field(tokenizer.vocabulary, o.FieldConfig(table_mb=1))
@@ -535,7 +525,7 @@ def test_unlearned_reading_notices_within_a_few_tokens_that_the_text_has_changed
     russian = tokenizer.encode("В начале смотритель ламп считал корабли, и море было спокойно. ".encode() * 40)
     field.route(russian)
     field.read(russian)
-    field.route(tokenizer.encode(sample_text[:2_000]), may_divide=False)
+    field._turn_to(0)
     news = tokenizer.encode(b"Seven herons guard the copper gate while Quentin paints zebras on velvet. " * 20)
     field.read(news)  # which the second domain does not know
     field.read(np.concatenate([russian[:300], news[:300]]), learn=False)
