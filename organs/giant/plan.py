@@ -232,22 +232,22 @@ def best_of(found: Sequence[Choice]) -> Choice | None:
 def look(
     file: GGUFFile, sizes: Sizes, threads: int, accelerator: Accelerator | None, ram: float | None
 ) -> list[Choice]:
-    """Measure this machine, and what it can be expected to do with a file. ram: bytes; None: what is free."""
-    return list(choices(sizes, measured(file, sizes, threads, accelerator, ram)))
+    """Measure this machine for a second, and what it can be expected to do with a file. ram: bytes; None: what is free."""
+    return list(choices(sizes, measured(file, sizes, threads, accelerator, ram, seconds=1.0)))
 
 
 def measured(file: GGUFFile, sizes: Sizes, threads: int, accelerator: Accelerator | None, ram: float | None,
-             vram: float | None = None) -> Machine:  # fmt: skip
-    """This machine's numbers; ram, vram: bytes of another one's."""
+             vram: float | None = None, seconds: float = 3.0) -> Machine:  # fmt: skip
+    """This machine's numbers, of so many seconds of reading its disk; ram, vram: bytes of another one's."""
     from organs.giant.giant import free_memory
     from organs.giant.residency import reading_seconds
     from organs.giant.roofs import product_roof
 
     free = free_memory()
-    bandwidth = 1e9 * product_roof(sizes.format, min(1 << 29, free // 4), threads)
+    bandwidth = 1e9 * product_roof(sizes.format, min(1 << 29, free // 4), threads, rounds=int(10 * seconds))
     disk = None
     if sizes.experts:
-        first, each, work = reading_seconds(file)
+        first, each, work = reading_seconds(file, seconds)
         disk = Reading(first, each, work / threads)  # readers take turns with all threads that compute
     machine = Machine(ram or free, bandwidth, disk, vram or 0.0)
     if accelerator is None:

@@ -74,6 +74,7 @@ NEAR, FAR = 4, 400  # tokens over which an expert's worth is averaged
 NEAR_SHARE = f4(0.6)  # of the first average in it
 MOST_LOOKED_AT = 4096  # slots in search of one that can go
 SPIN_NS = 20_000  # how long who waits for an expert spins before it sleeps
+LEAST_BURSTS = 8  # that `reading_seconds` measures
 GONE = 1 << 30  # of `taken`: the slot was given up
 WAYS = 3  # gate, up, down
 EINTR = 4
@@ -742,11 +743,12 @@ class Residency:
 # --- How long reading takes: for `auto` and `giant plan`. ---
 
 
-def reading_seconds(file: GGUFFile, bursts: int = 16, several: int = 6) -> tuple[float, float, float]:
+def reading_seconds(file: GGUFFile, seconds: float = 3.0, several: int = 6) -> tuple[float, float, float]:
     """(seconds of a single expert beyond what each costs, seconds of each, and of a processor) when experts at random places
     are wanted.
 
-    They are read and packed by the very code that serves a model, some at once; medians of `bursts`.
+    They are read and packed by the very code that serves a model, some at once, for so many seconds: disks that are lent by the
+    second are fast for a moment, and what counts is what they keep up. Means of the later two thirds.
     """
     name = file.architecture
     width, used = file.get(f"{name}.embedding_length", int), file.get(f"{name}.expert_used_count", int)
@@ -757,24 +759,26 @@ def reading_seconds(file: GGUFFile, bursts: int = 16, several: int = 6) -> tuple
         residency.add(layer, _ways_of(file, block))
     several = min(several, count)
     residency.start(max(4 * used, 2 * several) * residency.slot_bytes)
-    rng, took, work = np.random.default_rng(0), {1: [], several: []}, []
+    residency.fetch(0, [0])  # loads what packs
+    rng = np.random.default_rng(0)
+    took = {1: [], several: []}  # of bursts: (when it began, its seconds, a processor's for each expert)
+    began = time.perf_counter()
     try:
-        for number in range(bursts + 2):  # the first two load what packs and fill the pool: then some have to go
-            for many, times in took.items():
-                layer = int(rng.integers(0, len(blocks)))
-                away = [e for e in rng.permutation(count).tolist() if not residency.where[layer, e, 0]]
-                before = time.process_time()
-                seconds = residency.fetch(layer, away[:many])
-                if number > 1 and len(away) >= many:
-                    times.append(seconds)
-                    work.append((time.process_time() - before) / many)
+        while (passed := time.perf_counter() - began) < seconds or len(took[several]) < LEAST_BURSTS:
+            layer, many = int(rng.integers(0, len(blocks))), several if len(took[1]) > len(took[several]) else 1
+            away = [e for e in rng.permutation(count).tolist() if not residency.where[layer, e, 0]][:many]
+            if len(away) < many:  # so few experts that all are there
+                return 0.0, 0.0, 0.0
+            before = time.process_time()
+            took[many].append((passed, residency.fetch(layer, away), (time.process_time() - before) / many))
     finally:
         residency.close()
-    if not all(took.values()):  # so few experts that all are there
-        return 0.0, 0.0, 0.0
-    one, together = (float(np.median(times)) for times in took.values())
+    late = {
+        many: np.array([burst for burst in bursts if burst[0] > passed / 3] or bursts) for many, bursts in took.items()
+    }
+    one, together = (float(late[many][:, 1].mean()) for many in (1, several))
     each = max(0.0, together - one) / max(1, several - 1)
-    return max(0.0, one - each), each, float(np.median(work))
+    return max(0.0, one - each), each, float(late[several][:, 2].mean())
 
 
 def _ways_of(file: GGUFFile, block: str) -> list[tuple[TensorInfo, int, int, int, int]]:
