@@ -778,7 +778,7 @@ def reading_seconds(file: GGUFFile, seconds: float = 3.0, several: int = 6) -> t
     }
     one, together = (float(late[many][:, 1].mean()) for many in (1, several))
     each = max(0.0, together - one) / max(1, several - 1)
-    return max(0.0, one - each), each, float(late[several][:, 2].mean())
+    return max(0.0, one - each), each, float(np.mean([late[many][:, 2].mean() for many in late]))
 
 
 def _ways_of(file: GGUFFile, block: str) -> list[tuple[TensorInfo, int, int, int, int]]:
