@@ -119,6 +119,25 @@ def test_every_byte_can_come_and_probabilities_sum_to_one(life, text):
         reader.advance(bytes([byte]))
 
 
+def test_it_turns_to_the_domain_that_a_text_belongs_to(tmp_path):
+    foreign = "".join(
+        f"Старая башня номер {k} стоит на зелёном холме над рекой, и её хранит Марен.\n" for k in range(60)
+    )
+    familiar = seed_corpus()[:400]
+    with Organism(tmp_path / "home", seed=1, threads=1, overrides={"immunity.judge": False}) as one:
+        one.learn_now(foreign)
+        field = one.published.field
+        assert len(field.resting) == 2, "the foreign text has a domain of its own"
+        for text, domain in ((foreign.encode()[:400], 1), (familiar, 0)):
+            reader = ByteReader.of(one)
+            bits = bits_of(reader, text)
+            assert reader._anchor.field.domain == domain and reader.next().sum() == pytest.approx(1)
+            assert bits[100:].mean() < 3.0
+        reader = ByteReader.of(one)
+        reader.advance(foreign.encode()[:300] + familiar * 3)
+        assert reader._anchor.field.domain == 0, "also when the text changes"
+
+
 def test_reading_changes_nothing_of_the_organism(life):
     before = life.evaluate(b"The old tower of Brumm")["bits_per_byte"]
     bits_of(ByteReader.of(life), b"The old tower of Brumm stands.")
