@@ -244,7 +244,7 @@ def percent(a: float, b: float) -> str:
 def people(raised: dict[str, Raised]) -> str:
     head = [
         "organism",
-        "bytes read",
+        "bytes lived",
         "steps",
         "tokens trained",
         "vocabulary",
