@@ -315,7 +315,7 @@ class LifeConfig:
     keep_generations: int = 3  # newest generations kept, besides the marked and the milestones (DESIGN §4)
     family: int = 8  # organisms alive in its mesh from which on it does not divide by itself (chosen)
     rest_seconds: float = 60.0  # before a core without company wakes a sleeper of a colony (chosen)
-    nap_seconds: float = 600.0  # that texts wait for a sleeper of a colony; doubled by each nap, up to 32 times (chosen)
+    nap_seconds: float = 600.0  # that texts wait for a sleeper of a colony; doubled by each nap (chosen)
     metabolism: bool = False  # a colony's network says what each should do more of (off: see docs/swarm.md)
 
 
