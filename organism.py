@@ -319,6 +319,7 @@ class LifeConfig:
     keep_generations: int = 3  # newest generations kept, besides the marked and the milestones (DESIGN §4)
     family: int = 8  # organisms alive in its mesh from which on it does not divide by itself (chosen)
     rest_seconds: float = 60.0  # before a core without company wakes a sleeper of a colony (chosen)
+    nap_seconds: float = 600.0  # that texts wait for a sleeper of a colony; doubled by each nap (chosen)
     metabolism: bool = False  # a colony's network says what each should do more of (off: see docs/swarm.md)
 
 
@@ -8929,8 +8930,10 @@ class Organism:
             if not self._await_kernels():
                 return
             self._settle()
+            close_holes()
             with self.turn(self._stop), self._lock:
                 _ = self.learner
+            close_holes()
             while not self._stop.is_set():
                 self._wake_up.wait(0.25)
                 self._wake_up.clear()
@@ -8969,8 +8972,7 @@ class Organism:
             self.buffer.reset(time.monotonic())
             self._buffered.clear()
             self._settle()
-            with contextlib.suppress(OSError, AttributeError):  # what the burst left in holes of the heap
-                importlib.import_module("ctypes").CDLL(None).malloc_trim(0)
+            close_holes()
             self._busy = False
 
     def _settle(self) -> None:
@@ -9804,6 +9806,12 @@ def spare_memory() -> None:
     array that is freed, until an embryo's chat holds 70 MB of holes (docs/performance.md)."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         importlib.import_module("ctypes").CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
+def close_holes() -> None:
+    """Give back what waking, or a burst, has left in holes of the heap: up to 20 MB of an embryo."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        importlib.import_module("ctypes").CDLL(None).malloc_trim(0)
 
 
 class Terminated(KeyboardInterrupt):

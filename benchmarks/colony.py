@@ -2,7 +2,9 @@
 it takes until all are heard, and until `status` tells of four that were killed.
 
 Each reads 20,000 bytes of its own. Once all have trained on that (or --patience is over: then those count that have), memory is
-looked at every two seconds, while every ten seconds each is sent 2,000 bytes more.
+looked at every two seconds, while every ten seconds each is sent 2,000 bytes more. Nobody hibernates (syntropy.plateau = 0), since all
+are to be alive. Then four are killed twice: once to see when they live again, and once with their homes locked, so that nobody can
+start them before every other one has said that they are gone.
 
     python benchmarks/colony.py                32 embryos, each with a text to learn
     python benchmarks/colony.py -n 8 --seconds 20
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import signal
 import statistics
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import ROOT, table, texts
@@ -36,12 +40,12 @@ def alive(colony: Colony) -> list[dict]:
     return [row for row in colony.status() if row["status"] == "alive"]
 
 
-def until(condition, seconds: float = 120.0) -> float:
-    """Seconds until it holds."""
+def until(condition, what: str, seconds: float = 120.0) -> float:
+    """Seconds until it holds. Ends the program where it does not, and says what was waited for."""
     began = time.perf_counter()
     while not condition():
         if time.perf_counter() - began > seconds:
-            raise SystemExit("error: waited in vain")
+            raise SystemExit(f"error: waited {seconds:g} s in vain: {what}")
         time.sleep(0.02)
     return time.perf_counter() - began
 
@@ -50,6 +54,28 @@ def all_know(colony: Colony, ignorant: set[int], alive_now: int) -> bool:
     """Whether all of these have said, once, that fewer others live; who has said so is taken out."""
     ignorant -= {row["pid"] for row in alive(colony) if row["peers"] < alive_now}
     return not ignorant
+
+
+def kill(rows: list[dict]) -> set[int]:
+    """Their process ids."""
+    pids = {row["pid"] for row in rows}
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    return pids
+
+
+@contextlib.contextmanager
+def kept_dead(colony: Colony, rows: list[dict]) -> Iterator[None]:
+    """Hold the locks of their homes, so that nobody wakes there."""
+    handles = []
+    try:
+        for row in rows:
+            handles.append(os.open(colony.home(row["name"]) / "lock", os.O_RDWR))
+            fcntl.flock(handles[-1], fcntl.LOCK_EX)  # at once: whoever held it is dead
+        yield
+    finally:
+        for handle in handles:
+            os.close(handle)
 
 
 def raised(colony: Colony, source: bytes, seconds: float) -> tuple[list[list[float]], int]:
@@ -128,24 +154,26 @@ def main() -> None:
             str(colony.folder),
             *corpora,
         ]
-        supervisor = subprocess.Popen(command)
+        supervisor = subprocess.Popen(command, env={**os.environ, "ORGANISM_SYNTROPY_PLATEAU": "0"})
         try:
-            until(lambda: len(alive(colony)) == options.n)
+            until(lambda: len(alive(colony)) == options.n, "all are heard")
             heard = time.perf_counter() - began
             with contextlib.suppress(SystemExit):  # then those count that have
-                until(lambda: all(row["training_tokens"] for row in alive(colony)), options.patience)
+                until(
+                    lambda: all(row["training_tokens"] for row in alive(colony)), "all have trained", options.patience
+                )
             looks, learned = raised(colony, source[options.n * part :] or source, options.seconds)
             if not looks:
                 sys.exit("nobody has trained in this time: give them more --patience, or compile the kernels first.")
             rows = alive(colony)
-            victims = {row["pid"] for row in rows[:4]}
-            survivors = {row["pid"] for row in rows} - victims
-            for pid in victims:
-                os.kill(pid, signal.SIGKILL)
-            truth = until(lambda: not victims & {row["pid"] for row in alive(colony)})
-            left_alive = options.n - len(victims)
-            known = until(lambda: all_know(colony, survivors, left_alive))
-            again = until(lambda: len(alive(colony)) == options.n)
+            victims = kill(rows[:4])
+            truth = until(lambda: not victims & {row["pid"] for row in alive(colony)}, "`status` without the dead")
+            again = truth + until(lambda: len(alive(colony)) == options.n, "the dead live again")
+            doomed = rows[-4:]
+            survivors = {row["pid"] for row in alive(colony)} - (dead := kill(doomed))
+            with kept_dead(colony, doomed):
+                known = until(lambda: all_know(colony, survivors, options.n - len(dead)), "every other one knows")
+            until(lambda: len(alive(colony)) == options.n, "the others live again")
         finally:
             supervisor.send_signal(signal.SIGINT)
             supervisor.wait()
@@ -160,8 +188,8 @@ def main() -> None:
         ["MB a process that shares nothing (`organism chat`), mean", single],
         ["s from `swarm up` to all heard", heard],
         ["s from `kill -9` of 4 to `status` without them", truth],
-        ["s more until every other one knows", known],
-        ["s more until they live again", again],
+        ["s from `kill -9` of 4 until they live again", again],
+        ["s from `kill -9` of 4 until every other one knows", known],
         ["processes left after Ctrl-C", left],
     ]
     print(table(f"A colony of {options.n}, {os.cpu_count()} cores", head, lines))

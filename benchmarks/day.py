@@ -38,8 +38,9 @@ from organism import (
     growth_gates,
     stages,
 )
+from swarm.mesh import Mail
 from swarm.metabolism import LEAST, MOST, OUTPUTS, Metabolism, appetites, worths
-from swarm.rules import no_room, who_wakes, worth_giving, worth_waking
+from swarm.rules import Bed, no_room, who_wakes, worth_giving, worth_waking
 
 TICK = 30.0  # seconds: of three bursts at most (Organism._burst); as often speaks the metabolism (colony.MONITOR)
 BYTES_PER_TOKEN = 2.0
@@ -56,6 +57,7 @@ class Text(NamedTuple):
     source: str
     size: int
     new: float  # share of it that its reader does not know: in [0, 1]
+    came: float = 0.0  # seconds since midnight
 
 
 class Life:
@@ -192,8 +194,10 @@ class Day:
         self.advice, self.exchange, self.mean_rate = advice, exchange, mean_rate
         self.awake: dict[str, Life] = {}
         self.asleep: dict[str, Life] = {}
-        self.beds: dict[str, float] = {}
+        self.beds: dict[str, Bed] = {}
+        self.left: dict[str, tuple[Bed, float]] = {}  # beds that were left, and when
         self.born = self.hibernated = self.refused = 0
+        self.slept = self.latest = 0.0  # hours of sleep of all; seconds that a text has waited for a sleeper at most
         self.improving = self.spent = 0.0  # seconds of cores
         self.counts: list[tuple[int, int]] = []  # (awake, all) at each round
         names = list(STAGES)
@@ -216,7 +220,7 @@ class Day:
         for tick in range(int(hours * 3600 / TICK)):
             now = tick * TICK
             self._deliver(now)
-            self._ask()
+            self._ask(now)
             self._wake(now)
             self._learn(now)
             self._round()
@@ -228,11 +232,15 @@ class Day:
             if self.rng.random() < life.rate * TICK / 3600 / size:
                 other = self.rng.random() < 4 * size / life.rate / 24
                 life.domain = int(self.rng.integers(8)) if other else life.domain
-                life.hear(Text("feed", size, 1.0 if other else life.newness))
+                life.hear(Text("feed", size, 1.0 if other else life.newness, now))
 
-    def _ask(self) -> None:
+    def _ask(self, now: float) -> None:
         """A question a minute: everybody says how surprised it is; who sleeps may be woken by its summary."""
-        self.called: set[str] = {name for name, life in self.asleep.items() if life.waiting}  # letters that bring text
+        self.mail = {
+            name: Mail(False, sum(text.size for text in life.waiting), now - life.waiting[0].came)
+            for name, life in self.asleep.items()
+            if life.waiting
+        }
         if self.rng.random() > TICK / 60 or not self.awake:
             return
         domain = int(self.rng.integers(8))
@@ -242,13 +250,15 @@ class Day:
         woken = worth_waking(known, list(self.asleep), guesses)
         answers = self.asleep[woken[0]] if woken else self.awake[min(known, key=known.__getitem__)]
         answers.answered += 1
-        self.called |= set(woken)
+        self.mail |= {name: Mail(True) for name in woken}
 
     def _wake(self, now: float) -> None:
-        rest = self.config.life.rest_seconds
-        for name in who_wakes(self.beds, self.called, len(self.awake), self.cores, rest, now):
-            del self.beds[name]
-            life = self.asleep.pop(name)
+        rest, patience = self.config.life.rest_seconds, self.config.life.nap_seconds
+        for name in who_wakes(self.beds, self.mail, len(self.awake), self.cores, rest, now, patience):
+            life, bed = self.asleep.pop(name), self.beds.pop(name)
+            self.left[name] = bed, now
+            self.slept += (now - bed.since) / 3600
+            self.latest = max([self.latest, *(now - text.came for text in life.waiting)])
             life.syntropy = Syntropy(self.config.syntropy, life.syntropy.state())  # as `Organism` does when it wakes
             self._add(life)
 
@@ -268,7 +278,8 @@ class Day:
         """As `Member._consider` and `Supervisor._place` do."""
         if proposal == "hibernate":
             self.hibernated += 1
-            self.asleep[life.name], self.beds[life.name] = self.awake.pop(life.name), now
+            last, woke = self.left.pop(life.name, (None, now))
+            self.asleep[life.name], self.beds[life.name] = self.awake.pop(life.name), Bed.after(last, woke, now)
         elif proposal == "divide":
             everybody = len(self.awake) + len(self.asleep)
             if no_room(everybody, 0, self.most, 60.0 * len(self.awake), None):
@@ -335,7 +346,8 @@ def summary(days: list[Day]) -> list[object]:
     awake = [count for day in days for count, _ in day.counts]
     return [
         f"{min(awake)}–{max(awake)}", max(total for day in days for _, total in day.counts), f"{mean(lambda d: d.born):.1f}",
-        f"{mean(lambda d: d.hibernated):.0f}", f"{mean(lambda d: d.spent) / 3600:.1f}",
+        f"{mean(lambda d: d.hibernated):.0f}", f"{mean(lambda d: 60 * d.slept / max(1, d.hibernated)):.0f}",
+        f"{mean(lambda d: d.latest) / 3600:.1f}", f"{mean(lambda d: d.spent) / 3600:.1f}",
         f"{mean(lambda d: d.improving / d.spent):.1%}",
         f"{mean(lambda d: statistics.mean(life.loss for life in (d.awake | d.asleep).values())):.3f}",
     ]  # fmt: skip
@@ -367,6 +379,8 @@ def main() -> None:
         "most alive",
         "born",
         "hibernated",
+        "min a sleep",
+        "a text waited, h",
         "core hours",
         "of them to improvers",
         "mean loss",

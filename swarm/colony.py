@@ -23,11 +23,11 @@ from typing import Any
 
 from organism import Config, OrganismError, UsageError
 from swarm.family import room_for_one_more
-from swarm.mesh import ANSWERS, SUPERVISOR, Letter, Mesh, MeshError, machine, open_mesh, start_time
+from swarm.mesh import ANSWERS, SUPERVISOR, Letter, Mail, Mesh, MeshError, machine, open_mesh, start_time
 from swarm.metabolism import Metabolism
 from swarm.nursery import HIBERNATES
 from swarm.ray_mesh import membership
-from swarm.rules import EMBRYO_MB, no_room, who_wakes
+from swarm.rules import EMBRYO_MB, Bed, no_room, who_wakes
 from swarm.thinking import Correspondent
 from swarm.topology import Monitor, Topology, gammas_of, topology
 from swarm.wards import Cluster, Here
@@ -202,7 +202,8 @@ class Supervisor:
     """Starts organisms, starts the crashed and the lost again, and brings all down; asyncio's own processes and signals.
 
     It also says who may divide, starts the child whose home then appears, and keeps the beds of those who hibernate: they wake
-    when a letter waits for them, or when fewer are awake than the machines have cores.
+    when a letter asks something of them, when texts wait that are worth it (`rules.stirs`), or when fewer are awake than the
+    machines have cores.
     """
 
     def __init__(self, colony: Colony, names: dict[str, str | None], most: int, ram_gb: float | None, say: Callable[[str], None],
@@ -210,12 +211,13 @@ class Supervisor:
         self.gammas, self.land = gammas, land or Here(colony)
         self.colony, self.names, self.ram_gb, self.say, self.exchange = colony, names, ram_gb, say, exchange
         settings = Config.load().life
-        self.most, self.rest = most, settings.rest_seconds
+        self.most, self.rest, self.patience = most, settings.rest_seconds, settings.nap_seconds
         self.metabolism = Metabolism() if settings.metabolism else None
-        self.beds: dict[str, float] = {}  # who hibernates, and since when
+        self.beds: dict[str, Bed] = {}  # of those who hibernate
+        self.left: dict[str, Bed] = {}  # beds that were left, by who has woken
         self.places: dict[str, float] = {}  # of children who may be born, and when that was said
         self.monitor, self.monitored = Monitor(), time.monotonic()
-        self.called: set[str] = set()  # for whom letters wait
+        self.called: dict[str, Mail] = {}  # what waits for whom, while somebody hibernates
         self.started: dict[str, float] = {}
         self.homes: dict[str, Any] = {}  # the ward in which each lives, or was told to
         self.alive: dict[str, int] = {}  # process ids
@@ -324,7 +326,8 @@ class Supervisor:
         if self.stopping.is_set():
             return
         if code == HIBERNATES:
-            self.beds[name] = time.monotonic()
+            now = time.monotonic()
+            self.beds[name] = Bed.after(self.left.pop(name, None), self.started.get(name, now), now)
             self.say(f"{name} hibernates; its bed is kept.")
             return
         if code == 0:
@@ -385,7 +388,7 @@ class Supervisor:
                 self.say(f"{name} is born.")
                 self._later(self._start(name))
             for name in self._awaited():
-                del self.beds[name]
+                self.left[name] = self.beds.pop(name)
                 self._later(self._start(name))
             await self._pause(LOOK)
 
@@ -402,8 +405,9 @@ class Supervisor:
                 for id, news in self.monitor.look(gammas).items():
                     mesh.post(SUPERVISOR, id, "topology", news)
                 self._feed(mesh)
-            waiting = mesh.waiting() if self.beds else set()
-            self.called = {Path(peer.home).name for peer in mesh.peers() if peer.id in waiting} if waiting else set()
+            waiting = mesh.waiting() if self.beds else {}
+            homes = {peer.id: Path(peer.home).name for peer in mesh.peers()} if waiting else {}
+            self.called = {homes[id]: mail for id, mail in waiting.items() if id in homes}
 
     def _feed(self, mesh: Mesh) -> None:
         """Tell all who are awake what the metabolism would have them do more of, where there is one."""
@@ -443,7 +447,8 @@ class Supervisor:
 
     def _awaited(self) -> list[str]:
         """Who hibernates, and is to wake."""
-        return who_wakes(self.beds, self.called, len(self.alive), self._cores(), self.rest, time.monotonic())
+        now = time.monotonic()
+        return who_wakes(self.beds, self.called, len(self.alive), self._cores(), self.rest, now, self.patience)
 
     def _cores(self) -> int:
         """Of all places where they live."""

@@ -36,6 +36,8 @@ LETTER_BYTES = 1 << 20  # of a letter's payload at most
 OFFER_BYTES = 1 << 20
 KEEP_SECONDS = 86_400.0  # the dead, letters and offers are kept so long
 ANSWERS = ("answer", "undelivered")  # kinds of letters that ask for nothing
+NEWS = ("topology", "metabolism")  # and those of the supervisor to who is awake: nobody is woken for them
+TEXTS = "learn"  # the kind of those that bring text
 SUPERVISOR = "supervisor"  # to whom letters are written that ask the supervisor of a colony
 WAIT_SECONDS = 20.0  # for other writers, before giving up
 
@@ -70,6 +72,15 @@ class Letter(NamedTuple):
     to: str
     kind: str
     payload: dict[str, Any]
+
+
+class Mail(NamedTuple):
+    """What waits for one reader. asks: some letter wants something at once; size: bytes of the letters that bring text to learn; age:
+    seconds that the oldest of those has waited."""
+
+    asks: bool
+    size: int = 0
+    age: float = 0.0
 
 
 class Offer(NamedTuple):
@@ -149,8 +160,8 @@ class Mesh(ABC):
         """Take the letters that wait, oldest first. Each is handed out once, however many ask."""
 
     @abstractmethod
-    def waiting(self) -> set[str]:
-        """Whose letters wait, of those that ask for something (answers do not)."""
+    def waiting(self) -> dict[str, Mail]:
+        """For whom letters wait, without answers and news."""
 
     @abstractmethod
     def settle(self, ids: Iterable[int]) -> None:
@@ -504,11 +515,14 @@ class SQLiteMesh(Mesh):
             connection.executemany("UPDATE messages SET taken = 1 WHERE id = ?", [(row[0],) for row in rows])
         return [Letter(id, sender, to, kind, json.loads(text)) for id, sender, to, kind, text in rows]
 
-    def waiting(self) -> set[str]:
-        answers = ", ".join(f"'{kind}'" for kind in ANSWERS)
+    def waiting(self) -> dict[str, Mail]:
+        quiet, now = ", ".join(f"'{kind}'" for kind in (*ANSWERS, *NEWS)), time.time()
+        rows = self._all(
+            f"SELECT to_id, max(type <> '{TEXTS}'), sum((type = '{TEXTS}') * length(CAST(payload AS BLOB))), "
+            f"min(CASE type WHEN '{TEXTS}' THEN ts END) FROM messages WHERE taken = 0 AND type NOT IN ({quiet}) GROUP BY to_id"
+        )
         return {
-            id
-            for (id,) in self._all(f"SELECT DISTINCT to_id FROM messages WHERE taken = 0 AND type NOT IN ({answers})")
+            id: Mail(bool(asks), size, max(0.0, now - oldest) if oldest else 0.0) for id, asks, size, oldest in rows
         }
 
     def settle(self, ids: Iterable[int]) -> None:

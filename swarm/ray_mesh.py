@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from organism import UsageError
-from swarm.mesh import Letter, Mesh, MeshError, Offer, Row, SQLiteMesh, boot_clock
+from swarm.mesh import Letter, Mail, Mesh, MeshError, Offer, Row, SQLiteMesh, boot_clock
 
 NAMESPACE = "organism"
 ANSWER_SECONDS = 40.0  # for the actor; Ray needs 16 to notice that a node is lost, and to start it on another
@@ -402,7 +402,7 @@ class RayMesh(Mesh):
     def inbox(self, id: str, limit: int = 64) -> list[Letter]:
         return self._call("inbox", id, limit)
 
-    def waiting(self) -> set[str]:
+    def waiting(self) -> dict[str, Mail]:
         return self._call("waiting")
 
     def settle(self, ids: Iterable[int]) -> None:

@@ -9,6 +9,9 @@ which may reach beyond them:
 probability is the weight that goes on with it, over the weight that goes on at all. Paths below a share of the heaviest are
 dropped, and no state is computed before its path is kept. What was dropped is made up for by a trace of the uniform distribution;
 where a byte comes that no path expected, reading goes on from the last state that ended with its bytes.
+
+An organism whose field has several domains reads each text with the one that it belongs to. At the beginning of a text nobody can
+tell, so the reader looks back after some bytes, and more and more rarely.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ END = 256  # the symbol after the last byte
 SYMBOLS = 257
 TRACE = 1e-4  # of the uniform distribution: 0.00014 bits a byte
 PATHS = 4  # that are followed at most
+LOOKS = (32, 96, 224, 480)  # bytes after which it looks back, whose text this is; then every RECENT bytes
+RECENT = 1024  # bytes that it looks back at, at most
 SHARE = 1e-3  # of the heaviest path's weight, below which one is dropped: at most 0.0015 bits of what comes after
 
 
@@ -78,12 +83,15 @@ class ByteReader:
     next() -> float64 [257]: 256 bytes and the end, none of them 0; advance(bytes) moves past some.
     """
 
+    _recent, _count = b"", 0  # the last bytes, with the prefix; how many it has moved past
+
     def __init__(self, snapshot: Snapshot, prefix: bytes = b"", paths: int = PATHS, share: float = SHARE):
         self.snapshot, self.paths, self.share = snapshot, paths, share
         self.lexicon = lexicon_of(tuple(snapshot.tokenizer.vocabulary))
         self._free: list[Decoder] = []
         self._busy: list[Decoder] = []
         self._anchor, self._since = self._begin(snapshot.tokenizer.encode(prefix or b"\n")), b""
+        self._recent = prefix[-RECENT:]
         self._paths = [Path(self._anchor, 1.0)]
         self._next: np.ndarray | None = None
 
@@ -160,6 +168,20 @@ class ByteReader:
         """Move past some bytes."""
         for byte in data:
             self._advance(bytes([byte]))
+            self._recent, self._count = (self._recent + bytes([byte]))[-RECENT:], self._count + 1
+            if self._count in LOOKS or self._count % RECENT == 0:
+                self._look_back()
+
+    def _look_back(self) -> None:
+        """Begin anew with the last bytes where they cost another domain of the field less than the one that reads them."""
+        field = self._anchor.field
+        if len(getattr(field, "resting", ())) < 2:
+            return
+        tokens = self.snapshot.tokenizer.encode(self._recent)
+        if field.reader().route(tokens[-Field.LOOK :], may_divide=False) != field.domain:
+            self._anchor, self._since, self._next = self._begin(tokens), b"", None
+            self._paths = [Path(self._anchor, 1.0)]
+            self._recycle()
 
     def _advance(self, byte: bytes) -> None:
         self._next, self._since = None, self._since + byte

@@ -5,6 +5,7 @@ Run alone: pytest -n 0 tests/swarm/test_mesh.py
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm import mesh as mesh_module
-from swarm.mesh import Mesh, MeshError, SQLiteMesh, open_mesh, start_time
+from swarm.mesh import Mail, Mesh, MeshError, SQLiteMesh, open_mesh, start_time
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ["sqlite", "ray"]
@@ -158,6 +159,22 @@ def test_a_letter_to_a_sleeper_waits(mesh: Mesh):
     mesh.post("anna", "bert", "note", {})
     mesh.register("bert", "", {})
     assert len(mesh.inbox("bert")) == 1
+
+
+def test_what_waits_for_whom_is_told_without_answers_and_news(mesh: Mesh):
+    for kind in ("answer", "undelivered", "topology", "metabolism"):
+        mesh.post("anna", "bert", kind, {})
+    assert mesh.waiting() == {}
+    size = len(json.dumps(dict(text="größer"), ensure_ascii=False).encode())
+    for _ in range(2):
+        mesh.post("anna", "bert", "learn", dict(text="größer"))
+    mesh.post("anna", "carl", "ask", {})
+    waiting = mesh.waiting()
+    assert waiting["carl"] == Mail(True) and waiting["bert"][:2] == (False, 2 * size) and 0 <= waiting["bert"].age < 60
+    mesh.post("anna", "bert", "ask", {})
+    assert mesh.waiting()["bert"].asks
+    mesh.inbox("bert")
+    assert set(mesh.waiting()) == {"carl"}, "what was taken does not wait"
 
 
 def test_what_was_taken_and_not_settled_before_a_death_comes_back_to_the_writer(where, mesh: Mesh):

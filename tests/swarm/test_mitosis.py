@@ -19,8 +19,10 @@ from organism import Appetites, Organism, OrganismError
 from swarm.colony import Colony, Supervisor
 from swarm.family import Family
 from swarm.member import Member
-from swarm.mesh import SUPERVISOR, Mesh, open_mesh, start_time
+from swarm.mesh import SUPERVISOR, Mail, Mesh, open_mesh, start_time
 from swarm.metabolism import Metabolism
+from swarm.nursery import HIBERNATES
+from swarm.rules import Bed
 
 ROOT = Path(__file__).resolve().parents[2]
 LESSON = "The old tower of Brumm stands on a green hill above the river Olse, and its keeper is called Maren Tolk.\n"
@@ -145,10 +147,10 @@ def test_in_a_colony_its_process_ends_and_what_waits_for_it_is_seen(parent, mesh
     assert member.hibernating and not thread.is_alive()
     (peer,) = mesh.peers()
     assert peer.status == "asleep" and peer.facts["hibernating"]
-    assert mesh.waiting() == set()
+    assert mesh.waiting() == {}
     mesh.post("somebody", peer.id, "ask", dict(text="hello"))
     mesh.post("somebody", peer.id, "answer", dict(to=1))
-    assert mesh.waiting() == {peer.id}
+    assert mesh.waiting() == {peer.id: Mail(True)}
 
 
 # --- The supervisor. ---
@@ -184,15 +186,31 @@ def test_it_refuses_strangers_and_memory_beyond_the_limit(supervisor):
 def test_it_wakes_whom_a_letter_waits_for_and_the_longest_asleep_when_a_core_is_idle(supervisor, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     now = time.monotonic()
-    supervisor.beds, supervisor.rest = dict(o1=now - 10, o2=now - 100), 60.0
-    supervisor.called, supervisor.alive = {"o1"}, dict(o3=1, o4=2)
+    supervisor.beds, supervisor.rest = dict(o1=Bed(now - 10), o2=Bed(now - 100)), 60.0
+    supervisor.called, supervisor.alive = dict(o1=Mail(True)), dict(o3=1, o4=2)
     assert supervisor._awaited() == ["o1"]
-    supervisor.called = set()
+    supervisor.called = {}
     assert supervisor._awaited() == [], "every core has somebody"
     supervisor.alive = dict(o3=1)
     assert supervisor._awaited() == ["o2"]
     supervisor.rest = 1000.0
     assert supervisor._awaited() == []
+
+
+def test_texts_wait_for_a_sleeper_and_longer_after_each_nap(supervisor, monkeypatch):
+    supervisor.say, supervisor.patience, supervisor.alive = (lambda text: None), 600.0, dict.fromkeys("abcdefgh", 1)
+    for naps in range(3):
+        supervisor.homes["o1"], supervisor.started["o1"] = None, time.monotonic() - 20
+        supervisor._ended("o1", HIBERNATES)
+        assert supervisor.beds["o1"].naps == naps
+        supervisor.called = dict(o1=Mail(False, 2000, 600.0 * 2**naps - 1))
+        assert supervisor._awaited() == []
+        supervisor.called = dict(o1=Mail(False, 2000, 600.0 * 2**naps))
+        assert supervisor._awaited() == ["o1"]
+        supervisor.left["o1"] = supervisor.beds.pop("o1")  # as `_look_about` does
+    supervisor.homes["o1"], supervisor.started["o1"] = None, time.monotonic() - 3600
+    supervisor._ended("o1", HIBERNATES)
+    assert supervisor.beds["o1"].naps == 0, "it was awake for long"
 
 
 def test_a_member_asks_the_supervisor_and_bears_the_child_where_it_is_told(parent, mesh, tmp_path):

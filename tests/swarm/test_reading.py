@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from organism import Organism, OrganismError, Tokenizer, seed_corpus
+from organism import Field, Organism, OrganismError, Tokenizer, seed_corpus
 from swarm.ensemble import Mixer
 from swarm.reading import SYMBOLS, TRACE, ByteReader, Lexicon, State, bits_of, packed, unpacked
 from swarm.summary import Summary
@@ -117,6 +117,25 @@ def test_every_byte_can_come_and_probabilities_sum_to_one(life, text):
         p = reader.next()
         assert p.shape == (SYMBOLS,) and p.min() > 0 and p.sum() == pytest.approx(1)
         reader.advance(bytes([byte]))
+
+
+def test_it_turns_to_the_domain_that_a_text_belongs_to(tmp_path, monkeypatch):
+    foreign = "".join(f"#{k:03d} ZQX-JKV [{k * k % 97:02d}] WYZ%%QJX\n" for k in range(200))
+    familiar = seed_corpus()[:400]
+    with Organism(tmp_path / "home", seed=1, threads=1, overrides={"immunity.judge": False}) as one:
+        one.learn_now(foreign)
+        field = one.published.field
+        assert len(field.resting) == 2, "the foreign text has a domain of its own"
+        whose = lambda self, tokens: (int(b"ZQX" in one.published.tokenizer.decode(tokens)), 1.0)
+        monkeypatch.setattr(Field, "_cheapest", whose)  # both have read all that is familiar
+        for text, domain in ((foreign.encode()[:400], 1), (familiar, 0)):
+            reader = ByteReader.of(one)
+            bits = bits_of(reader, text)
+            assert reader._anchor.field.domain == domain and reader.next().sum() == pytest.approx(1)
+            assert bits[100:].mean() < 3.0
+        reader = ByteReader.of(one)
+        reader.advance(foreign.encode()[:300] + familiar * 3)
+        assert reader._anchor.field.domain == 0, "also when the text changes"
 
 
 def test_reading_changes_nothing_of_the_organism(life):

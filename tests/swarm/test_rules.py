@@ -8,7 +8,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from organism import SEED_CORPUS, Appetites, Standing, SyntropyConfig, Trend, proposal
-from swarm.rules import by_surprise, no_room, who_wakes, worth_giving, worth_waking
+from swarm.mesh import Mail
+from swarm.rules import (
+    BRIEF,
+    MOST_NAPS,
+    NAP_BYTES,
+    Bed,
+    by_surprise,
+    no_room,
+    stirs,
+    who_wakes,
+    worth_giving,
+    worth_waking,
+)
 
 
 class Row(NamedTuple):
@@ -22,10 +34,28 @@ def test_nobody_is_born_beyond_the_number_or_the_memory():
 
 
 def test_who_is_called_wakes_and_an_idle_core_wakes_who_slept_longest():
-    beds = dict(anna=10.0, otto=5.0)
-    assert who_wakes(beds, {"anna", "nobody"}, 9, 2, 60.0, 11.0) == ["anna"]
-    assert who_wakes(beds, set(), 1, 2, 60.0, 70.0) == ["otto"]
-    assert who_wakes(beds, set(), 2, 2, 60.0, 70.0) == [] == who_wakes(beds, set(), 1, 2, 60.0, 60.0)
+    beds = dict(anna=Bed(10.0), otto=Bed(5.0))
+    assert who_wakes(beds, dict(anna=Mail(True), nobody=Mail(True)), 9, 2, 60.0, 11.0) == ["anna"]
+    assert who_wakes(beds, {}, 1, 2, 60.0, 70.0) == ["otto"]
+    assert who_wakes(beds, {}, 2, 2, 60.0, 70.0) == [] == who_wakes(beds, {}, 1, 2, 60.0, 60.0)
+
+
+def test_texts_wait_until_they_are_worth_waking_for_and_a_question_does_not():
+    beds = dict(anna=Bed(10.0))
+    wakes = lambda mail: who_wakes(beds, dict(anna=mail), 9, 2, 60.0, 11.0, patience=600.0)
+    assert wakes(Mail(False, 2000, 599.0)) == [] and wakes(Mail(False, 2000, 600.0)) == ["anna"]
+    assert wakes(Mail(False, NAP_BYTES, 1.0)) == ["anna"] == wakes(Mail(True, 0, 0.0))
+    beds["anna"] = Bed(10.0, naps=2)
+    assert wakes(Mail(False, 2000, 2399.0)) == [] == wakes(Mail(False, 4 * NAP_BYTES - 1, 1.0))
+    assert wakes(Mail(False, 2000, 2400.0)) == ["anna"] == wakes(Mail(False, 4 * NAP_BYTES, 1.0)) == wakes(Mail(True))
+    assert stirs(Mail(False, 1, 600.0 * 2**MOST_NAPS), 99, 600.0), "no text waits for ever"
+    assert not stirs(Mail(False), 0, 0.0), "nothing waits"
+
+
+def test_who_sleeps_again_at_once_has_napped():
+    assert Bed.after(None, 0.0, 50.0) == Bed(50.0), "the first sleep"
+    assert Bed.after(Bed(10.0, 3), 50.0, 50.0 + BRIEF - 1) == Bed(50.0 + BRIEF - 1, 4)
+    assert Bed.after(Bed(10.0, 3), 50.0, 50.0 + BRIEF) == Bed(50.0 + BRIEF, 0), "it had something to do"
 
 
 def test_a_sleeper_is_woken_only_for_what_it_knows_distinctly_better():
