@@ -275,6 +275,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help="of each specialist")
     parser.add_argument("--bytes", type=int, default=1_000_000, help="that each specialist reads at most")
     parser.add_argument("--passages", type=int, default=20, help="held out of each domain")
+    parser.add_argument("--read", type=int, help="of them that are read (default: all), from the first on")
     parser.add_argument("--stage", default="child")
     parser.add_argument("--larger", metavar="STAGE", help="also one of this stage with as many FLOPs")
     parser.add_argument("--youth", type=float, default=0.0,
@@ -289,7 +290,7 @@ def main() -> None:
     options = parser.parse_args()
     paths = texts(options.text) | {DIALOGUE: ROOT / "nonames.txt"}
     parts = {name: split(path, options.bytes, options.passages) for name, path in paths.items()}
-    held = {name: part[1] for name, part in parts.items()}
+    held = {name: part[1][: options.read] for name, part in parts.items()}
     organism.seed_corpus = lambda: parts[DIALOGUE][0]  # the first breath of all, without what is held out
     shelves = {name: [] if name == DIALOGUE else documents(name, part[0]) for name, part in parts.items()}
     with tempfile.TemporaryDirectory(prefix="organism-bench-") as scratch:
