@@ -212,10 +212,8 @@ class GrowthConfig:
     auto: bool = True  # grow by itself, once enough was lived and learning has flattened; off: only when asked to
     flat: float = 0.01  # flattened: the loss fell by less than this share from the third quarter of a stage to the last
     least_steps: int = 300  # steps at a stage before it may be left; it lasts as long as all before it, too (chosen)
-    flat_alone: float = (
-        0.05  # both for a body without a field: it has all to learn itself, and a larger one does so from …
-    )
-    least_steps_alone: int = 100  # … less text (docs/benchmarks.md)
+    flat_alone: float = 0.05  # `flat` of a body without a field, which has all to learn itself (docs/benchmarks.md)
+    least_steps_alone: int = 100  # and its `least_steps`: a larger one learns from less text (docs/benchmarks.md)
     window: int = 100  # steps after growth in which the rate is dampened and the next stage waits (molequla §1.7: 500)
     dampen: float = 0.3  # factor on the rate in that window (molequla §1.2)
     warmup_steps: int = 30  # steps over which the rate rises again after growth (chosen)
