@@ -2450,9 +2450,7 @@ class Field(_FieldBase):
 
     # Domains.
 
-    LOOK = (
-        64  # tokens that unlearned reading looks back at, to tell whose they are: now and then, and when they surprise
-    )
+    LOOK = 64  # tokens by which unlearned reading tells whose a text is: now and then, and when they surprise
     EARLY = 16, 48, 112, 240  # after so many tokens it looks, too
     SURPRISE = 1.5  # times what the text cost so far
     PROBE = 256  # tokens by which `route` judges
