@@ -121,8 +121,11 @@ def raise_one(
         for row in life.memory.lived():
             lived[row.source] += len(row.text)
         read, snapshot, state = sum(lived[source] for source, _ in shelf), life.published, life.state
-        if read < (whole := sum(len(text) for _, text in shelf)):
-            sys.exit(f"error: {home.name} has read {read:,} of {whole:,} bytes: give them more --steps.")
+        if short := [source for source, text in shelf if lived[source] < len(text)]:
+            whole = sum(len(text) for _, text in shelf)
+            sys.exit(
+                f"error: {home.name} has read {read:,} of {whole:,} bytes, not all of {short[0]}: give them more --steps."
+            )
         return Raised(state["lived_bytes"], snapshot.body.steps, state["training_tokens"], len(snapshot.tokenizer),
                       len(getattr(snapshot.field, "resting", "1")), state["training_flops"], time.perf_counter() - began)  # fmt: skip
 
