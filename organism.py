@@ -8367,7 +8367,7 @@ class Organism:
         snap = self.published
         if self.compiled and isinstance(snap.field, CooccurField) and snap.body.on_field:
             field = self._replayed_field(snap.tokenizer, snap.body)
-            self.published = snap = dataclasses.replace(snap, field=field, compiled=True, _decoder=None)
+            self.published = snap = dataclasses.replace(snap, kept_field=field, compiled=True, _decoder=None)
         learner = Learner(self.config, snap.tokenizer, snap.field.reader(), snap.body.copy(), engine=self.config.learning.engine,
                           threads=self.threads, compiled=self.compiled, seed=self.state["seed"])  # fmt: skip
         learner.gate, learner.credit = snap.gate.copy(), self.state["credit"]

@@ -172,6 +172,20 @@ def test_the_background_learns_while_it_talks(tmp_path, tiny):
         assert life.say("Go on.").as_dict()["source"] == "blend"
 
 
+def test_who_was_born_before_the_kernels_goes_over_to_them(tmp_path, tiny):
+    """As on a machine's first start: it counts until the compiler is done, then the trainer replays what it lived."""
+    with o.Organism(tmp_path / "home", seed=1, threads=1, kernels="off", overrides={"learning.cooldown": 0.0}) as life:
+        assert isinstance(life.published.field, o.CooccurField)
+        life.kernels = "wait"
+        life.start()
+        life.learn("The glimmerfish lives in Tarvenholm, where silver moss grows.\n" * 4, "file")
+        deadline = o.time.monotonic() + 60
+        while not (life.published.body.steps or life.trouble) and o.time.monotonic() < deadline:
+            o.time.sleep(0.05)
+        assert not life.trouble and life.published.body.steps
+        assert isinstance(life.published.field, o.Field)
+
+
 def test_a_home_in_use_is_refused_and_readers_need_no_lock(tmp_path, tiny):
     with o.Organism(tmp_path / "home", seed=1, kernels="off") as life:
         _ = life.say("Hello.").text
