@@ -154,7 +154,7 @@ def raise_family(folder: Path, shelves: dict[str, Shelf], stage: str, steps: int
 
 def told(snapshot: Snapshot, passages: list[bytes]) -> list[np.ndarray]:
     """The distribution of each byte of each passage, float32 [n, 257]."""
-    return [np.stack([row for row in distributions(ByteReader(snapshot), passage)]) for passage in passages]
+    return [np.stack([*distributions(ByteReader(snapshot, ahead=passage[:QUESTION]), passage)]) for passage in passages]
 
 
 def distributions(reader: ByteReader, data: bytes) -> Iterator[np.ndarray]:

@@ -44,7 +44,7 @@ def surprise_per_byte(life: Organism, text: str) -> float:
     """Bits a byte that the end of a text costs it as it is, body and field together, frozen: what questions are routed by. Byte by
     byte, since where tokens end is a matter of each one's tokenizer. Safe beside a reply."""
     data = text.encode("utf-8", "replace")[-SURPRISE_BYTES:]
-    return float(bits_of(ByteReader.of(life), data).mean()) if data else 0.0
+    return float(bits_of(ByteReader.of(life, ahead=data), data).mean()) if data else 0.0
 
 
 class Reading(NamedTuple):
@@ -297,8 +297,9 @@ class Member:
         """Somebody reads along from here: the distributions of each byte of a text, and of the one after it."""
         if len(self._readings) >= READERS:
             del self._readings[min(self._readings, key=lambda one: self._readings[one].at)]
-        reader, rows = ByteReader(self.life.published), []
-        for byte in text.encode("utf-8", "replace"):
+        data = text.encode("utf-8", "replace")
+        reader, rows = ByteReader.of(self.life, ahead=data), []
+        for byte in data:
             rows.append(reader.next())
             reader.advance(bytes([byte]))
         self._readings[who] = Reading(reader, time.monotonic())

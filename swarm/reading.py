@@ -10,8 +10,8 @@ probability is the weight that goes on with it, over the weight that goes on at 
 dropped, and no state is computed before its path is kept. What was dropped is made up for by a trace of the uniform distribution;
 where a byte comes that no path expected, reading goes on from the last state that ended with its bytes.
 
-An organism whose field has several domains reads each text with the one that it belongs to. At the beginning of a text nobody can
-tell, so the reader looks back after some bytes, and more and more rarely.
+An organism whose field has several domains reads each text with the one that it belongs to. Where bytes are known ahead, as of a
+question, they tell. Else nobody can tell at the beginning, so the reader looks back after some bytes, and more and more rarely.
 """
 
 from __future__ import annotations
@@ -78,34 +78,38 @@ class Path:
 
 
 class ByteReader:
-    """One organism's next byte, after a prefix (none: a new line). It reads what is published, frozen.
+    """One organism's next byte, after a prefix (none: a new line). It reads what is published, frozen. `ahead`: bytes that are known
+    to come, by which the domain is chosen.
 
     next() -> float64 [257]: 256 bytes and the end, none of them 0; advance(bytes) moves past some.
     """
 
-    _recent, _count = b"", 0  # the last bytes, with the prefix; how many it has moved past
+    _recent = b""  # the last bytes, with the prefix
+    _count, _ahead = 0, 0  # bytes that it has moved past, and that were known ahead
 
-    def __init__(self, snapshot: Snapshot, prefix: bytes = b"", paths: int = PATHS, share: float = SHARE):
+    def __init__(self, snapshot: Snapshot, prefix: bytes = b"", paths: int = PATHS, share: float = SHARE,
+                 ahead: bytes = b""):  # fmt: skip
         self.snapshot, self.paths, self.share = snapshot, paths, share
         self.lexicon = lexicon_of(tuple(snapshot.tokenizer.vocabulary))
         self._free: list[Decoder] = []
         self._busy: list[Decoder] = []
-        self._anchor, self._since = self._begin(snapshot.tokenizer.encode(prefix or b"\n")), b""
+        tokens, known = (snapshot.tokenizer.encode(text or b"\n") for text in (prefix, prefix + ahead))
+        self._anchor, self._since, self._ahead = self._begin(tokens, known), b"", len(ahead)
         self._recent = prefix[-RECENT:]
         self._paths = [Path(self._anchor, 1.0)]
         self._next: np.ndarray | None = None
 
     @classmethod
-    def of(cls, life: Organism, prefix: bytes = b"") -> ByteReader:
-        return cls(life.published, prefix)
+    def of(cls, life: Organism, prefix: bytes = b"", ahead: bytes = b"") -> ByteReader:
+        return cls(life.published, prefix, ahead=ahead)
 
     # The states of an organism.
 
-    def _begin(self, tokens: np.ndarray) -> State:
-        """After a prefix, which is read as the tokens that it is usually written with."""
+    def _begin(self, tokens: np.ndarray, known: np.ndarray) -> State:
+        """After a prefix, which is read as the tokens that it is usually written with, by the domain of what is known."""
         snap, late = self.snapshot, tokens[-self.snapshot.body.context :]
         reader = snap.field.reader()
-        reader.route(tokens, may_divide=False)
+        reader.route(known, may_divide=False)
         reader.read(tokens[: len(tokens) - len(late)], learn=False)
         _, views = reader.read(late, views=True, learn=False)
         if not snap.body.steps or views is None:  # a body that has learned nothing is the field
@@ -169,7 +173,7 @@ class ByteReader:
         for byte in data:
             self._advance(bytes([byte]))
             self._recent, self._count = (self._recent + bytes([byte]))[-RECENT:], self._count + 1
-            if self._count in LOOKS or self._count % RECENT == 0:
+            if self._count > self._ahead and (self._count in LOOKS or self._count % RECENT == 0):
                 self._look_back()
 
     def _look_back(self) -> None:
@@ -179,7 +183,7 @@ class ByteReader:
             return
         tokens = self.snapshot.tokenizer.encode(self._recent)
         if field.reader().route(tokens[-Field.LOOK :], may_divide=False) != field.domain:
-            self._anchor, self._since, self._next = self._begin(tokens), b"", None
+            self._anchor, self._since, self._next = self._begin(tokens, tokens), b"", None
             self._paths = [Path(self._anchor, 1.0)]
             self._recycle()
 

@@ -133,6 +133,10 @@ def test_it_turns_to_the_domain_that_a_text_belongs_to(tmp_path, monkeypatch):
             bits = bits_of(reader, text)
             assert reader._anchor.field.domain == domain and reader.next().sum() == pytest.approx(1)
             assert bits[100:].mean() < 3.0
+        reader = ByteReader.of(one, ahead=foreign.encode()[:200])
+        assert reader._anchor.field.domain == 1, "at once, where it is known ahead"
+        reader.advance(familiar[:100])
+        assert reader._anchor.field.domain == 1, "and it does not doubt that before it is past it"
         reader = ByteReader.of(one)
         reader.advance(foreign.encode()[:300] + familiar * 3)
         assert reader._anchor.field.domain == 0, "also when the text changes"
