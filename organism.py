@@ -37,6 +37,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import re
 import shutil
@@ -590,6 +591,15 @@ def _config_template() -> str:
         shown = json.dumps(list(value) if isinstance(value, tuple) else value)
         lines.append(f"# {key} = {shown}  # {meaning}")
     return "\n".join(lines) + "\n"
+
+
+def file_without_name(folder: Path, size: int) -> mmap.mmap:
+    """`size` bytes of zeros that lie in a file, and are gone with it when nobody holds them any more. OSError on a full disk."""
+    import tempfile  # a millisecond of each start
+
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # a hole would mean SIGBUS when the disk is full later
+        return mmap.mmap(file.fileno(), size)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -4626,6 +4636,8 @@ class Experience:
 
     Some stretches of long texts are *held back*: they are kept aside and never replayed, so that the gate can judge the body
     by text that it was not trained on.
+
+    folder: where it may lie in files without names, whose memory `rest` gives back until the next replay; None: in memory.
     """
 
     BLOCK = 1024  # tokens that stay or go together
@@ -4634,25 +4646,46 @@ class Experience:
     PER_TOKEN = "tokens", "starts", "logmass", "scalars", "domains", "costs"
 
     def __init__(
-        self, capacity: int, width: int, tree: FieldTree | None, seed: int = 0, config: LearningConfig | None = None
+        self,
+        capacity: int,
+        width: int,
+        tree: FieldTree | None,
+        seed: int = 0,
+        config: LearningConfig | None = None,
+        folder: Path | None = None,
     ):
-        self.capacity, self.width, self.tree = max(capacity, 4 * self.BLOCK), width, tree
+        self.capacity, self.width, self.tree, self.folder = max(capacity, 4 * self.BLOCK), width, tree, folder
         self.config, self._drawn = config or LearningConfig(), (-1, np.zeros(0))
         self.length, self.rng = 0, np.random.Generator(np.random.PCG64(seed))
         self.held: dict[int, tuple[Stretch, ...]] = {}  # by domain, the oldest first
+        self._files: list[mmap.mmap] = []
         self._allocate(4 * self.BLOCK)
 
     def _allocate(self, size: int) -> None:
-        old = getattr(self, "tokens", None)
+        old, self._files = getattr(self, "tokens", None), []
         wide = size if self.tree is not None else 0
-        arrays = (np.zeros(size, np.int32), np.zeros((wide, self.width), np.uint16),
-                  np.zeros((wide, self.width), np.float16), np.zeros((wide, 6), np.float16),
+        arrays = (np.zeros(size, np.int32), self._wide_zeros((wide, self.width), np.uint16),
+                  self._wide_zeros((wide, self.width), np.float16), np.zeros((wide, 6), np.float16),
                   np.zeros(size, np.uint8), np.zeros(size, np.float16))  # fmt: skip
         if old is not None:
             for new, name in zip(arrays, self.PER_TOKEN, strict=True):
                 past = getattr(self, name)
                 new[: min(len(past), self.length)] = past[: self.length]
         self.tokens, self.starts, self.logmass, self.scalars, self.domains, self.costs = arrays
+
+    def _wide_zeros(self, shape: tuple[int, int], dtype: Any) -> np.ndarray:
+        """Zeros, in a file where there is a folder; in memory where that cannot be, as on a full disk."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        with contextlib.suppress(OSError, AttributeError):  # another system
+            if self.folder is not None and size:
+                self._files.append(file_without_name(self.folder, size))
+                return np.frombuffer(self._files[-1], dtype).reshape(shape)
+        return np.zeros(shape, dtype)
+
+    def rest(self) -> None:
+        """Let the system have the memory of what lies in files. Whoever reads it next gets it back from them."""
+        for file in self._files:
+            file.madvise(mmap.MADV_DONTNEED)
 
     def append(
         self, tokens: np.ndarray, view: FieldView | None, domain: int = 0, costs: np.ndarray | float = 0.0
@@ -4910,8 +4943,8 @@ class Learner:
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, field: Field | CooccurField, body: Body, *, engine: str = "auto",
-                 threads: int | None = None, seed: int = 0, compiled: bool | None = None):  # fmt: skip
-        self.config, self.tokenizer, self.body = config, tokenizer, body
+                 threads: int | None = None, seed: int = 0, compiled: bool | None = None, folder: Path | None = None):  # fmt: skip
+        self.config, self.tokenizer, self.body, self.folder = config, tokenizer, body, folder
         self.field: Any = field  # None only while it grows, or once that was interrupted
         self.compiled = engine != "numpy" and kernels_ready() if compiled is None else compiled
         self.engine = engine if self.compiled or engine == "torch" else "numpy"  # of the training steps alone
@@ -4933,7 +4966,9 @@ class Learner:
     def _new_experience(self) -> Experience:
         tree = self.field.tree if self.on_field else None
         learning = self.config.learning
-        return Experience(learning.experience_tokens, self.config.field.view_width, tree, self.seed, learning)
+        return Experience(
+            learning.experience_tokens, self.config.field.view_width, tree, self.seed, learning, self.folder
+        )
 
     # Reading.
 
@@ -8369,7 +8404,8 @@ class Organism:
             field = self._replayed_field(snap.tokenizer, snap.body)
             self.published = snap = dataclasses.replace(snap, kept_field=field, compiled=True, _decoder=None)
         learner = Learner(self.config, snap.tokenizer, snap.field.reader(), snap.body.copy(), engine=self.config.learning.engine,
-                          threads=self.threads, compiled=self.compiled, seed=self.state["seed"])  # fmt: skip
+                          threads=self.threads, compiled=self.compiled, seed=self.state["seed"],
+                          folder=self.home.path if self.frugal else None)  # fmt: skip
         learner.gate, learner.credit = snap.gate.copy(), self.state["credit"]
         learner.curve = LearningCurve(self.state.get("curve", ()))
         if self.state["rng"]:
@@ -8393,6 +8429,10 @@ class Organism:
                 tokens = _row_tokens(learner.tokenizer, row.text, row.part)
                 learner.field.route(tokens)
                 learner.read(tokens)
+            self.published.kept_field, learner.field = (
+                learner.field,
+                learner.field.reader(),
+            )  # they are alike: one is enough
         elif learner.on_field:
             learner.rebuild(self._past(), getattr(learner.field.config, "table_mb", None))
         else:
@@ -8929,7 +8969,7 @@ class Organism:
             close_holes()
             with self.turn(self._stop), self._lock:
                 _ = self.learner
-            close_holes()
+            self._rest()
             while not self._stop.is_set():
                 self._wake_up.wait(0.25)
                 self._wake_up.clear()
@@ -8968,8 +9008,14 @@ class Organism:
             self.buffer.reset(time.monotonic())
             self._buffered.clear()
             self._settle()
-            close_holes()
+            self._rest()
             self._busy = False
+
+    def _rest(self) -> None:
+        """Give back what is not needed until the next burst."""
+        if self._learner is not None:
+            self._learner.experience.rest()
+        close_holes()
 
     def _settle(self) -> None:
         """Give back what only loading the kernels took."""
@@ -9172,6 +9218,7 @@ class Organism:
     proposal: str | None = None  # what syntropy would have it do: "divide", "hibernate"
     appetites = USUAL  # by the colony's metabolism
     turn: Callable[[threading.Event], contextlib.AbstractContextManager] = contextlib.nullcontext  # to learn in
+    frugal = False  # whether what it replays lies in files of its home, see Experience; to be said before it learns
 
     @property
     def slope(self) -> float | None:

@@ -184,7 +184,7 @@ def live(order: dict[str, Any], home: Path) -> int:
         member = Member(life, order["mesh"], answers=True, exchange=bool(order.get("exchange")),
                         supervised=bool(order.get("supervised")), gammas=bool(order.get("gammas")))  # fmt: skip
         if member.supervised:
-            life.turn = Turnstile(Path(order["mesh"]).parent, os.cpu_count() or 1).turn
+            life.turn, life.frugal = Turnstile(Path(order["mesh"]).parent, os.cpu_count() or 1).turn, True
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: member.end())
         if newborn and order.get("corpus"):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +96,45 @@ def test_a_full_experience_keeps_what_is_new_and_stays_bounded():
         experience.trim()
     assert experience.length <= 8192 + 1000 and experience.tokens[experience.length - 1] == 39_999
     assert experience.tokens[:1024].max() < 39_000
+
+
+def in_memory_of_files() -> int:
+    """KB of this process that lie in files."""
+    return int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def a_view(tree: o.FieldTree, rows: int, width: int) -> o.FieldView:
+    rng = np.random.default_rng(rows)
+    starts = np.sort(rng.integers(0, len(tree), (rows, width)), axis=1).astype(np.uint16)
+    return o.FieldView(starts, -rng.random((rows, width)).astype(np.float16), np.zeros((rows, 6), np.float16), tree)
+
+
+def test_an_experience_in_files_is_the_same_and_gives_its_memory_back(tmp_path):
+    tree, rows = o.FieldTree([bytes([k]) for k in range(256)]), 50_000
+    view = a_view(tree, rows, 64)
+    kept = [o.Experience(100_000, 64, tree, folder=folder) for folder in (None, tmp_path)]
+    for experience in kept:
+        for at in range(0, rows, 10_000):
+            experience.append(np.arange(at, at + 10_000, dtype=np.int32), view[at : at + 10_000])
+    assert not list(tmp_path.iterdir()), "its files have no names"
+    before = in_memory_of_files()
+    kept[1].rest()
+    assert before - in_memory_of_files() > 0.9 * (view.starts.nbytes + view.logmass.nbytes) / 1024
+    (_, _, mine), (_, _, theirs) = (one.windows(8, 96, 0, np.random.default_rng(0)) for one in kept)
+    assert (mine.starts == theirs.starts).all() and (mine.logmass == theirs.logmass).all()
+    assert all((a == b).all() for a, b in zip(kept[0].state().values(), kept[1].state().values(), strict=True))
+
+
+def test_an_experience_that_finds_no_place_on_the_disk_stays_in_memory(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(o.os, "posix_fallocate", full)
+    tree = o.FieldTree([bytes([k]) for k in range(256)])
+    experience = o.Experience(8192, 64, tree, folder=tmp_path)
+    experience.append(np.arange(5000, dtype=np.int32), a_view(tree, 5000, 64))
+    experience.rest()
+    assert (experience.starts[:5000] == a_view(tree, 5000, 64).starts).all()
 
 
 def test_rollback_forgets_exactly_what_was_appended():
