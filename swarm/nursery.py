@@ -49,6 +49,7 @@ def preload(libraries: Sequence[str] = ()) -> None:
         kernels.release_compiler()
     gc.collect()
     gc.freeze()
+    organism.close_holes()
 
 
 def spare_more() -> None:
