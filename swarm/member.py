@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from organism import Appetites, Organism, OrganismError, export_gamma
+from organism import Appetites, Organism, OrganismError, close_holes, export_gamma
 from swarm.family import Family
 from swarm.mesh import ANSWERS, HEARTBEAT, OFFER_BYTES, SUPERVISOR, Letter, Mesh, MeshError, open_mesh
 from swarm.metabolism import LEAST, MOST
@@ -75,6 +75,7 @@ class Member:
         self._told = self._summed = -1  # generations whose gamma and summary the mesh knows
         self._summed_at = -SUMMARY_SECONDS
         self._readings: dict[str, Reading] = {}  # by who reads along
+        self._stirred = False  # whether letters or a summary may have left holes in the heap
         self._spoken = self._taught = 0  # answers and gifts since it woke
 
     def run(self) -> None:
@@ -87,6 +88,9 @@ class Member:
                     self._look_around(mesh)
                     mesh.heartbeat(self.id, self.facts(), self._news())
                     last = time.monotonic()
+                    if self.supervised and self._stirred:
+                        close_holes()
+                        self._stirred = False
                 if self.exchange and time.monotonic() - gave >= EXCHANGE / self.life.appetites.teach:
                     self.trade(mesh)
                     if self.gammas and not self.life.busy:
@@ -94,6 +98,7 @@ class Member:
                     gave = time.monotonic()
                 for letter in mesh.inbox(self.id):
                     self._open(mesh, letter)
+                    self._stirred = True
                 self._consider(mesh)
             except MeshError as error:
                 self._complain(str(error))
@@ -194,6 +199,7 @@ class Member:
         if self.answers and number != self._summed and time.monotonic() - self._summed_at >= SUMMARY_SECONDS:
             self._summed, self._summed_at = number, time.monotonic()
             news["summary"] = self.summary().blob()
+            self._stirred = True
         return news
 
     def summary(self) -> Summary:
