@@ -9667,6 +9667,7 @@ class Schooling:
                 return
         for path in self.reader.files:
             self.life.state["reading"][path] = _size(path)
+        self.fresh = 0  # what came last has had its turn: else half of all that follows would be it alone
         while not self._enough() and self._wants_more() and self.learner.experience.length > 2:
             self._step()
             if self.steps % LearningCurve.BLOCK == 0:

@@ -84,6 +84,7 @@ class Budget(Schooling):
         for source, text in self.shelf:
             if source not in self.life.state["reading"] and self._piece(Piece(source, text, 0, len(text), True)):
                 return
+        self.fresh = 0
         while not self._enough():
             self._step()
 

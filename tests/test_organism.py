@@ -149,6 +149,17 @@ def test_training_in_two_halves_gives_the_weights_of_one(tmp_path, tiny):
     assert np.abs(arenas[0] - arenas[1]).max() < 1e-6
 
 
+def test_a_corpus_that_repeats_is_replayed_evenly(tmp_path, tiny, monkeypatch):
+    """While it reads, half of a batch is what came last; afterwards nothing is new any more."""
+    fresh, train = [], o.Learner.train
+    monkeypatch.setattr(o.Learner, "train", lambda self, n, new, *rest: fresh.append(new) or train(self, n, new, *rest))
+    (tmp_path / "text.txt").write_text(TINY * 8)
+    overrides = {"learning.batch": 4, "immunity.judge": False}
+    with o.Organism(tmp_path / "home", seed=7, threads=1, kernels="wait", overrides=overrides) as life:
+        life.train([str(tmp_path / "text.txt")], steps=200)
+    assert len(fresh) == 200 and any(fresh[:100]) and not any(fresh[160:])
+
+
 def test_a_stage_is_chosen_at_birth_and_kept(tmp_path, tiny):
     with o.Organism(tmp_path / "home", seed=1, kernels="off", stage="infant") as life:
         assert life.status()["stage"] == "infant"
