@@ -9750,8 +9750,8 @@ class Schooling:
             self.life._advance_when_ready(self.learner)
 
     def _grow_as_read(self) -> None:
-        policy = self.life.config.tokenizer
-        if wanted_merges(self.life.state["lived_bytes"], policy) > len(self.learner.tokenizer.merges):
+        merges = wanted_merges(self.life.state["lived_bytes"], self.life.config.tokenizer)
+        if merges > len(self.learner.tokenizer.merges) or self.learner.wants_table:
             self._flush()
             self.life._maybe_grow(self.learner, lambda: self._save("train"))
 

@@ -37,6 +37,7 @@ from swarm.reading import ByteReader
 
 PASSAGE, QUESTION = 600, 150  # bytes
 DOCUMENT = 65_536  # bytes at most
+FULL_BYTES = 200_000  # from which on all vocabularies are as large, and so the bodies
 DIALOGUE, ONE = "dialogue", "the one"
 PARTS = {"field": 0.0, "body": 1.0, "both": None}  # weights of the body that are tried; None: the gate's
 
@@ -111,6 +112,8 @@ def raise_one(
     defaults = organism.Config()
     overrides = {
         "immunity.judge": False,  # what each is to learn is given, not judged
+        "tokenizer.full_bytes": FULL_BYTES,
+        "tokenizer.max_merges": defaults.tokenizer.full_merges,
         "learning.experience_tokens": times * defaults.learning.experience_tokens,
         "field.max_table_mb": times * defaults.field.max_table_mb,
     }

@@ -160,6 +160,21 @@ def test_a_corpus_that_repeats_is_replayed_evenly(tmp_path, tiny, monkeypatch):
     assert len(fresh) == 200 and any(fresh[:100]) and not any(fresh[160:])
 
 
+def test_training_gives_the_field_larger_tables_also_between_vocabularies(tmp_path, tiny):
+    (tmp_path / "text.txt").write_text(TINY * 30)
+    overrides = {
+        "field.table_mb": 1,
+        "tokenizer.start_bytes": 10**7,
+        "tokenizer.full_bytes": 10**8,
+        "immunity.judge": False,
+    }
+    with o.Organism(tmp_path / "home", seed=7, threads=1, kernels="wait", overrides=overrides) as life:
+        life.train([str(tmp_path / "text.txt")], epochs=1)
+        field = life.published.field
+        assert len(life.published.tokenizer) == 259, "the vocabulary did not grow"
+        assert field.config.table_mb == o.wanted_table_mb(field.seen, life.config.field) > 1
+
+
 def test_a_stage_is_chosen_at_birth_and_kept(tmp_path, tiny):
     with o.Organism(tmp_path / "home", seed=1, kernels="off", stage="infant") as life:
         assert life.status()["stage"] == "infant"
