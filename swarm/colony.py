@@ -35,6 +35,7 @@ from swarm.wards import Cluster, Here
 BACK_OFF = (1.0, 60.0)  # seconds before a crashed organism is started again: the first time, and at most
 STABLE = 60.0  # seconds after which a crash counts as the first again
 MONITOR = 30.0  # seconds between two looks at the topology (spec/molequla.md §1.14)
+PATIENT = 3  # looks in a row that do not find the own lock file, before the colony ends
 LOOK = 0.5  # seconds between two looks of the supervisor into the mesh
 SETTLE = 15.0  # seconds that who is to be started waits for a ward that opens, where another one is open
 EXPLORE = 2.0  # seconds between two looks for new places to live
@@ -373,9 +374,17 @@ class Supervisor:
     # Births and beds.
 
     async def _look_about(self) -> None:
-        """Twice a second: letters to the supervisor, homes of children, beds."""
-        trouble = ""
+        """Twice a second: whether the folder is still its own, letters to the supervisor, homes of children, beds."""
+        trouble, strange = "", 0
         while not self.stopping.is_set():
+            if self.colony.supervisor() != os.getpid():
+                strange += 1
+                if strange > PATIENT:
+                    self.say(f"The folder {self.colony.folder} was moved, deleted or taken over: everybody ends.")
+                    self.stopping.set()
+                await self._pause(LOOK)
+                continue
+            strange = 0
             try:
                 await asyncio.to_thread(self._look)
             except (MeshError, OSError) as error:

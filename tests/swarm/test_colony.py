@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,21 @@ def test_when_the_supervisor_is_killed_nobody_is_an_orphan(colony: Colony):
 
 
 # --- What needs no processes. ---
+
+
+def test_a_colony_whose_folder_is_deleted_ends(tmp_path):
+    """Nobody could reach it any more, or bring it down."""
+    command = [sys.executable, str(ROOT / "organism.py"), "swarm", "up", "-n", "1", "--home", str(tmp_path / "lost")]
+    supervisor = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        until(lambda: len(alive(Colony(tmp_path / "lost"))) == 1)
+        (pid,) = (row["pid"] for row in alive(Colony(tmp_path / "lost")))
+        shutil.rmtree(tmp_path / "lost")
+        _, said = supervisor.communicate(timeout=90)
+    finally:
+        supervisor.kill()
+    assert "moved, deleted or taken over" in said and "Traceback" not in said
+    assert start_time(pid) is None and not (tmp_path / "lost").exists(), "and the organism with it, leaving nothing"
 
 
 def test_where_nothing_runs_status_is_empty_and_asking_fails_in_one_sentence(tmp_path):
