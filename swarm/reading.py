@@ -6,9 +6,11 @@ which may reach beyond them:
     P(b₁…bₙ) = Σ over t₁…tₖ:  t₁…tₖ₋₁ end within b₁…bₙ, and t₁…tₖ begins with b₁…bₙ, of Π p(tᵢ | t₁…tᵢ₋₁)
 
 `ByteReader` keeps the ways that matter as *paths*: a state after t₁…tₖ₋₁, the bytes since, and the weight Π p. The next byte's
-probability is the weight that goes on with it, over the weight that goes on at all. Paths below a share of the heaviest are
-dropped, and no state is computed before its path is kept. What was dropped is made up for by a trace of the uniform distribution;
-where a byte comes that no path expected, reading goes on from the last state that ended with its bytes.
+probability is the weight that goes on with it, over the weight that goes on at all. Ways whose tokens end at the same byte go on as
+one, so there is a path for each byte where the token under way may have begun. Paths below a share of the heaviest are dropped, but
+never the one whose token has just ended, which alone expects every byte; no state is computed before its path is kept. What was
+dropped is made up for by a trace of the uniform distribution; where a byte comes that no path expected, reading goes on from the
+last state that ended with its bytes.
 
 An organism whose field has several domains reads each text with the one that it belongs to. Where bytes are known ahead, as of a
 question, they tell. Else nobody can tell at the beginning, so the reader looks back after some bytes, and more and more rarely.
@@ -30,7 +32,7 @@ from organism import CooccurField, Decoder, Field, Organism, Snapshot, Tokenizer
 END = 256  # the symbol after the last byte
 SYMBOLS = 257
 TRACE = 1e-4  # of the uniform distribution: 0.00014 bits a byte
-PATHS = 4  # that are followed at most
+PATHS = 16  # that are followed at most
 LOOKS = (32, 96, 224, 480)  # bytes after which it looks back, whose text this is; then every RECENT bytes
 RECENT = 1024  # bytes that it looks back at, at most
 SHARE = 1e-3  # of the heaviest path's weight, below which one is dropped: at most 0.0015 bits of what comes after
@@ -79,7 +81,7 @@ class Path:
 
 class ByteReader:
     """One organism's next byte, after a prefix (none: a new line). It reads what is published, frozen. `ahead`: bytes that are known
-    to come, by which the domain is chosen.
+    to come, by which the domain is chosen. share=0: nothing is joined or dropped, but what exceeds `paths`.
 
     next() -> float64 [257]: 256 bytes and the end, none of them 0; advance(bytes) moves past some.
     """
@@ -221,15 +223,29 @@ class ByteReader:
 
     def _kept(self, paths: list[Path]) -> list[Path]:
         """The heaviest, weights scaled so that the best is 1; states that are needed now are computed."""
+        paths = self._joined(paths) if self.share else paths
         masses = [self._mass(path) for path in paths]
         if not (most := max(masses, default=0.0)) > 0:
             return []
-        ranked = sorted(zip(masses, range(len(paths))), reverse=True)[: self.paths]
-        kept = [paths[at] for mass, at in ranked if mass >= self.share * most]
+        ranked = sorted(zip(masses, range(len(paths))), reverse=True)
+        kept = [paths[at] for mass, at in ranked[: self.paths] if mass >= self.share * most]
+        if self.share and all(path.rest for path in kept):  # only where a token has just ended can every byte follow
+            kept += [path for path in paths if not path.rest]
         return [
             Path(self._after(p.state, p.token) if p.token is not None else p.state, p.weight / most, p.rest)
             for p in kept
         ]
+
+    @staticmethod
+    def _joined(paths: list[Path]) -> list[Path]:
+        """Those whose tokens end here, as one with the weight of all: the same bytes came before, so that what follows
+        depends little on how they were written. The heaviest knows it best."""
+        ended = [path for path in paths if not path.rest]
+        if len(ended) < 2:
+            return paths
+        best = max(ended, key=lambda path: path.weight)
+        whole = dataclasses.replace(best, weight=sum(path.weight for path in ended))
+        return [whole, *(path for path in paths if path.rest)]
 
     def _recycle(self) -> None:
         """Decoders of states that nothing leads from any more serve again."""

@@ -108,6 +108,21 @@ def test_bytes_cost_no_more_than_its_tokens_do(life):
     assert 0.9 * bits < cost < bits * 1.001
 
 
+def test_joining_and_dropping_cost_next_to_nothing(life):
+    text = b"H: Do you sleep?\nA: When nobody speaks to me, I practise. Zebras are striped.\n"
+    exact, quick = (
+        bits_of(ByteReader(life.published, paths=paths, share=share), text) for paths, share in ((64, 0.0), (16, 1e-3))
+    )
+    assert abs(quick.mean() - exact.mean()) < 0.02 and np.abs(quick - exact).max() < 2.0
+
+
+def test_there_is_always_a_path_that_expects_every_byte(life):
+    reader = ByteReader.of(life)
+    for byte in b"H: Where do you live?\nA: I live on your own machine, and I listen.\n":
+        reader.advance(bytes([byte]))
+        assert sum(not path.rest for path in reader._paths) == 1
+
+
 @pytest.mark.parametrize(
     "text", [b"\xff\xfe\x00 strange \xf0\x9f", "Привет, 世界!".encode(), b"x" * 70, b" \n\t\r\n  "]
 )
