@@ -2,10 +2,12 @@
 
     python benchmarks/specialists.py --text bible=/tmp/bible.txt --text python=... --text russian=...
 
-The fourth domain is dialogue: nonames.txt, which all of them hear at birth, without its last part. Each specialist reads its whole
-text, but for what is held out, and trains so many steps; the one reads all of that and spends the training FLOPs of the four
-together. It also has their memory: four times the experience that is replayed, and tables of the field as large as theirs. Texts
-come as documents of at most 64 KB, to the one those of all domains in turns. Who has not read all is an error.
+The fourth domain is dialogue: --text dialogue=PATH (benchmarks/dialogues.py makes one), else nonames.txt without its last part. All
+hear nonames.txt at birth. Each specialist reads its whole text, but for what is held out, and trains so many steps; the one reads all
+of that and spends the training FLOPs of the four together. It also has their memory: four times the experience that is replayed, and
+for each of its domains tables of the field as large as theirs. All have bodies and vocabularies of the same size, but for who has
+read less than 200 KB. Texts come as documents of at most 64 KB, to the one those of all domains in turns. Who has not read all is an
+error.
 
 Held-out text comes in passages. Their first bytes are the question: by them the router chooses (the lowest surprise a byte), and
 the ensemble's weights begin to learn; bits count after them. All is read byte by byte (swarm/reading.py), everything frozen.
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,21 +103,22 @@ class Raised(NamedTuple):
     tokens: int
     vocabulary: int
     domains: int
+    table_mb: int  # of the field, for each domain
     flops: float
     seconds: float
 
 
 def raise_one(
-    home: Path, shelf: Shelf, stage: str, steps: float = np.inf, flops: float = np.inf, times: int = 1
+    home: Path, shelf: Shelf, stage: str, steps: float = np.inf, flops: float = np.inf, like: Sequence[Raised] = ()
 ) -> Raised:
-    """An organism of this home, made or trained on. times: as many organisms' memory."""
+    """An organism of this home, made or trained on. like: those whose memory it has together."""
     defaults = organism.Config()
     overrides = {
         "immunity.judge": False,  # what each is to learn is given, not judged
         "tokenizer.full_bytes": FULL_BYTES,
         "tokenizer.max_merges": defaults.tokenizer.full_merges,
-        "learning.experience_tokens": times * defaults.learning.experience_tokens,
-        "field.max_table_mb": times * defaults.field.max_table_mb,
+        "learning.experience_tokens": max(1, len(like)) * defaults.learning.experience_tokens,
+        "field.max_table_mb": max((one.table_mb for one in like), default=defaults.field.max_table_mb),
     }
     newborn, began = not (home / "body" / "CURRENT").exists(), time.perf_counter()
     with Organism(home, seed=1, kernels="wait", overrides=overrides, stage=stage if newborn else None) as life:
@@ -131,7 +134,8 @@ def raise_one(
                 f"error: {home.name} has read {read:,} of {whole:,} bytes, not all of {short[0]}: give them more --steps."
             )
         return Raised(state["lived_bytes"], snapshot.body.steps, state["training_tokens"], len(snapshot.tokenizer),
-                      len(getattr(snapshot.field, "resting", "1")), state["training_flops"], time.perf_counter() - began)  # fmt: skip
+                      len(getattr(snapshot.field, "resting", "1")), snapshot.field.config.table_mb, state["training_flops"],
+                      time.perf_counter() - began)  # fmt: skip
 
 
 def raise_family(folder: Path, shelves: dict[str, Shelf], stage: str, steps: int, youth: float) -> dict[str, Raised]:
@@ -256,11 +260,14 @@ def people(raised: dict[str, Raised]) -> str:
         "tokens trained",
         "vocabulary",
         "domains of the field",
+        "MB of each one's table",
         "training FLOPs",
         "s",
     ]
-    rows = [[name, f"{r.lived:,}", f"{r.steps:,}", f"{r.tokens:,}", r.vocabulary, r.domains, f"{r.flops:.3g}", f"{r.seconds:.0f}"]
-            for name, r in raised.items()]  # fmt: skip
+    rows = [
+        [name, f"{r.lived:,}", f"{r.steps:,}", f"{r.tokens:,}", r.vocabulary, r.domains, r.table_mb, f"{r.flops:.3g}", f"{r.seconds:.0f}"]
+        for name, r in raised.items()
+    ]  # fmt: skip
     return table("Who was raised", head, rows)
 
 
@@ -295,11 +302,14 @@ def main() -> None:
         "--folder", type=Path, help="where they live (default: a temporary one); again: reads them again"
     )
     options = parser.parse_args()
-    paths = texts(options.text) | {DIALOGUE: ROOT / "nonames.txt"}
+    heard = ROOT / "nonames.txt"
+    paths = texts(options.text)
+    paths[DIALOGUE] = paths.pop(DIALOGUE, heard)  # the last
     parts = {name: split(path, options.bytes, options.passages) for name, path in paths.items()}
     held = {name: part[1][: options.read] for name, part in parts.items()}
-    organism.seed_corpus = lambda: parts[DIALOGUE][0]  # the first breath of all, without what is held out
-    shelves = {name: [] if name == DIALOGUE else documents(name, part[0]) for name, part in parts.items()}
+    if paths[DIALOGUE] == heard:  # the first breath of all, without what is held out
+        organism.seed_corpus = lambda: parts[DIALOGUE][0]
+    shelves = {name: [] if paths[name] == heard else documents(name, part[0]) for name, part in parts.items()}
     with tempfile.TemporaryDirectory(prefix="organism-bench-") as scratch:
         folder, began = options.folder or Path(scratch), time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
@@ -314,7 +324,7 @@ def main() -> None:
         everything = in_turns(list(shelves.values()))
         for name, stage in alone.items():
             raised[name] = raise_one(
-                folder / name.replace(" ", "-"), everything, stage, flops=budget, times=len(shelves)
+                folder / name.replace(" ", "-"), everything, stage, flops=budget, like=[raised[one] for one in shelves]
             )
         print(people(raised), flush=True)
         homes = {name: folder / name.replace(" ", "-") for name in raised}
