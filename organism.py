@@ -8429,10 +8429,8 @@ class Organism:
                 tokens = _row_tokens(learner.tokenizer, row.text, row.part)
                 learner.field.route(tokens)
                 learner.read(tokens)
-            self.published.kept_field, learner.field = (
-                learner.field,
-                learner.field.reader(),
-            )  # they are alike: one is enough
+            # what is published has read the same: one of the two is enough
+            self.published.kept_field, learner.field = learner.field, learner.field.reader()
         elif learner.on_field:
             learner.rebuild(self._past(), getattr(learner.field.config, "table_mb", None))
         else:
