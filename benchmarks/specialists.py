@@ -5,9 +5,9 @@
 The fourth domain is dialogue: --text dialogue=PATH (benchmarks/dialogues.py makes one), else nonames.txt without its last part. All
 hear nonames.txt at birth. Each specialist reads its whole text, but for what is held out, and trains so many steps; the one reads all
 of that and spends the training FLOPs of the four together. It also has their memory: four times the experience that is replayed, and
-for each of its domains tables of the field as large as theirs. All have bodies and vocabularies of the same size, but for who has
-read less than 200 KB. Texts come as documents of at most 64 KB, to the one those of all domains in turns. Who has not read all is an
-error.
+tables of the field that may, for each of its domains, grow as large as theirs together. All have bodies and vocabularies of the same
+size, but for who has read less than 200 KB. Texts come as documents of at most 64 KB, to the one those of all domains in turns. Who
+has not read all is an error.
 
 Held-out text comes in passages. Their first bytes are the question: by them the router chooses (the lowest surprise a byte), and
 the ensemble's weights begin to learn; bits count after them. All is read byte by byte (swarm/reading.py), everything frozen.
@@ -118,7 +118,7 @@ def raise_one(
         "tokenizer.full_bytes": FULL_BYTES,
         "tokenizer.max_merges": defaults.tokenizer.full_merges,
         "learning.experience_tokens": max(1, len(like)) * defaults.learning.experience_tokens,
-        "field.max_table_mb": max((one.table_mb for one in like), default=defaults.field.max_table_mb),
+        "field.max_table_mb": sum(one.table_mb for one in like) or defaults.field.max_table_mb,
     }
     newborn, began = not (home / "body" / "CURRENT").exists(), time.perf_counter()
     with Organism(home, seed=1, kernels="wait", overrides=overrides, stage=stage if newborn else None) as life:
